@@ -1,0 +1,189 @@
+"""BERT with unit-major parameters: heads and feed-forward groups are the units (paper section 5).
+
+With learned positions and post-norm the logits equal ``transformers.BertForMaskedLM`` given the same weights, which
+load from and save to that form (``load_transformers``, ``to_transformers``). Token type 0 is folded into the position
+embeddings: there is one segment only. ``positions="rotary"`` and ``norm="pre"`` make the mini model leave the
+plateau near the unigram entropy within minutes.
+
+Shapes: B sequences, T tokens, D width, H heads, K = D / H, G feed-forward groups, F neurons, M masked positions
+per sequence, P = B * M, V pieces in the vocabulary.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mat.config import BertConfig
+from mat.data.masking import MaskedBatch
+from mat.units import UnitLayer, UnitTensors
+
+
+def _normal(*shape: int, std: float = 0.02) -> Tensor:
+    return torch.empty(*shape).normal_(0.0, std)
+
+
+def rotary_table(length: int, head_width: int) -> Tensor:
+    """Cosines and sines of the rotary embedding (Su et al. 2021), (2, T, K / 2)."""
+    frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+    angle = torch.arange(length)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def _rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K/2) of x (B, T, H, 2, K) by the angles of the table (2, T, K/2)."""
+    cos, sin = table.to(x.dtype)[:, : x.shape[1], None, None]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(UnitLayer):
+    """Multi-head self-attention whose units are heads: rows of Q, K, V with biases, columns of the output projection.
+
+    Args:
+        width: D.
+        heads: H.
+        rotary: Rotate queries and keys.
+    """
+
+    rotary: Tensor | None
+
+    def __init__(self, width: int, heads: int, rotary: Tensor | None) -> None:
+        super().__init__("heads", heads)
+        self.head_width = width // heads
+        self.add_product("qkv_weight", _normal(heads, 3 * self.head_width, width), "qkv_bias")
+        self.add_product("out_weight", _normal(heads, self.head_width, width))
+        self.register_buffer("rotary", rotary, persistent=False)
+
+    def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
+        """(B, T, D) to (B, T, D) for the heads in ``w``."""
+        batch, length, _ = x.shape
+        heads = w["qkv_bias"].shape[0]
+        qkv = F.linear(x, w["qkv_weight"].flatten(0, 1), w["qkv_bias"].flatten())
+        qkv = self.tap("qkv_weight", x, True, qkv.view(batch, length, heads, 3 * self.head_width))
+        qk, v = qkv.view(batch, length, heads, 3, self.head_width).split([2, 1], dim=3)
+        if self.rotary is not None:
+            qk = _rotate(qk, self.rotary)
+        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, :, 0], qk[:, :, :, 1], v[:, :, :, 0]))  # (B, H, T, K)
+        context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * K)
+        y = F.linear(context, w["out_weight"].flatten(0, 1).T)
+        return self.tap("out_weight", context.view(batch, length, heads, self.head_width), False, y)
+
+    def inner_flops(self, tokens: int, length: int) -> int:
+        """Scores and context: two products of T x T x K per head and sequence."""
+        return 4 * tokens * length * self.head_width
+
+
+class FeedForward(UnitLayer):
+    """Two-layer feed-forward network whose units are groups of hidden neurons.
+
+    Args:
+        width: D.
+        hidden: F, divisible by the number of groups.
+        groups: G.
+    """
+
+    def __init__(self, width: int, hidden: int, groups: int) -> None:
+        super().__init__("ffn", groups)
+        self.group_width = hidden // groups
+        self.add_product("in_weight", _normal(groups, self.group_width, width), "in_bias")
+        self.add_product("out_weight", _normal(groups, self.group_width, width))
+
+    def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
+        """(B, T, D) to (B, T, D) for the groups in ``w``."""
+        batch, length, _ = x.shape
+        groups = w["in_bias"].shape[0]
+        z = F.linear(x, w["in_weight"].flatten(0, 1), w["in_bias"].flatten())
+        z = self.tap("in_weight", x, True, z.view(batch, length, groups, self.group_width)).flatten(2)
+        hidden = F.gelu(z)  # (B, T, F)
+        y = F.linear(hidden, w["out_weight"].flatten(0, 1).T)
+        return self.tap("out_weight", hidden.view(batch, length, groups, self.group_width), False, y)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward sublayers with residual connections, normalised before or after.
+
+    Args:
+        config: The model's configuration.
+        rotary: Table for rotary positions or None.
+    """
+
+    def __init__(self, config: BertConfig, rotary: Tensor | None) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.attention = Attention(config.width, config.heads, rotary)
+        self.attention_bias = nn.Parameter(torch.zeros(config.width))
+        self.attention_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.ffn = FeedForward(config.width, config.ffn_hidden, config.ffn_groups)
+        self.ffn_bias = nn.Parameter(torch.zeros(config.width))
+        self.ffn_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x)) + self.attention_bias)
+            return x + self.dropout(self.ffn(self.ffn_norm(x)) + self.ffn_bias)
+        x = self.attention_norm(x + self.dropout(self.attention(x) + self.attention_bias))
+        return cast(Tensor, self.ffn_norm(x + self.dropout(self.ffn(x) + self.ffn_bias)))
+
+
+class Bert(nn.Module):
+    """BERT for masked language modelling; logits are computed at masked positions only.
+
+    Args:
+        config: The model's configuration.
+        vocabulary: V.
+        length: Longest sequence T.
+    """
+
+    def __init__(self, config: BertConfig, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        rotary = rotary_table(length, width // config.heads) if config.positions == "rotary" else None
+        self.tokens = nn.Parameter(_normal(vocabulary, width))
+        self.positions = nn.Parameter(_normal(length, width)) if config.positions == "learned" else None
+        self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, rotary) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(width, eps=1e-12) if config.norm == "pre" else nn.Identity()
+        self.transform_weight = nn.Parameter(_normal(width, width))
+        self.transform_bias = nn.Parameter(torch.zeros(width))
+        self.transform_norm = nn.LayerNorm(width, eps=1e-12)
+        self.vocabulary_bias = nn.Parameter(torch.zeros(vocabulary))
+        if config.norm == "pre":  # GPT-2's rule: residual branches start small so that depth does not add variance
+            for name, parameter in self.named_parameters():
+                if name.endswith("out_weight"):
+                    parameter.data.div_(math.sqrt(2 * config.layers))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) to the last layer's output (B, T, D)."""
+        x = F.embedding(tokens, self.tokens)
+        if self.positions is not None:
+            x = x + self.positions[: tokens.shape[1]]
+        x = self.dropout(self.embedding_norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return cast(Tensor, self.final_norm(x))
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        """Logits (P, V) at the masked positions."""
+        x = self.hidden(batch.tokens).flatten(0, 1).index_select(0, batch.positions)  # (P, D)
+        x = self.transform_norm(F.gelu(F.linear(x, self.transform_weight, self.transform_bias)))
+        return F.linear(x, self.tokens, self.vocabulary_bias)
+
+    def loss(self, batch: MaskedBatch) -> Tensor:
+        """Mean cross-entropy in nats over the masked positions."""
+        return self.loss_of_outputs(self(batch), batch)
+
+    def loss_of_outputs(self, outputs: Tensor, batch: MaskedBatch) -> Tensor:
+        """The same, given the logits."""
+        return F.cross_entropy(outputs.float(), batch.targets)
+
+    def head_flops(self, batch: MaskedBatch) -> tuple[int, int]:
+        """Forward FLOPs behind the blocks: (masked-LM head, vocabulary projection)."""
+        rows, width = batch.positions.numel(), self.config.width
+        return 2 * rows * width * width, 2 * rows * width * self.tokens.shape[0]

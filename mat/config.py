@@ -1,0 +1,317 @@
+"""Typed configuration: one dataclass per group of ``conf/``, and the checks that run before any work.
+
+Hydra refuses unknown keys and wrong types through these schemas; ``validate`` refuses wrong ranges and senseless
+combinations, each in one sentence that names the key and the remedy. This file imports neither torch nor numpy, so
+that ``python launch.py --help`` answers at once.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from mat.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """What every model has: a name, and a family, which names the code that builds it."""
+
+    name: str = MISSING
+    family: str = MISSING
+
+
+@dataclass
+class BertConfig(ModelConfig):
+    """BERT (``mat/bert.py``). Units: attention heads and feed-forward groups."""
+
+    family: str = "bert"
+    layers: int = MISSING
+    width: int = MISSING
+    heads: int = MISSING
+    ffn_hidden: int = MISSING
+    ffn_groups: int = MISSING
+    positions: str = MISSING  # learned | rotary
+    norm: str = MISSING  # post | pre
+    dropout: float = 0.0  # on embeddings and sublayer outputs
+
+
+@dataclass
+class DatasetConfig:
+    """A text corpus for masked language modelling."""
+
+    name: str = MISSING
+    modality: str = "text"
+    hub_path: str | None = None  # datasets.load_dataset(hub_path, hub_name)
+    hub_name: str | None = None
+    root: str | None = None  # folder that holds local_folder; its Parquet files are used instead of the hub
+    local_folder: str | None = None
+    cache: str = ".cache/mat"  # tokenizer and tokens
+    vocabulary: int = MISSING  # word pieces
+    length: int = MISSING  # tokens per sequence
+    mask_share: float = 0.15  # share of the tokens that are predicted
+
+
+@dataclass
+class MethodConfig:
+    """Which units train, and what is done with the others (paper section 5)."""
+
+    name: str = MISSING
+    score: str = "lambda_max"  # what the policy ranks by: lambda_max | gradnorm | none
+    policy: str = "all"  # all | random | multirate | threshold | lowest | shuffled | static
+    temporal: bool = False  # eqs. (6)-(7): units whose eigenvalue has settled stop for good
+    budget: float = 1.0  # share of train.pflops that the run spends
+    slow_share: float = 0.5  # multirate: share of slow units
+    slow_steps: int = 5  # multirate: a slow unit's gradient is computed every so many steps
+    matched: str | None = None  # rand: run folder whose active counts per kind and layer are taken ({seed} is filled in)
+
+
+@dataclass
+class SelectionConfig:
+    """What all methods share when units are selected."""
+
+    units: list[str] = MISSING  # kinds that are gated; the others belong to the rest
+    interval: float = MISSING  # share of the run's FLOPs between selections
+    mode: str = MISSING  # backward mode: cut | exact
+    share: float | None = None  # wanted share of active units; alpha follows from it
+    alpha: float | None = None  # eq. (4), instead of share
+    scope: str = "kind"  # units compared with each other in eq. (4): kind | layer | all
+    beta: float = 1e-3  # eq. (7)
+    samples: int = 32  # probe sequences n
+    reduction: str = "random"  # random | sum | full
+    projections: int = 1  # random: number m of stacked +-1 projections
+
+
+@dataclass
+class HardwareConfig:
+    """Where the run computes, and how precisely. Changes speed, not the science."""
+
+    device: str = MISSING  # cpu | cuda
+    precision: str = MISSING  # float32 | bfloat16 (autocast)
+    threads: int | None = None  # CPU threads; all when null
+    estimator_bytes: int = 512 * 2**20  # bound on the estimator's working memory
+    exclusive: bool = True  # false: the machine is shared with other work, so tables leave this run's seconds out
+
+
+@dataclass
+class TrainConfig:
+    """The recipe and the length of training."""
+
+    pflops: float = MISSING  # planned length: what a dense run spends, without embeddings and vocabulary
+    batch: int = MISSING  # sequences or images per step
+    accumulation: int = 1  # micro-batches a step is computed in
+    lr: float = MISSING
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    warmup: float = 0.05  # share of the run's FLOPs with rising learning rate; linear decay to 0 after it
+    clip: float = 1.0  # largest gradient norm
+    eval_interval: float = 0.025  # share of train.pflops between evaluations
+    eval_samples: int | None = None  # validation samples; all when null
+    eval_batch: int = 128
+    marks: list[float] = field(default_factory=list)  # PFLOPs at which the tables read the validation loss
+    log_steps: int = 25  # the mean training loss is logged every so many steps
+    checkpoint_steps: int = 200
+    stop_when_settled: bool = False  # end the run when all units have stopped
+
+
+@dataclass
+class TrackingConfig:
+    """wandb mirrors the run folder when ``wandb`` is true; offline without a key or a network."""
+
+    wandb: bool = False
+    project: str = "modular-adaptive-training"
+    entity: str | None = None
+    progress: bool = True
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "smoke"  # first folder below ``runs``; experiments set it
+    seed: int = 0
+    runs: str = "runs"
+    model: Any = MISSING
+    dataset: Any = MISSING
+    method: MethodConfig = MISSING
+    selection: SelectionConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    train: TrainConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+
+GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
+    "model": (("bert", BertConfig),),
+    "dataset": (("text", DatasetConfig),),
+    "method": (("method", MethodConfig),),
+    "selection": (("selection", SelectionConfig),),
+    "hardware": (("hardware", HardwareConfig),),
+    "train": (("train", TrainConfig),),
+    "tracking": (("tracking", TrackingConfig),),
+}
+
+
+def register_schemas() -> None:
+    """Give Hydra the schemas: ``schema`` for the whole, ``<group>/schema_<name>`` for a group's files."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, schemas in GROUPS.items():
+        for name, node in schemas:
+            store.store(group=group, name=f"schema_{name}", node=node)
+
+
+KINDS = {"bert": ("heads", "ffn")}
+MODALITY = {"bert": "text"}
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(allowed)}."
+        raise UserError(f"{key}={value} is not known: {hint}")
+
+
+def _between(key: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    if not (low < value if open_low else low <= value) or not value <= high:
+        bracket = "(" if open_low else "["
+        raise UserError(f"{key}={value} is out of range: set it within {bracket}{low}, {high}].")
+
+
+def validate(config: Config) -> None:
+    """Refuse what cannot work, before any work.
+
+    Args:
+        config: The composed configuration.
+
+    Raises:
+        UserError: In one sentence, naming the key and the remedy.
+    """
+    model, train, selection, method = config.model, config.train, config.selection, config.method
+    _one_of("model.family", model.family, list(KINDS))
+    if MODALITY[model.family] != config.dataset.modality:
+        raise UserError(
+            f"model={model.family} cannot read dataset={config.dataset.name}: choose a dataset of "
+            f"{MODALITY[model.family]}s." if MODALITY[model.family] != "text" else
+            f"model={model.family} cannot read dataset={config.dataset.name}: choose a text dataset."
+        )
+    if isinstance(model, BertConfig):
+        _validate_bert(model)
+    _validate_text(config.dataset)
+
+    inf = float("inf")
+    _between("seed", config.seed, 0, 2**31 - 1)
+    _between("train.pflops", train.pflops, 0, inf, open_low=True)
+    for key in ("batch", "accumulation", "eval_batch", "log_steps", "checkpoint_steps"):
+        _between(f"train.{key}", getattr(train, key), 1, inf)
+    if train.batch % train.accumulation:
+        raise UserError(
+            f"train.accumulation={train.accumulation} does not divide train.batch={train.batch}: choose a divisor."
+        )
+    _between("train.lr", train.lr, 0, inf, open_low=True)
+    _between("train.clip", train.clip, 0, inf, open_low=True)
+    _between("train.weight_decay", train.weight_decay, 0, inf)
+    _between("train.warmup", train.warmup, 0, 0.9)
+    _between("train.eval_interval", train.eval_interval, 0, 0.025, open_low=True)
+    if train.eval_samples is not None:
+        _between("train.eval_samples", train.eval_samples, 1, inf)
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas={train.betas} is not usable: give two numbers within [0, 1).")
+    for mark in train.marks:
+        _between("train.marks", mark, 0, train.pflops, open_low=True)
+
+    for kind in selection.units:
+        _one_of("selection.units", kind, KINDS[model.family])
+    if not selection.units:
+        raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
+    _one_of("selection.mode", selection.mode, ("cut", "exact"))
+    _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
+    _one_of("selection.reduction", selection.reduction, ("random", "sum", "full"))
+    _between("selection.interval", selection.interval, 0, 0.05, open_low=True)
+    _between("selection.beta", selection.beta, 0, 1)
+    _between("selection.samples", selection.samples, 1, inf)
+    _between("selection.projections", selection.projections, 1, inf)
+    if (selection.share is None) == (selection.alpha is None):
+        raise UserError(
+            f"selection.share={selection.share} and selection.alpha={selection.alpha} contradict each other: "
+            "set exactly one of them and the other to null."
+        )
+    if selection.share is not None:
+        _between("selection.share", selection.share, 0, 1)
+    if selection.alpha is not None:
+        _between("selection.alpha", selection.alpha, 0, 1)
+
+    _one_of(
+        "method.policy", method.policy, ("all", "random", "multirate", "threshold", "lowest", "shuffled", "static")
+    )
+    _one_of("method.score", method.score, ("none", "lambda_max", "gradnorm"))
+    _between("method.budget", method.budget, 0, 1, open_low=True)
+    _between("method.slow_share", method.slow_share, 0, 1)
+    _between("method.slow_steps", method.slow_steps, 1, inf)
+    if method.matched is not None and method.policy != "random":
+        raise UserError(f"method.matched={method.matched} is for method=rand only: remove it or choose method=rand.")
+    if method.temporal and method.score != "lambda_max":
+        raise UserError(f"method.temporal=true needs eigenvalues: set method.score=lambda_max, not {method.score}.")
+
+    _one_of("hardware.device", config.hardware.device, ("cpu", "cuda"))
+    _one_of("hardware.precision", config.hardware.precision, ("float32", "bfloat16"))
+    if config.hardware.threads is not None:
+        _between("hardware.threads", config.hardware.threads, 1, os.cpu_count() or 1)
+    _between("hardware.estimator_bytes", config.hardware.estimator_bytes, 2**20, inf)
+
+
+def _validate_bert(model: BertConfig) -> None:
+    for key in ("layers", "width", "heads", "ffn_hidden", "ffn_groups"):
+        _between(f"model.{key}", getattr(model, key), 1, float("inf"))
+    _one_of("model.positions", model.positions, ("learned", "rotary"))
+    _one_of("model.norm", model.norm, ("post", "pre"))
+    _between("model.dropout", model.dropout, 0, 0.9)
+    if model.width % model.heads:
+        raise UserError(f"model.heads={model.heads} does not divide model.width={model.width}: choose a divisor.")
+    if model.positions == "rotary" and (model.width // model.heads) % 2:
+        raise UserError(
+            f"model.heads={model.heads} gives heads of odd width, which rotary positions cannot rotate: "
+            "choose heads so that model.width / model.heads is even."
+        )
+    if model.ffn_hidden % model.ffn_groups:
+        raise UserError(
+            f"model.ffn_groups={model.ffn_groups} does not divide model.ffn_hidden={model.ffn_hidden}: "
+            "choose a divisor."
+        )
+
+
+def _validate_text(dataset: DatasetConfig) -> None:
+    _between("dataset.length", dataset.length, 2, float("inf"))
+    _between("dataset.vocabulary", dataset.vocabulary, 64, float("inf"))
+    _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
+    if dataset.root is not None and not Path(dataset.root).expanduser().is_dir():
+        raise UserError(
+            f"dataset.root={dataset.root} is not a folder: point it (or MAT_DATA) at the folder that holds "
+            f"{dataset.local_folder}/, or set it to null to load {dataset.name} from the hub."
+        )
+
+
+def resolve(composed: DictConfig) -> Config:
+    """Turn Hydra's composition into dataclasses and validate them.
+
+    Args:
+        composed: What Hydra composed.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UserError: If a value is missing or senseless.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: set it on the command line, as in {missing[0]}=...")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    validate(config)
+    return config

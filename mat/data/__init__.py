@@ -1,0 +1,1 @@
+"""Data sets: text from the hub or local Parquet, tokens, masks."""

@@ -1,0 +1,407 @@
+"""The engine: one training run, from a validated configuration to a complete run folder.
+
+Length, schedule, evaluations and selections are all measured in executed FLOPs (the paper's figure), so that methods
+are compared at equal cost: a run spends ``method.budget`` x ``train.pflops`` PFLOPs, overhead included and never more,
+its learning rate warms up and decays over that budget, and a method that makes steps cheaper makes more of them.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mat import checkpoint, flops, ntk
+from mat.config import Config
+from mat.data.masking import MaskedBatch
+from mat.data.tokens import MaskedText
+from mat.errors import RunFailed
+from mat.flops import Flops
+from mat.methods import FloatArray, Method
+from mat.models import build
+from mat.optim import UnitAdamW
+from mat.runs import RunFolder
+from mat.tracking import Progress, open_mirror
+from mat.units import UnitIndex, unit_layers
+
+PFLOP = 1e15
+DIVERGED = 3.0  # a training loss this many times the first one will not come back
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the checkpoint is written."""
+
+
+def run(config: Config, folder: Path) -> dict[str, Any] | None:
+    """Train, or go on training, or do nothing if the run is complete.
+
+    Args:
+        config: The validated configuration.
+        folder: The run folder.
+
+    Returns:
+        The run's summary, or None if it was interrupted.
+
+    Raises:
+        RunFailed: If training diverged; ``failure.json`` says why and the last good checkpoint stays.
+        UserError: If the data or the folder cannot be used.
+    """
+    files = RunFolder(folder, config)
+    if files.summary is not None:
+        return files.summary
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    training = Training(config, files)
+    summary = None
+    try:
+        summary = training.train()
+    except Interrupted:
+        pass
+    except RunFailed as failure:
+        files.write_failure(str(failure))
+        raise
+    finally:
+        training.close(summary)
+    return summary
+
+
+class Training:
+    """State and verbs of one run; ``train`` is the loop.
+
+    Args:
+        config: The validated configuration.
+        files: The run folder.
+    """
+
+    def __init__(self, config: Config, files: RunFolder) -> None:
+        self.config, self.files = config, files
+        self.device = torch.device(config.hardware.device)
+        self.data = MaskedText.load(config.dataset, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = build(config.model, config.dataset, self.data.vocabulary).to(self.device)
+        train = config.train
+        self.optimiser = UnitAdamW(self.model, (train.betas[0], train.betas[1]), train.eps, train.weight_decay)
+        self.index = UnitIndex(unit_layers(self.model), config.selection.units)
+        self.method = Method(config.method, config.selection, self.index, config.seed)
+        self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if self.method.selects else None
+        self.budget = train.pflops * config.method.budget * PFLOP
+
+        self.step = 0
+        self.epoch = 0
+        self.spent = Flops()  # executed
+        self.needed = 0  # of the paper's figure, nothing padded
+        self.seconds = 0.0
+        self.seconds_estimator = 0.0
+        self.share_sum = 0.0  # of active shares over steps
+        self.first_loss = 0.0
+        self.window: list[float] = []  # training losses since the last logged one
+        self.evaluated_at = -1
+        self.best: dict[str, float] = {"loss": math.inf}
+        self._interrupt = False
+        self._restore()
+        files.write_environment(config)
+        self.mirror = open_mirror(config, files.path, asdict(config))
+        label = f"{config.model.name} {config.method.name} seed={config.seed}"
+        done = self.spent.figure / PFLOP
+        self.progress = Progress(self.budget / PFLOP, done, config.tracking.progress, label)
+
+    def train(self) -> dict[str, Any]:
+        """The loop: select, evaluate, step, until the budget is spent."""
+        train = self.config.train
+        points = self._evaluation_points()
+        with self._stopping_cleanly():
+            while True:
+                if self._selection_is_due():
+                    if self.spent.figure + self._estimate_cost().figure > self.budget:
+                        break
+                    self._select()
+                batch, self.epoch = self.data.train_batch(self.step, train.batch)
+                self.index.set_active(self.method.active_at(self.step), self.config.selection.mode)
+                cost = flops.training_step(self.model, batch)
+                after = self.spent.figure + cost.figure
+                while points and after > points[0]:
+                    self._evaluate(points.pop(0) / PFLOP)
+                if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
+                    break
+                self._train_step(batch, cost)
+                if self.step % train.checkpoint_steps == 0:
+                    self._save()
+                if self._interrupt:
+                    self._save()
+                    raise Interrupted
+            return self._finish()
+
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """Close the progress bar and the mirror."""
+        self.progress.close()
+        self.mirror.finish(summary)
+
+    # --- one step
+
+    def _train_step(self, batch: MaskedBatch, cost: Flops) -> None:
+        start = time.perf_counter()
+        train = self.config.train
+        self.model.train()
+        self.optimiser.clear()
+        loss = 0.0
+        for part in batch.to(self.device).split(train.accumulation):
+            with self._autocast():
+                share = self.model.loss(part) * (part.samples / batch.samples)  # type: ignore[operator]
+            share.backward()
+            loss += float(share.detach())
+        norm = float(self.optimiser.clip(train.clip))
+        self._refuse_divergence(loss, norm)
+        lr = self._learning_rate((self.spent.figure + cost.figure / 2) / self.budget)
+        self.optimiser.step(lr)
+        if self.method.drifts:
+            self.optimiser.drift(((layer, ~layer.active) for layer in self.index.layers), lr)
+        self.seconds += time.perf_counter() - start
+
+        self.step += 1
+        self.spent += cost
+        self.needed += cost.figure
+        active_share = float(self.method.active_at(self.step - 1).mean())
+        self.share_sum += active_share
+        self.window.append(loss)
+        if self.step % train.log_steps == 0:
+            mean = float(np.mean(self.window))
+            self.window.clear()
+            self._event("train", "train", loss=mean, lr=lr, active_share=active_share)
+        best = None if math.isinf(self.best["loss"]) else self.best["loss"]
+        self.progress.update(self.spent.figure / PFLOP, loss, active_share, best)
+
+    def _learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then linear decay to 0, over the run's own budget."""
+        train = self.config.train
+        if progress < train.warmup:
+            return train.lr * progress / train.warmup
+        return train.lr * max(0.0, (1 - progress) / (1 - train.warmup))
+
+    def _refuse_divergence(self, loss: float, norm: float) -> None:
+        if self.step == 0:
+            self.first_loss = loss
+        if not math.isfinite(loss) or not math.isfinite(norm) or loss > DIVERGED * self.first_loss:
+            raise RunFailed(
+                f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, gradient norm {norm:.4g}): "
+                "lower train.lr or train.clip; the last good checkpoint is kept."
+            )
+
+    # --- selections
+
+    def _selection_is_due(self) -> bool:
+        if not self.method.selects:
+            return False
+        if self.config.method.policy == "multirate":
+            return self.method.state.t < 0
+        due = (self.method.state.t + 1) * self.config.selection.interval * self.budget
+        return self.spent.figure >= due and not bool(self.method.state.stopped.all())
+
+    def _estimate_cost(self) -> Flops:
+        if not self.method.needs_score or self.probe is None:
+            return Flops()
+        selection = self.config.selection
+        return flops.estimate(
+            self.model, self.probe, self.index.layers, self._reduction(), selection.projections,
+            self.config.hardware.estimator_bytes,
+        )  # fmt: skip
+
+    def _select(self) -> None:
+        start = time.perf_counter()
+        cost = self._estimate_cost()
+        score = self._score() if self.method.needs_score else None
+        state = self.method.select(score)
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        self.seconds_estimator += elapsed
+        self.spent += cost
+        self.needed += cost.figure
+        rows = pd.DataFrame(
+            {
+                "t": state.t,
+                "step": self.step,
+                "pflops": self.spent.figure / PFLOP,
+                "kind": self.index.kind,
+                "layer": self.index.layer,
+                "unit": self.index.unit,
+                "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score,
+                "delta": state.delta,
+                "threshold": state.threshold,
+                "active": state.active,
+                "stopped": state.stopped,
+            }
+        )
+        before = self.files.units()
+        self.files.write_units(rows if before is None else pd.concat([before, rows], ignore_index=True))
+        self._event("selection", "train", active_share=float(state.active.mean()))
+
+    def _reduction(self) -> ntk.Reduction:
+        return "loss" if self.config.method.score == "gradnorm" else self.config.selection.reduction  # type: ignore[return-value]
+
+    def _score(self) -> FloatArray:
+        selection = self.config.selection
+        assert self.probe is not None
+        try:
+            with self._autocast():
+                found = ntk.estimate(
+                    self.model,
+                    self.probe,
+                    self.index,
+                    reduction=self._reduction(),
+                    projections=selection.projections,
+                    seed=self.config.seed,
+                    memory_bytes=self.config.hardware.estimator_bytes,
+                )
+        except FloatingPointError as error:
+            raise RunFailed(f"{self.files.path}: at step {self.step} {error}") from error
+        return np.sqrt(found.squared_norm) if self.config.method.score == "gradnorm" else found.lambda_max
+
+    # --- evaluation
+
+    def _evaluation_points(self) -> list[float]:
+        """FLOPs at which to evaluate: every ``eval_interval`` of the planned FLOPs, every mark, and the end."""
+        train = self.config.train
+        planned = train.pflops * PFLOP
+        regular = [i * train.eval_interval * planned for i in range(1, math.ceil(1 / train.eval_interval) + 1)]
+        marks = [mark * PFLOP for mark in train.marks]
+        wanted = sorted({p for p in (*regular, *marks) if p <= self.budget} | {self.budget})
+        return [p for p in wanted if p > self.evaluated_at]
+
+    def _evaluate(self, point: float) -> None:
+        """Validation loss on fixed masks; not counted in FLOPs or seconds."""
+        train = self.config.train
+        loss = self._loss_on("validation", train.eval_samples)
+        self.evaluated_at = point * PFLOP
+        mark = next((m for m in train.marks if math.isclose(m, point)), None)
+        self._event("evaluation", "validation", loss=loss, mark=mark)
+        if not math.isfinite(loss):
+            raise RunFailed(f"{self.files.path}: the validation loss is {loss} at step {self.step}: lower train.lr.")
+        if loss < self.best["loss"]:
+            self.best = {"loss": loss, "step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
+            checkpoint.save(self.files.checkpoints / "best.pt", {"step": self.step, "model": self.model.state_dict()})
+
+    @torch.no_grad()
+    def _loss_on(self, split: str, samples: int | None) -> float:
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
+            with self._autocast():
+                loss = self.model.loss(batch.to(self.device))  # type: ignore[operator]
+            total += float(loss) * batch.targets.numel()
+            count += batch.targets.numel()
+        return total / count
+
+    def _finish(self) -> dict[str, Any]:
+        """Read the test loss at the best validation, and write the summary: the run is complete."""
+        if math.isinf(self.best["loss"]):
+            self._evaluate(self.spent.figure / PFLOP)
+        self._save()
+        best = checkpoint.load(self.files.checkpoints / "best.pt", self.device)
+        assert best is not None and best["step"] == self.best["step"]
+        self.model.load_state_dict(best["model"])
+        test_loss = self._loss_on("test", None)
+        mean_share = self.share_sum / max(1, self.step)
+        self._event("test", "test", loss=test_loss)
+        summary = {
+            "method": self.config.method.name,
+            "model": self.config.model.name,
+            "mode": self.config.selection.mode,
+            "seed": self.config.seed,
+            "steps": self.step,
+            **self._ledger(),
+            "seconds_estimator": self.seconds_estimator,
+            "best_validation_loss": self.best["loss"],
+            "best_step": self.best["step"],
+            "pflops_to_best": self.best["pflops"],
+            "seconds_to_best": self.best["seconds"],
+            "test_loss": test_loss,
+            "active_share": mean_share,
+            "unigram_entropy": self.data.unigram_entropy(),
+            "selections": self.method.state.t + 1,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        self.files.write_summary(summary)
+        return summary
+
+    # --- records
+
+    def _ledger(self) -> dict[str, float]:
+        spent = self.spent
+        return {
+            "pflops_forward": spent.forward / PFLOP,
+            "pflops_input_grad": spent.input_grad / PFLOP,
+            "pflops_weight_grad": spent.weight_grad / PFLOP,
+            "pflops_overhead": spent.overhead / PFLOP,
+            "pflops": spent.figure / PFLOP,
+            "pflops_vocabulary": spent.vocabulary / PFLOP,
+            "pflops_needed": self.needed / PFLOP,
+            "seconds": self.seconds,
+        }
+
+    def _event(self, event: str, split: str, **values: Any) -> None:
+        share = self.share_sum / self.step if self.step else 1.0
+        where = {"event": event, "step": self.step, "epoch": self.epoch, "split": split}
+        line = {**where, "loss": None, "active_share": share, **self._ledger(), **values}
+        self.files.append(line)
+        self.mirror.log(line)
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "method": self.method.state_dict(),
+            "random": torch.get_rng_state(),
+            "lines": self.files.lines(),
+            "spent": list(astuple(self.spent)),
+            **{name: getattr(self, name) for name in self._SAVED},
+        }
+        checkpoint.save(self.files.checkpoints / "latest.pt", state)
+
+    _SAVED = (
+        "step", "epoch", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
+        "evaluated_at", "best",
+    )  # fmt: skip
+
+    def _restore(self) -> None:
+        """Go on from the latest checkpoint; without one, start over."""
+        state = checkpoint.load(self.files.checkpoints / "latest.pt", self.device)
+        if state is None:
+            self.files.rewind(0, 0)
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.method.load_state_dict(state["method"])
+        torch.set_rng_state(state["random"].cpu())
+        self.spent = Flops(*state["spent"])
+        for name in self._SAVED:
+            setattr(self, name, state[name])
+        self.files.rewind(state["lines"], self.method.state.t + 1)
+
+    # --- surroundings
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.hardware.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def _stopping_cleanly(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the present step, with a checkpoint."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._interrupt = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+

@@ -1,0 +1,21 @@
+"""From a model's configuration to the model."""
+
+from torch import nn
+
+from mat.bert import Bert
+from mat.config import BertConfig, DatasetConfig, ModelConfig
+
+
+def build(model: ModelConfig, dataset: DatasetConfig, vocabulary: int) -> nn.Module:
+    """The model of a configuration, initialised from torch's random state.
+
+    Args:
+        model: The model's configuration.
+        dataset: The dataset's, for the sequence length.
+        vocabulary: Number of word pieces.
+
+    Returns:
+        The model, on the CPU.
+    """
+    assert isinstance(model, BertConfig)
+    return Bert(model, vocabulary, dataset.length)

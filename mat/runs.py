@@ -1,0 +1,190 @@
+"""The run folder: the contract between the engine and ``results/`` (see README, "Run folder").
+
+    <runs>/<name>/<overrides without seed>/seed=<n>/
+        config.yaml        resolved configuration
+        environment.json   commit, versions, device, threads, precision
+        metrics.jsonl      one event per line
+        units.parquet      one row per selection and unit
+        checkpoint/        latest.pt, best.pt
+        summary.json       written last: its presence means the run is complete
+        failure.json       why a run failed; a new try removes it
+"""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import OmegaConf
+
+from mat.config import Config
+from mat.errors import UserError
+
+# Overrides that do not change the science: they name no folder, and may differ when a run is resumed.
+UNNAMED = ("seed", "runs", "name", "hardware", "tracking", "dataset.root", "dataset.cache", "train.checkpoint_steps")
+
+
+def folder_of(config: Config, overrides: list[str]) -> Path:
+    """Where a run lives.
+
+    Args:
+        config: Its configuration.
+        overrides: The command line's overrides, as Hydra gives them.
+
+    Returns:
+        ``<runs>/<name>/<overrides without seed>/seed=<n>``.
+    """
+    named = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if key != "experiment" and not any(key == u or key.startswith(f"{u}.") for u in UNNAMED):
+            named.append(override.lstrip("+").replace("/", "_"))
+    return Path(config.runs) / config.name / (",".join(sorted(named)) or "default") / f"seed={config.seed}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """One run's files.
+
+    Args:
+        path: The folder; made if need be.
+        config: The run's configuration.
+
+    Raises:
+        UserError: If the folder holds a run of another configuration.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoint"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        resolved = asdict(config)
+        known = path / "config.yaml"
+        if known.is_file():
+            before = OmegaConf.to_container(OmegaConf.load(known))
+            differing = _differences(_science(before), _science(resolved))
+            if differing:
+                raise UserError(
+                    f"{path} holds a run with another {differing[0]}: remove that folder, or give this run another "
+                    "name=..."
+                )
+        else:
+            write_atomically(known, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        (path / "failure.json").unlink(missing_ok=True)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a complete run, else None."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_environment(self, config: Config) -> None:
+        """Record where and with what the run computes; a resumed run that moved says so."""
+        now = environment(config)
+        path = self.path / "environment.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            now["resumed"] = before.get("resumed", 0) + 1
+            now["exclusive"] = now["exclusive"] and before["exclusive"]
+        write_atomically(path, json.dumps(now, indent=1))
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Add one event to ``metrics.jsonl``."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def lines(self) -> int:
+        """Events written so far."""
+        path = self.path / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.is_file() else 0
+
+    def rewind(self, lines: int, selections: int) -> None:
+        """Forget what was written after a checkpoint: events beyond a number, selections from a number on."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            kept = path.read_text().splitlines(keepends=True)[:lines]
+            write_atomically(path, "".join(kept))
+        units = self.path / "units.parquet"
+        if units.is_file():
+            frame = pd.read_parquet(units)
+            self.write_units(frame[frame["t"] < selections])
+
+    def units(self) -> pd.DataFrame | None:
+        """Selections so far."""
+        path = self.path / "units.parquet"
+        return pd.read_parquet(path) if path.is_file() else None
+
+    def write_units(self, frame: pd.DataFrame) -> None:
+        """Rewrite ``units.parquet`` atomically."""
+        temporary = self.path / "units.parquet.tmp"
+        frame.to_parquet(temporary, index=False)
+        os.replace(temporary, self.path / "units.parquet")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``: the run is complete."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+
+    def write_failure(self, reason: str) -> None:
+        """Mark the run failed."""
+        write_atomically(self.path / "failure.json", json.dumps({"reason": reason}, indent=1))
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Commit, versions, device, threads, precision of this process."""
+    import datasets
+    import tokenizers
+
+    def git(*arguments: str) -> str | None:
+        root = Path(__file__).resolve().parent
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    device = config.hardware.device
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
+        "versions": {
+            "python": platform.python_version(),
+            **{m.__name__: m.__version__ for m in (torch, datasets, tokenizers)},
+        },
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "precision": config.hardware.precision,
+        "exclusive": config.hardware.exclusive,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [n for n in info.read_text().splitlines() if n.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _science(config: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif not any(prefix == u or prefix.startswith(f"{u}.") for u in UNNAMED) and prefix != "method.matched":
+            flat[prefix] = value
+
+    walk("", config)
+    return flat
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

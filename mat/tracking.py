@@ -1,0 +1,134 @@
+"""Mirrors of the run folder: wandb, and the progress bar. Neither can stop a run, and nothing reads them back."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from mat.config import Config
+
+log = logging.getLogger(__name__)
+
+
+class Mirror(Protocol):
+    """Something that is shown what the run folder receives."""
+
+    def log(self, event: dict[str, Any]) -> None:
+        """One event of ``metrics.jsonl``."""
+        ...
+
+    def finish(self, summary: dict[str, Any] | None) -> None:
+        """The run's end; no summary when it failed or was interrupted."""
+        ...
+
+
+class NoMirror:
+    """Tracking that is switched off."""
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def finish(self, summary: dict[str, Any] | None) -> None:
+        """Nothing."""
+
+
+class WandbMirror:
+    """wandb as a view of the run folder. The first failure is reported in one line and ends the mirroring.
+
+    Args:
+        run: An initialised wandb run (or a stand-in that records).
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run: Any = run
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Send one event, its numbers named by kind of event; the x axis is the step."""
+        kind = event["event"]
+        numbers = {f"{kind}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
+        self._attempt(lambda: self._run.log(numbers, step=event["step"]))
+
+    def finish(self, summary: dict[str, Any] | None) -> None:
+        """Send the summary and close."""
+        if summary is not None:
+            self._attempt(lambda: self._run.summary.update(summary))
+        self._attempt(lambda: self._run.finish(exit_code=0 if summary is not None else 1))
+
+    def _attempt(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:  # a dashboard must never cost a run
+            log.warning("wandb stopped mirroring this run (%s); the run folder goes on", error)
+            self._run = None
+
+
+def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirror:
+    """The mirror that the configuration asks for; offline without a key or a network.
+
+    Args:
+        config: The run's configuration.
+        folder: The run folder; wandb's own files go below it.
+        resolved: The configuration as plain values.
+
+    Returns:
+        A mirror. If wandb cannot start at all, one that does nothing, with a warning.
+    """
+    if not config.tracking.wandb:
+        return NoMirror()
+    try:
+        import wandb
+
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+        modes = ["online", "offline"] if has_key and os.environ.get("WANDB_MODE") != "offline" else ["offline"]
+        for mode in modes:
+            try:
+                run = wandb.init(
+                    project=config.tracking.project,
+                    entity=config.tracking.entity,
+                    dir=str(folder),
+                    name=f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name}",
+                    config=resolved,
+                    mode=mode,  # type: ignore[arg-type]
+                    settings=wandb.Settings(init_timeout=20, silent=True),
+                )
+                return WandbMirror(run)
+            except Exception as error:  # no network, a wrong key: the mirror goes offline
+                log.warning("wandb could not start %s (%s)", mode, error)
+    except Exception as error:  # wandb itself is broken
+        log.warning("wandb could not start (%s); the run folder goes on alone", error)
+    return NoMirror()
+
+
+class Progress:
+    """A progress bar over the run's FLOPs: ETA, loss, active share, PFLOPs.
+
+    Args:
+        pflops: The run's length.
+        done: PFLOPs spent before (resumed runs).
+        shown: Whether to show it.
+        label: What stands before the bar.
+    """
+
+    def __init__(self, pflops: float, done: float, shown: bool, label: str) -> None:
+        self._pflops = pflops
+        self._bar = tqdm(
+            total=100.0, initial=100 * done / pflops, disable=not shown, desc=label, mininterval=1.0,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
+        )  # fmt: skip
+
+    def update(self, pflops: float, loss: float, active_share: float, validation: float | None) -> None:
+        """Show the present state."""
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}" + (f" val {validation:.3f}" if validation is not None else "")
+            + f" active {active_share:.0%} {pflops:.4g}/{self._pflops:.4g} PFLOPs",
+            refresh=False,
+        )  # fmt: skip
+        self._bar.update(min(100 * pflops / self._pflops, 100.0) - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        self._bar.close()

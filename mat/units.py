@@ -1,0 +1,248 @@
+"""Units and gates: layers whose parameters have the unit as first axis, and backward only through active units.
+
+A *unit* is what the paper calls a module: an attention head, a feed-forward group, an expert, a filter.
+``UnitLayer`` stores every gated parameter unit-major, so "unit u of this parameter" is always ``p[u]``.
+A gate is a boolean vector over the layer's units and a backward mode (paper section 5):
+
+``cut``    nothing flows back through a frozen unit: its part of the forward pass runs without gradients, keeps no
+           activations and costs no backward at all;
+``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient.
+
+Gradients of the active units land where the optimiser finds them (``UnitLayer.gradient``): in ``p.grad`` when all
+units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+BackwardMode = Literal["cut", "exact"]
+UnitTensors = dict[str, Tensor]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass
+class Tap:
+    """One product inside a unit layer, as the mNTK estimator needs it.
+
+    The gradient of ``weight[u]`` for one sample is ``per_unit[:, u].T @ shared``, summed over the sample's
+    positions. One of the two factors is known in the forward pass; the other is the gradient of ``output``.
+
+    Attributes:
+        layer: The layer that recorded it.
+        weight: Name of the unit parameter, (U, p, q).
+        bias: Name of the bias (U, p) whose gradient is ``per_unit`` summed over positions, if there is one.
+        known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p).
+        known_is_shared: Which of the two factors ``known`` is.
+        output: Tensor whose gradient is the other factor.
+    """
+
+    layer: "UnitLayer"
+    weight: str
+    bias: str | None
+    known: Tensor
+    known_is_shared: bool
+    output: Tensor
+
+
+@dataclass
+class Tape:
+    """What the unit layers recorded during one forward pass, in forward order."""
+
+    taps: list[Tap] = field(default_factory=list)
+
+
+@dataclass
+class _Block:
+    """Rows of one parameter, gathered; valid while the parameter's version counter stands."""
+
+    rows: Tensor
+    version: int
+
+
+class UnitLayer(nn.Module):
+    """A layer made of units whose contributions add up: ``forward(x) = sum over units of compute(x, unit)``.
+
+    Subclasses register unit-major parameters with :meth:`add_unit_parameter` and implement :meth:`compute`, which
+    must work for any subset of the units. Everything about gates lives here.
+
+    Args:
+        kind: Plural name of the units (``heads``, ``ffn``, ...), the key of ``selection.units``.
+        n_units: Number of units U.
+    """
+
+    def __init__(self, kind: str, n_units: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.n_units = n_units
+        self.mode: BackwardMode = "cut"
+        self.active: BoolArray = np.ones(n_units, dtype=bool)
+        self.tape: Tape | None = None
+        self.products: dict[str, str | None] = {}
+        self._unit_names: list[str] = []
+        self._index: dict[bool, Tensor | None] = {True: None, False: None}
+        self._blocks: dict[tuple[str, bool], _Block] = {}
+
+    def add_unit_parameter(self, name: str, value: Tensor) -> None:
+        """Register a gated parameter of shape (U, ...)."""
+        if value.shape[0] != self.n_units:
+            raise ValueError(f"{name} has {value.shape[0]} rows for {self.n_units} units")
+        self.register_parameter(name, nn.Parameter(value))
+        self._unit_names.append(name)
+
+    def add_product(self, weight: str, value: Tensor, bias: str | None = None) -> None:
+        """Register a weight (U, p, q) that is one matrix product over tokens, with a zero bias (U, p) if named."""
+        self.add_unit_parameter(weight, value)
+        if bias is not None:
+            self.add_unit_parameter(bias, torch.zeros(value.shape[:2]))
+        self.products[weight] = bias
+
+    def product_shapes(self) -> list[tuple[int, int, bool]]:
+        """(p, q, has a bias) of every product, in forward order."""
+        shapes = ((self.get_parameter(weight).shape, bias) for weight, bias in self.products.items())
+        return [(shape[1], shape[2], bias is not None) for shape, bias in shapes]
+
+    def inner_flops(self, tokens: int, length: int) -> int:
+        """Forward FLOPs per unit of what lies between the products; its backward costs twice as much."""
+        return 0
+
+    def unit_parameters(self) -> dict[str, nn.Parameter]:
+        """The gated parameters by name, each of shape (U, ...)."""
+        return {name: self.get_parameter(name) for name in self._unit_names}
+
+    @property
+    def n_active(self) -> int:
+        """Number of active units."""
+        return int(self.active.sum())
+
+    def set_active(self, active: BoolArray, mode: BackwardMode | None = None) -> None:
+        """Choose the units that are back-propagated from now on.
+
+        Args:
+            active: (U,) boolean. None active and all active are both fine.
+            mode: Backward mode; the present one when omitted.
+
+        Raises:
+            ValueError: If the shape is not (U,).
+        """
+        active = np.asarray(active, dtype=bool)
+        if active.shape != (self.n_units,):
+            raise ValueError(f"active set of shape {active.shape} for {self.n_units} units")
+        self.mode = mode or self.mode
+        if bool((active == self.active).all()):
+            return
+        self.active = active.copy()
+        self._blocks.clear()
+        for side in (True, False):
+            self._index[side] = torch.from_numpy(np.flatnonzero(active == side))
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Gradient of the active units' rows of a parameter, (n_active, ...), or None if there is none."""
+        if self.n_active == self.n_units:
+            return self.get_parameter(name).grad
+        block = self._blocks.get((name, True))
+        return None if block is None else block.rows.grad
+
+    def clear_gradient(self) -> None:
+        """Forget the gradients of all unit parameters."""
+        for name, parameter in self.unit_parameters().items():
+            parameter.grad = None
+            if (name, True) in self._blocks:
+                self._blocks[name, True].rows.grad = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of all units' contributions, differentiable through the active ones (see the module's docstring)."""
+        if self.n_active == self.n_units or not torch.is_grad_enabled() or self.tape is not None:
+            return self.compute(x, dict(self.unit_parameters()))
+        if self.mode == "cut":
+            with torch.no_grad():
+                y = self.compute(x, self._rows(False))
+        else:
+            y = self.compute(x, self._rows(False))
+        return y if self.n_active == 0 else y + self.compute(x, self._rows(True))
+
+    def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
+        """Contribution of the units whose rows are in ``w``, added up."""
+        raise NotImplementedError
+
+    def tap(self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor) -> Tensor:
+        """Record one product for the estimator (see :class:`Tap`) and return the tensor to go on with."""
+        if self.tape is None:
+            return output
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        self.tape.taps.append(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output))
+        return output
+
+    def _rows(self, active: bool) -> UnitTensors:
+        """Rows of the active units (leaves that gather gradients) or of the frozen ones (no gradient)."""
+        rows: UnitTensors = {}
+        for name, parameter in self.unit_parameters().items():
+            block = self._blocks.get((name, active))
+            if block is None:
+                index = self._index[active]
+                assert index is not None
+                gathered = parameter.detach().index_select(0, index.to(parameter.device))
+                block = _Block(gathered.requires_grad_(active), parameter._version)
+                self._blocks[name, active] = block
+            elif block.version != parameter._version:
+                if active:  # the optimiser stepped: same leaf, so that accumulated gradients stay with it
+                    index = self._index[True]
+                    assert index is not None
+                    torch.index_select(parameter.detach(), 0, index.to(parameter.device), out=block.rows.detach())
+                block.version = parameter._version
+            rows[name] = block.rows
+        return rows
+
+
+def unit_layers(model: nn.Module) -> list[UnitLayer]:
+    """The model's unit layers in forward order."""
+    return [module for module in model.modules() if isinstance(module, UnitLayer)]
+
+
+class UnitIndex:
+    """All units of a model as one flat table: row r is one unit, ``kind[r]``, ``layer[r]``, ``unit[r]``.
+
+    Methods decide over flat arrays of length N; this class translates to and from layers. Layers whose kind is not
+    in ``kinds`` belong to the rest: they have no rows and always train.
+
+    Args:
+        layers: Unit layers in forward order.
+        kinds: Kinds to gate; all when omitted.
+    """
+
+    def __init__(self, layers: Sequence[UnitLayer], kinds: Sequence[str] | None = None) -> None:
+        self.layers = [layer for layer in layers if kinds is None or layer.kind in kinds]
+        counter: dict[str, int] = {}
+        kind: list[str] = []
+        depth: list[int] = []
+        unit: list[int] = []
+        for layer in self.layers:
+            position = counter.get(layer.kind, 0)
+            counter[layer.kind] = position + 1
+            kind += [layer.kind] * layer.n_units
+            depth += [position] * layer.n_units
+            unit += range(layer.n_units)
+        self.kind: NDArray[np.str_] = np.array(kind, dtype=str)
+        self.layer: NDArray[np.int64] = np.array(depth, dtype=np.int64)
+        self.unit: NDArray[np.int64] = np.array(unit, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def slices(self) -> Iterator[tuple[UnitLayer, slice]]:
+        """Each layer with its rows in the flat table."""
+        start = 0
+        for layer in self.layers:
+            yield layer, slice(start, start + layer.n_units)
+            start += layer.n_units
+
+    def set_active(self, active: BoolArray, mode: BackwardMode) -> None:
+        """Set every layer's gate from a flat (N,) boolean array."""
+        for layer, rows in self.slices():
+            layer.set_active(active[rows], mode)

@@ -1,0 +1,134 @@
+"""Learning curves of a table: validation loss against PFLOPs and against seconds.
+
+    python -m results.curves table1_mini       # results/figures/table1_mini_curves.{png,svg}
+
+Reads the runs that the table reads, and refuses what the table refuses. A line is the mean over seeds, its band one
+sample standard deviation to either side, both interpolated on a grid that all seeds cover.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mat.errors import UserError
+from results.frame import Run
+from results.specs import SPECS, TableSpec
+
+Array = npt.NDArray[np.float64]
+
+# Okabe and Ito's colours, without yellow (too faint for a line): they stay apart under every colour blindness. The
+# first is the baseline's.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+    "svg.hashsalt": "mat",
+}  # fmt: skip
+
+
+def band(runs: Sequence[Run], axis: str, points: int = 400) -> tuple[Array, Array, Array]:
+    """Mean and spread of the validation loss over seeds.
+
+    Args:
+        runs: The runs of one row.
+        axis: What the loss is read against: "pflops" or "seconds".
+        points: Size of the grid.
+
+    Returns:
+        Grid, mean and sample standard deviation (0 for one run), each of shape (points,). The grid goes from the
+        latest first to the earliest last evaluation, so that no run is extrapolated.
+    """
+    curves = [run.evaluations[[axis, "loss"]].to_numpy(dtype=float) for run in runs]
+    grid = np.linspace(max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves), points)
+    losses = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
+    spread = losses.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
+    return grid, losses.mean(axis=0), spread
+
+
+def _panel(axes: Axes, rows: Sequence[tuple[str, Sequence[Run]]], axis: str, entropy: float | None) -> None:
+    low, high, end = np.inf, -np.inf, 0.0
+    styles = cycle([(colour, dash) for dash in ("-", "--") for colour in COLOURS])
+    for (label, runs), (colour, dash) in zip(rows, styles, strict=False):
+        if not runs:
+            continue
+        grid, mean, spread = band(runs, axis)
+        axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{label} (n = {len(runs)})")
+        axes.plot(grid[-1], mean[-1], "o", color=colour, markersize=3.5)
+        # The view starts where a tenth of the curve is over: the fall from initialisation would flatten the rest.
+        low, high = min(low, (mean - spread).min()), max(high, float(np.interp(grid[-1] / 10, grid, mean + spread)))
+        end = max(end, float(grid[-1]))
+    if not end:
+        axes.text(0.5, 0.5, "no run had the machine to itself", transform=axes.transAxes, ha="center", color="0.4")
+        return
+    margin = 0.06 * (high - low)
+    axes.set(xlim=(0, 1.02 * end), ylim=(low - margin, high + margin))
+    if entropy is not None and low < entropy < high:
+        axes.axhline(entropy, color="0.45", linestyle=":", linewidth=1.3)
+        axes.annotate("unigram entropy", (end, entropy), xytext=(0, 3), textcoords="offset points", ha="right",
+                      color="0.35", fontsize=8.5)  # fmt: skip
+
+
+def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list[Path]:
+    """Draw the curves of a table's rows.
+
+    Args:
+        spec: The table.
+        root: Folder of all runs.
+        out: Folder for the files.
+        seeds: Least number of seeds in each row.
+
+    Returns:
+        The files written: PNG, SVG.
+
+    Raises:
+        ResultsError: If the runs cannot fill the table; nothing is written then.
+    """
+    loaded = spec.load(root, seeds)
+    rows = [(row.label, loaded[row.key]) for row in spec.rows]
+    timed = [(label, [run for run in runs if run.timed]) for label, runs in rows]
+    entropy = loaded[spec.baseline][0].summary.get("unigram_entropy")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        _panel(right, timed, "seconds", None)
+        _panel(left, rows, "pflops", entropy)  # last: both panels show its range
+        left.set(title="against compute", xlabel="PFLOPs executed", ylabel="validation loss (nats per masked token)")
+        right.set(title="against time", xlabel="seconds of training, selection and estimator")
+        figure.suptitle(f"{spec.title}: mean over seeds, band ± 1 sd", x=0.01, ha="left", fontsize=12)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(rows)))
+        Path(out).mkdir(parents=True, exist_ok=True)
+        files = [Path(out) / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
+        figure.savefig(files[0], dpi=200)
+        figure.savefig(files[1], metadata={"Date": None})  # the same runs make the same file
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, or 2 when the curves could not be drawn."""
+    parser = argparse.ArgumentParser(prog="python -m results.curves", description="Draw a table's learning curves.")
+    parser.add_argument("table", choices=list(SPECS), help="whose rows to draw")
+    parser.add_argument("--runs", default="results/runs", help="folder of all runs (default: %(default)s)")
+    parser.add_argument("--out", default="results/figures", help="folder for the files (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="least number of seeds per row (default: %(default)s)")
+    chosen = parser.parse_args(arguments)
+    try:
+        for path in draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds):
+            print(f"wrote {path}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What the tables say about runs: numbers of one run, and their mean and standard deviation over seeds.
+
+A run's numbers come from its own files; comparisons take the baseline's run *of the same seed*. "Best" is always the
+best validation loss. A number that a run does not have (it ended before the mark, it never reached the level) is
+None, and a row's cell is then empty: a mean over the seeds that happened to get there would flatter the row.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from results.frame import Key, ResultsError, Run
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Validation loss at the n-th FLOPs mark (from 1): the last evaluation at or before it (Tables 1 and 2)."""
+
+    number: int
+
+    @property
+    def measure(self) -> str:
+        """Name of its column in the frame."""
+        return f"val_loss_mark{self.number}"
+
+    def at(self, run: Run) -> float:
+        """The mark in PFLOPs."""
+        marks = run.config["train"]["marks"]
+        if len(marks) < self.number:
+            raise ResultsError(f"{run.path} has train.marks={marks}, but the table needs mark {self.number}: set it.")
+        return float(marks[self.number - 1])
+
+    def title(self, run: Run) -> str:
+        """Heading of its column; ``run`` is any run of the table."""
+        return f"validation loss at {self.at(run):.4g} PFLOPs"
+
+    def read(self, run: Run) -> float | None:
+        """The run's number, or None where it has none."""
+        if run.number("pflops") < self.at(run):
+            return None
+        before = run.evaluations[run.evaluations["pflops"] <= self.at(run)]
+        if before.empty:
+            raise ResultsError(f"{run.path} has no evaluation up to the mark {self.at(run)}: evaluate more often.")
+        return float(before["loss"].iloc[-1])
+
+
+@dataclass(frozen=True)
+class Until:
+    """PFLOPs until an accuracy is reached (Table 3)."""
+
+    split: str
+    accuracy: float
+
+    @property
+    def measure(self) -> str:
+        """Name of its column in the frame."""
+        return f"pflops_to_{self.split}_{100 * self.accuracy:g}"
+
+    def title(self, run: Run) -> str:
+        """Heading of its column; ``run`` is any run of the table."""
+        return f"PFLOPs to {100 * self.accuracy:g} % {self.split} accuracy"
+
+    def read(self, run: Run) -> float | None:
+        """The run's number, or None where it has none."""
+        reached = run.metrics[(run.metrics["split"] == self.split) & (run.metrics["accuracy"] >= self.accuracy)]
+        return None if reached.empty else float(reached["pflops"].iloc[0])
+
+
+Level = Mark | Until  # a column of the paper's table that is read somewhere along the run
+
+
+def first_reach(run: Run, loss: float) -> tuple[float, float] | None:
+    """Where the validation loss first is at or below a level.
+
+    Returns:
+        PFLOPs and seconds of that evaluation, or None if the run never gets there.
+    """
+    reached = run.evaluations[run.evaluations["loss"] <= loss]
+    return None if reached.empty else (float(reached["pflops"].iloc[0]), float(reached["seconds"].iloc[0]))
+
+
+def same_clock(one: Run, other: Run) -> bool:
+    """Whether the seconds of two runs can be compared: both alone on the same machine, equally precise."""
+    keys = ("device", "threads", "precision")
+    return one.timed and other.timed and all(one.environment.get(k) == other.environment.get(k) for k in keys)
+
+
+def of_run(run: Run, levels: Sequence[Level]) -> dict[str, float | None]:
+    """What one run says by itself.
+
+    Args:
+        run: The run.
+        levels: The columns of the paper's table besides test loss and PFLOPs.
+
+    Raises:
+        ResultsError: If a number is missing or not finite.
+    """
+    return {
+        "test_loss": run.number("test_loss"),
+        "best_validation_loss": run.number("best_validation_loss"),
+        "pflops_total": run.number("pflops"),
+        "seconds_total": run.number("seconds"),
+        "pflops_to_best": run.number("pflops_to_best"),
+        "seconds_to_best": run.number("seconds_to_best"),
+        "active_share": run.number("active_share"),
+        "overhead_share": run.number("pflops_overhead") / run.number("pflops"),
+    } | {level.measure: level.read(run) for level in levels}
+
+
+def against(run: Run, baseline: Run, levels: Sequence[Level]) -> dict[str, float | None]:
+    """What one run says beside the baseline's run of the same seed.
+
+    Returns:
+        PFLOPs and seconds to the baseline's best validation loss, these over what the baseline itself needed
+        (``pflops_ratio``, ``seconds_ratio``), and each column of the paper's table over the baseline's.
+
+    Raises:
+        ResultsError: If the baseline was best before its first step, so that there is nothing to divide by.
+    """
+    loss = baseline.number("best_validation_loss")
+    needed = baseline.number("pflops_to_best"), baseline.number("seconds_to_best")
+    if min(needed) <= 0:
+        raise ResultsError(f"{baseline.path} is best before its first step, so nothing was learnt: mend its recipe.")
+    reached = first_reach(run, loss)
+    values: dict[str, float | None] = dict.fromkeys(("pflops_to_baseline_best", "seconds_to_baseline_best",
+                                                     "pflops_ratio", "seconds_ratio"))  # fmt: skip
+    if reached is not None:
+        values = dict(zip(values, (*reached, reached[0] / needed[0], reached[1] / needed[1]), strict=True))
+    ours, theirs = of_run(run, levels), of_run(baseline, levels)
+    for measure in (*(level.measure for level in levels), "test_loss", "pflops_to_best"):
+        one, other = ours[measure], theirs[measure]
+        values[f"{measure}_ratio"] = None if one is None or other is None else one / other
+    return values
+
+
+SECONDS = ("seconds_total", "seconds_to_best", "seconds_to_baseline_best")
+
+
+def mean_column(measure: str) -> str:
+    """Where a measure's mean stands in the frame (a ratio is a mean of paired ratios already by name)."""
+    return measure if measure.endswith("_ratio") else f"{measure}_mean"
+
+
+def _aggregate(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation (ddof = 1); both None if a seed has no value."""
+    present = [value for value in values if value is not None]
+    if not present or len(present) < len(values):
+        return None, None
+    return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None
+
+
+def summarise(rows: Mapping[Key, Sequence[Run]], baseline: Key, levels: Sequence[Level]) -> pd.DataFrame:
+    """One row per table row: means and standard deviations over seeds.
+
+    Args:
+        rows: Runs by row, each sorted by the same seeds (``frame.group``).
+        baseline: The row that all others are compared with.
+        levels: The columns of the paper's table besides test loss and PFLOPs.
+
+    Returns:
+        Columns ``<measure>_mean`` and ``_sd`` (ratios: ``<measure>`` and ``_sd``), and how many runs they are over: n,
+        n_reached (reached the baseline's best), n_timed (behind the seconds), n_timed_pairs (behind seconds_ratio).
+    """
+    table = []
+    for (model, method), runs in rows.items():
+        pairs = list(zip(runs, rows[baseline], strict=True))
+        numbers = [of_run(run, levels) | against(run, other, levels) for run, other in pairs]
+        timed, paired = [run.timed for run in runs], [same_clock(run, other) for run, other in pairs]
+        reached = sum(values["pflops_ratio"] is not None for values in numbers)
+        row: dict[str, object] = {"method": method, "model": model, "mode": runs[0].config["selection"]["mode"],
+                                  "budget": runs[0].config["method"]["budget"], "n": len(runs), "n_reached": reached,
+                                  "n_timed": sum(timed), "n_timed_pairs": sum(paired)}  # fmt: skip
+        for measure in numbers[0]:
+            kept = paired if measure == "seconds_ratio" else timed if measure in SECONDS else [True] * len(runs)
+            values = [values[measure] for values, keep in zip(numbers, kept, strict=True) if keep]
+            if measure in ("seconds_to_baseline_best", "seconds_ratio") and reached < len(runs):
+                values = []  # all seeds must reach the level, timed or not
+            row[mean_column(measure)], row[f"{measure}_sd"] = _aggregate(values)
+        table.append(row)
+    # Object columns keep an empty cell (None) apart from a number; counts stay integers.
+    return pd.DataFrame(table, dtype=object)

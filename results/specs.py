@@ -1,0 +1,105 @@
+"""The tables by name: which rows, in which order, beside which numbers of the paper. A new table is an entry here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from results.frame import Key, Run, group, read_runs
+from results.measures import Level, Mark
+
+PaperValue = tuple[float, float | None]  # mean, standard deviation (None where the paper gives none)
+
+# Shi et al., NeurIPS 2023 (arXiv 2405.07527), Table 1: BERT on WikiText-2, log perplexity, PFLOPs per GPU without
+# embeddings. Marks at 10, 15 and 20 PFLOPs; "pflops_to_best" is the paper's "until best test loss", ours is until
+# the best validation loss.
+PAPER_TABLE_1: dict[str, dict[str, PaperValue]] = {
+    method: dict(zip(("val_loss_mark1", "val_loss_mark2", "val_loss_mark3", "test_loss", "pflops_to_best"), values,
+                     strict=True))
+    for method, values in {
+        "baseline": ((5.39, 0.15), (4.75, 0.06), (4.48, 0.03), (4.41, 0.05), (28.70, None)),
+        "rand": ((5.65, 0.18), (5.11, 0.16), (4.96, 0.11), (4.82, 0.06), (21.53, None)),
+        "multirate": ((4.93, 0.10), (4.57, 0.03), (4.52, 0.02), (4.48, 0.03), (19.46, None)),
+        "mat": ((4.46, 0.04), (4.41, 0.02), (4.35, 0.02), (4.27, 0.03), (16.50, None)),
+    }.items()
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its runs are those with this ``model.name`` and ``method.name``."""
+
+    model: str
+    method: str
+    label: str
+
+    @property
+    def key(self) -> Key:
+        """What its runs are found by."""
+        return self.model, self.method
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table.
+
+    Attributes:
+        name: Stem of the files written.
+        title: Heading.
+        runs: First folder below the folder of runs.
+        rows: In the order shown; the first is the baseline, all others are compared with it.
+        levels: Columns read along the run, besides test loss and PFLOPs.
+        paper: The paper's numbers by method and measure, for rows of the baseline's model. Empty: none.
+    """
+
+    name: str
+    title: str
+    runs: str
+    rows: tuple[Row, ...]
+    levels: tuple[Level, ...]
+    paper: dict[str, dict[str, PaperValue]] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> Key:
+        """The row all others are compared with."""
+        return self.rows[0].key
+
+    def load(self, root: str | Path, seeds: int) -> dict[Key, list[Run]]:
+        """Read the runs of all rows, in the rows' order, each sorted by seed.
+
+        Raises:
+            ResultsError: If a run is missing, incomplete, failed or damaged, or seeds and configurations do not match.
+        """
+        keys = [row.key for row in self.rows]
+        return group(read_runs(root, self.runs, keys), keys, Path(root) / self.runs, seeds)
+
+
+def _four_methods(model: str) -> tuple[Row, ...]:
+    labels = {"baseline": "BERT", "rand": "BERT-Rand", "multirate": "Multirate", "mat": "MAT"}
+    return tuple(Row(model, method, label) for method, label in labels.items())
+
+
+_MARKS = (Mark(1), Mark(2), Mark(3))
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        TableSpec("table1", "Table 1: BERT on WikiText-2", "table1", _four_methods("bert"), _MARKS, PAPER_TABLE_1),
+        TableSpec(
+            "table1_mini", "Table 1, mini: BERT on WikiText-2", "table1_mini",
+            (*_four_methods("bert_mini"), Row("bert_mini_shallow", "baseline", "shallow")), _MARKS, PAPER_TABLE_1,
+        ),
+        TableSpec(
+            "table1_controls_mini", "Controls of Table 1, mini: BERT on WikiText-2", "table1_mini",
+            (
+                Row("bert_mini", "baseline", "BERT"),
+                Row("bert_mini", "mat", "MAT"),
+                Row("bert_mini", "fitted", "BERT, fitted"),  # its schedule fitted to MAT's FLOPs
+                Row("bert_mini_shallow", "fitted", "shallow, fitted"),
+                Row("bert_mini", "static", "static"),
+                Row("bert_mini", "inverted", "inverted"),
+                Row("bert_mini", "shuffled", "shuffled"),
+                Row("bert_mini", "gradnorm", "gradnorm"),
+                Row("bert_mini", "rand_matched", "rand, matched"),
+            ), _MARKS,
+        ),
+    )
+}  # fmt: skip
