@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.attention import attention, rotary_table
 from mat.config import BertConfig
 from mat.data.masking import MaskedBatch
 from mat.units import UnitLayer, UnitTensors
@@ -23,20 +24,6 @@ from mat.units import UnitLayer, UnitTensors
 
 def _normal(*shape: int, std: float = 0.02) -> Tensor:
     return torch.empty(*shape).normal_(0.0, std)
-
-
-def rotary_table(length: int, head_width: int) -> Tensor:
-    """Cosines and sines of the rotary embedding (Su et al. 2021), (2, T, K / 2)."""
-    frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
-    angle = torch.arange(length)[:, None] * frequency
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def _rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) of x (B, T, H, 2, K) by the angles of the table (2, T, K/2)."""
-    cos, sin = table.to(x.dtype)[:, : x.shape[1], None, None]
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(UnitLayer):
@@ -63,13 +50,9 @@ class Attention(UnitLayer):
         heads = w["qkv_bias"].shape[0]
         qkv = F.linear(x, w["qkv_weight"].flatten(0, 1), w["qkv_bias"].flatten())
         qkv = self.tap("qkv_weight", x, True, qkv.view(batch, length, heads, 3 * self.head_width))
-        qk, v = qkv.view(batch, length, heads, 3, self.head_width).split([2, 1], dim=3)
-        if self.rotary is not None:
-            qk = _rotate(qk, self.rotary)
-        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, :, 0], qk[:, :, :, 1], v[:, :, :, 0]))  # (B, H, T, K)
-        context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * K)
-        y = F.linear(context, w["out_weight"].flatten(0, 1).T)
-        return self.tap("out_weight", context.view(batch, length, heads, self.head_width), False, y)
+        context = attention(qkv.view(batch, length, heads, 3, self.head_width), self.rotary)
+        y = F.linear(context.flatten(2), w["out_weight"].flatten(0, 1).T)
+        return self.tap("out_weight", context, False, y)
 
     def inner_flops(self, tokens: int, length: int) -> int:
         """Scores and context: two products of T x T x K per head and sequence."""
@@ -187,3 +170,93 @@ class Bert(nn.Module):
         """Forward FLOPs behind the blocks: (masked-LM head, vocabulary projection)."""
         rows, width = batch.positions.numel(), self.config.width
         return 2 * rows * width * width, 2 * rows * width * self.tokens.shape[0]
+
+    def to_transformers(self) -> dict[str, Tensor]:
+        """The weights under the names and shapes of ``transformers.BertForMaskedLM`` (token type 0 is all zeros).
+
+        Returns:
+            A state dict with tied decoder weights given once under each of their names.
+
+        Raises:
+            ValueError: If the model has rotary positions or pre-norm, which that class does not have.
+        """
+        if self.positions is None or self.config.norm != "post":
+            raise ValueError("only positions=learned with norm=post has the form of transformers.BertForMaskedLM")
+        state: dict[str, Tensor] = {}
+        for ours, theirs in self._plain_names().items():
+            for name in theirs:
+                state[name] = self.get_parameter(ours).detach().clone()
+        state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, self.config.width)
+        for i, block in enumerate(self.blocks):
+            prefix = f"bert.encoder.layer.{i}"
+            attention, ffn = cast(Attention, block.attention), cast(FeedForward, block.ffn)
+            weights = attention.qkv_weight.detach().chunk(3, dim=1)  # three of (H, K, D)
+            biases = attention.qkv_bias.detach().chunk(3, dim=1)
+            for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+                state[f"{prefix}.attention.self.{part}.weight"] = weight.flatten(0, 1).clone()
+                state[f"{prefix}.attention.self.{part}.bias"] = bias.flatten().clone()
+            state[f"{prefix}.attention.output.dense.weight"] = attention.out_weight.detach().flatten(0, 1).T.clone()
+            state[f"{prefix}.intermediate.dense.weight"] = ffn.in_weight.detach().flatten(0, 1).clone()
+            state[f"{prefix}.intermediate.dense.bias"] = ffn.in_bias.detach().flatten().clone()
+            state[f"{prefix}.output.dense.weight"] = ffn.out_weight.detach().flatten(0, 1).T.clone()
+        return state
+
+    @torch.no_grad()
+    def load_transformers(self, state: dict[str, Tensor]) -> None:
+        """Take the weights of a ``transformers.BertForMaskedLM``; token type 0 is folded into the positions.
+
+        Args:
+            state: Its state dict.
+
+        Raises:
+            ValueError: If a key is missing or left over, or a shape differs.
+        """
+        expected = self.to_transformers()
+        state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
+        differing = sorted(expected.keys() ^ state.keys())
+        if differing:
+            raise ValueError(f"the state dict does not fit this model: {differing[0]} is missing or left over")
+        for name, tensor in expected.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, wanted {tuple(tensor.shape)}")
+        for ours, theirs in self._plain_names().items():
+            self.get_parameter(ours).copy_(state[theirs[0]])
+        assert self.positions is not None
+        self.positions += state["bert.embeddings.token_type_embeddings.weight"][0]
+        for i, block in enumerate(self.blocks):
+            prefix = f"bert.encoder.layer.{i}"
+            attention, ffn = cast(Attention, block.attention), cast(FeedForward, block.ffn)
+            heads, width = attention.n_units, attention.head_width
+            for part, name in enumerate(("query", "key", "value")):
+                rows = slice(part * width, (part + 1) * width)
+                weight = state[f"{prefix}.attention.self.{name}.weight"]
+                attention.qkv_weight[:, rows] = weight.view(heads, width, -1)
+                attention.qkv_bias[:, rows] = state[f"{prefix}.attention.self.{name}.bias"].view(heads, width)
+            attention.out_weight.copy_(
+                state[f"{prefix}.attention.output.dense.weight"].T.reshape_as(attention.out_weight)
+            )
+            ffn.in_weight.copy_(state[f"{prefix}.intermediate.dense.weight"].view_as(ffn.in_weight))
+            ffn.in_bias.copy_(state[f"{prefix}.intermediate.dense.bias"].view_as(ffn.in_bias))
+            ffn.out_weight.copy_(state[f"{prefix}.output.dense.weight"].T.reshape_as(ffn.out_weight))
+
+    def _plain_names(self) -> dict[str, tuple[str, ...]]:
+        """Parameters of the rest that have the same shape there, by our name."""
+        head = "cls.predictions"
+        names: dict[str, tuple[str, ...]] = {
+            "tokens": ("bert.embeddings.word_embeddings.weight", f"{head}.decoder.weight"),
+            "positions": ("bert.embeddings.position_embeddings.weight",),
+            "transform_weight": (f"{head}.transform.dense.weight",),
+            "transform_bias": (f"{head}.transform.dense.bias",),
+            "vocabulary_bias": (f"{head}.bias", f"{head}.decoder.bias"),
+        }
+        norms = {"embedding_norm": "bert.embeddings.LayerNorm", "transform_norm": f"{head}.transform.LayerNorm"}
+        for i in range(self.config.layers):
+            prefix = f"bert.encoder.layer.{i}"
+            names[f"blocks.{i}.attention_bias"] = (f"{prefix}.attention.output.dense.bias",)
+            names[f"blocks.{i}.ffn_bias"] = (f"{prefix}.output.dense.bias",)
+            norms[f"blocks.{i}.attention_norm"] = f"{prefix}.attention.output.LayerNorm"
+            norms[f"blocks.{i}.ffn_norm"] = f"{prefix}.output.LayerNorm"
+        for ours, theirs in norms.items():
+            for part in ("weight", "bias"):
+                names[f"{ours}.{part}"] = (f"{theirs}.{part}",)
+        return names

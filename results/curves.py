@@ -8,8 +8,7 @@ sample standard deviation to either side, both interpolated on a grid that all s
 
 import argparse
 import sys
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mat.errors import UserError
-from results.frame import Run
-from results.specs import SPECS, TableSpec
+from results.frame import Key, Run
+from results.specs import SPECS, Row, TableSpec
 
 Array = npt.NDArray[np.float64]
 
-# Okabe and Ito's colours, without yellow (too faint for a line): they stay apart under every colour blindness. The
-# first is the baseline's.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+# Okabe and Ito's colours, which stay apart under every colour blindness (without yellow, too faint for a line). A
+# method looks the same in every figure; its variant is dashed, and a model other than the baseline's is grey.
+LINES = {
+    "baseline": ("#000000", "-"), "fitted": ("#000000", "--"),
+    "rand": ("#E69F00", "-"), "rand_matched": ("#E69F00", "--"),
+    "multirate": ("#0072B2", "-"), "gradnorm": ("#0072B2", "--"),
+    "mat": ("#D55E00", "-"), "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
+}  # fmt: skip
+OTHER_MODEL = "#8A8A8A"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
@@ -54,15 +59,21 @@ def band(runs: Sequence[Run], axis: str, points: int = 400) -> tuple[Array, Arra
     return grid, losses.mean(axis=0), spread
 
 
-def _panel(axes: Axes, rows: Sequence[tuple[str, Sequence[Run]]], axis: str, entropy: float | None) -> None:
+def line_of(spec: TableSpec, row: Row) -> tuple[str, str]:
+    """Colour and dashes of a row."""
+    colour, dash = LINES[row.method]
+    return (colour if row.model == spec.baseline[0] else OTHER_MODEL), dash
+
+
+def _panel(axes: Axes, spec: TableSpec, rows: Mapping[Key, Sequence[Run]], axis: str, entropy: float | None) -> None:
     low, high, end = np.inf, -np.inf, 0.0
-    styles = cycle([(colour, dash) for dash in ("-", "--") for colour in COLOURS])
-    for (label, runs), (colour, dash) in zip(rows, styles, strict=False):
+    for row in spec.rows:
+        runs, (colour, dash) = rows[row.key], line_of(spec, row)
         if not runs:
             continue
         grid, mean, spread = band(runs, axis)
         axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{label} (n = {len(runs)})")
+        axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{row.label} (n = {len(runs)})")
         axes.plot(grid[-1], mean[-1], "o", color=colour, markersize=3.5)
         # The view starts where a tenth of the curve is over: the fall from initialisation would flatten the rest.
         low, high = min(low, (mean - spread).min()), max(high, float(np.interp(grid[-1] / 10, grid, mean + spread)))
@@ -93,19 +104,19 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
     Raises:
         ResultsError: If the runs cannot fill the table; nothing is written then.
     """
-    loaded = spec.load(root, seeds)
-    rows = [(row.label, loaded[row.key]) for row in spec.rows]
-    timed = [(label, [run for run in runs if run.timed]) for label, runs in rows]
-    entropy = loaded[spec.baseline][0].summary.get("unigram_entropy")
+    rows = spec.load(root, seeds)
+    timed = {key: [run for run in runs if run.timed] for key, runs in rows.items()}
+    entropy = rows[spec.baseline][0].summary.get("unigram_entropy")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        _panel(right, timed, "seconds", None)
-        _panel(left, rows, "pflops", entropy)  # last: both panels show its range
-        left.set(title="against compute", xlabel="PFLOPs executed", ylabel="validation loss (nats per masked token)")
-        right.set(title="against time", xlabel="seconds of training, selection and estimator")
-        figure.suptitle(f"{spec.title}: mean over seeds, band ± 1 sd", x=0.01, ha="left", fontsize=12)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(rows)))
+        _panel(right, spec, timed, "seconds", None)
+        _panel(left, spec, rows, "pflops", entropy)  # last: both panels show its range
+        left.set(title="Against compute", xlabel="PFLOPs executed", ylabel="validation loss (nats per masked token)")
+        right.set(title="Against time, of runs that had the machine to themselves",
+                  xlabel="seconds of training, selection and estimator")  # fmt: skip
+        figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6)
         Path(out).mkdir(parents=True, exist_ok=True)
         files = [Path(out) / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
         figure.savefig(files[0], dpi=200)

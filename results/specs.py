@@ -1,6 +1,6 @@
 """The tables by name: which rows, in which order, beside which numbers of the paper. A new table is an entry here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from results.frame import Key, Run, group, read_runs
@@ -8,19 +8,42 @@ from results.measures import Level, Mark
 
 PaperValue = tuple[float, float | None]  # mean, standard deviation (None where the paper gives none)
 
-# Shi et al., NeurIPS 2023 (arXiv 2405.07527), Table 1: BERT on WikiText-2, log perplexity, PFLOPs per GPU without
-# embeddings. Marks at 10, 15 and 20 PFLOPs; "pflops_to_best" is the paper's "until best test loss", ours is until
-# the best validation loss.
-PAPER_TABLE_1: dict[str, dict[str, PaperValue]] = {
-    method: dict(zip(("val_loss_mark1", "val_loss_mark2", "val_loss_mark3", "test_loss", "pflops_to_best"), values,
-                     strict=True))
-    for method, values in {
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper.
+
+    Attributes:
+        source: Where it stands.
+        titles: What the paper calls each of its columns, by our measure.
+        rows: Its numbers, by method and measure.
+    """
+
+    source: str
+    titles: dict[str, str]
+    rows: dict[str, dict[str, PaperValue]]
+
+
+def _paper_table(source: str, titles: dict[str, str], rows: dict[str, tuple[PaperValue, ...]]) -> PaperTable:
+    return PaperTable(source, titles, {method: dict(zip(titles, row, strict=True)) for method, row in rows.items()})
+
+
+PAPER_TABLE_1 = _paper_table(
+    "Shi et al., NeurIPS 2023, arXiv 2405.07527, Table 1: log PPL; PFLOPs per GPU, without embeddings",
+    {
+        "val_loss_mark1": "val @10 PFLOPs",
+        "val_loss_mark2": "val @15 PFLOPs",
+        "val_loss_mark3": "val @20 PFLOPs",
+        "test_loss": "test @ convergence",
+        "pflops_to_best": "PFLOPs until best test loss",
+    },
+    {
         "baseline": ((5.39, 0.15), (4.75, 0.06), (4.48, 0.03), (4.41, 0.05), (28.70, None)),
         "rand": ((5.65, 0.18), (5.11, 0.16), (4.96, 0.11), (4.82, 0.06), (21.53, None)),
         "multirate": ((4.93, 0.10), (4.57, 0.03), (4.52, 0.02), (4.48, 0.03), (19.46, None)),
         "mat": ((4.46, 0.04), (4.41, 0.02), (4.35, 0.02), (4.27, 0.03), (16.50, None)),
-    }.items()
-}  # fmt: skip
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,7 @@ class TableSpec:
         runs: First folder below the folder of runs.
         rows: In the order shown; the first is the baseline, all others are compared with it.
         levels: Columns read along the run, besides test loss and PFLOPs.
-        paper: The paper's numbers by method and measure, for rows of the baseline's model. Empty: none.
+        paper: The paper's table, for rows of the baseline's model.
     """
 
     name: str
@@ -55,7 +78,7 @@ class TableSpec:
     runs: str
     rows: tuple[Row, ...]
     levels: tuple[Level, ...]
-    paper: dict[str, dict[str, PaperValue]] = field(default_factory=dict)
+    paper: PaperTable | None = None
 
     @property
     def baseline(self) -> Key:

@@ -19,15 +19,16 @@ from mat.errors import UserError
 from results.frame import Key, Run
 from results.measures import mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
-from results.specs import SPECS, TableSpec
+from results.specs import SPECS, PaperTable, TableSpec
 
 
 def _number(frame: pd.DataFrame, header: str, measure: str, count: str = "n", stress: bool = False) -> Column:
     """A column of ``mean ± sd (n)``, n being the frame's column ``count``; ``stress``: the lowest mean is the best."""
     means = list(frame[mean_column(measure)])
     cells = zip(means, frame[f"{measure}_sd"], frame[count], strict=True)
-    lowest = min((mean for mean in means if mean is not None), default=None)
-    best = {row for row, mean in enumerate(means) if stress and mean is not None and mean == lowest}
+    present = [mean for mean in means if mean is not None]
+    contest = stress and len(present) > 1  # alone in its column, a row is not the best of anything
+    best = {row for row, mean in enumerate(means) if contest and mean == min(present)}
     return Column(f"{header}, mean ± sd (n)", [cell(*values, decimals(means)) for values in cells], best)
 
 
@@ -75,30 +76,30 @@ def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -
         Section("PFLOPs (executed)", flops),
         Section("Seconds (runs that had the machine to themselves)", seconds),
     ]
-    return [*blocks, _beside_the_paper(spec, run, frame)] if spec.paper else blocks
+    return [*blocks, _beside_the_paper(spec, spec.paper, run, frame)] if spec.paper else blocks
 
 
-def _beside_the_paper(spec: TableSpec, run: Run, frame: pd.DataFrame) -> Section:
+def _beside_the_paper(spec: TableSpec, paper: PaperTable, run: Run, frame: pd.DataFrame) -> Section:
     """Every number of the paper's table beside ours, and each over its own baseline (ours paired by seed)."""
     titles = {level.measure: level.title(run) for level in spec.levels}
-    titles |= {"test_loss": "test loss", "pflops_to_best": "PFLOPs to own best"}
+    titles |= {"test_loss": "test loss", "pflops_to_best": "PFLOPs to best validation loss"}
     lines = []
     for row, ours in zip(spec.rows, frame.to_dict("records"), strict=True):
-        if row.model != spec.baseline[0] or row.method not in spec.paper:
+        if row.model != spec.baseline[0] or row.method not in paper.rows:
             continue
-        for measure, title in titles.items():
+        for measure, theirs in paper.titles.items():
             digits = decimals(list(frame[mean_column(measure)]))
-            value, sd = spec.paper[row.method][measure]
-            ratio, paper_ratio = ours[f"{measure}_ratio"], value / spec.paper[spec.baseline[1]][measure][0]
+            value, sd = paper.rows[row.method][measure]
+            ratio, paper_ratio = ours[f"{measure}_ratio"], value / paper.rows[spec.baseline[1]][measure][0]
             lines.append([
-                row.label, title, cell(ours[mean_column(measure)], ours[f"{measure}_sd"], ours["n"], digits),
-                cell(value, sd, None, 2), cell(ratio, ours[f"{measure}_ratio_sd"], ours["n"], 3),
-                f"{paper_ratio:.3f}", EMPTY if ratio is None else f"{ratio - paper_ratio:+.3f}",
+                row.label, titles[measure], cell(ours[mean_column(measure)], ours[f"{measure}_sd"], ours["n"], digits),
+                theirs, cell(value, sd, None, 2), cell(ratio, ours[f"{measure}_ratio_sd"], ours["n"], 3),
+                f"{paper_ratio:.3f}", EMPTY if ratio is None else f"{ratio - paper_ratio:+z.3f}",
             ])  # fmt: skip
-    headers = ("method", "quantity", "ours, mean ± sd (n)", "paper, mean ± sd", "ours / baseline, mean ± sd (n)",
-               "paper / baseline, of means", "ours - paper, of the ratios")  # fmt: skip
+    headers = ("method", "quantity", "ours, mean ± sd (n)", "paper's quantity", "paper's, mean ± sd",
+               "ours / baseline, mean ± sd (n)", "paper's / baseline, of means", "ours - paper's ratio")  # fmt: skip
     columns = zip(headers, zip(*lines, strict=True), strict=True)
-    return Section("Beside the paper", [Column(header, texts) for header, texts in columns])
+    return Section(f"Beside the paper ({paper.source})", [Column(header, texts) for header, texts in columns])
 
 
 def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
@@ -109,7 +110,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
                 f"torch {e.get('versions', {}).get('torch')}" for e in made]  # fmt: skip
     commits = [str(e.get("commit"))[:10] + (" with uncommitted changes" if e.get("dirty") else "") for e in made]
     seeds = ", ".join(str(run.seed) for run in rows[spec.baseline])
-    text = [
+    return [
         f"Machine: {'; '.join(dict.fromkeys(machines))}.",
         f"Commit: {'; '.join(dict.fromkeys(commits))}.",
         f"Planned length of a dense run: {runs[0].config['train']['pflops']:.4g} PFLOPs. Seeds: {seeds}.",
@@ -124,8 +125,6 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
         "Seconds are those of training steps, selections and estimator, without evaluation, of runs that had the "
         "machine to themselves.",
     ]
-    paper = "The paper's PFLOPs are until its best test loss, ours until the best validation loss."
-    return [*text, paper] if spec.paper else text
 
 
 def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console: Console) -> list[Path]:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -87,7 +88,7 @@ def root(tmp_path: Path) -> Path:
     return runs
 
 
-def line(frame: pd.DataFrame, method: str) -> dict[str, Any]:
+def line(frame: pd.DataFrame, method: str) -> dict[Any, Any]:
     """The frame's row of a method."""
     return next(row for row in frame.to_dict("records") if row["method"] == method)
 
@@ -304,7 +305,7 @@ def test_same_seed_twice(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("selection__mode", "exact"), ("train__lr", 0.2), ("extra", 1)])
-def test_two_configurations_in_a_row(root: Path, key: str, value: object) -> None:
+def test_two_configurations_in_a_row(root: Path, key: str, value: Any) -> None:
     write_run(root, "mat", 3, [3, 2], folder="method=mat,other", **{key: value})
     broken(root, f"method=mat,other/seed=3 has {key.replace('__', '.')}={value} but .*seed=0 has")
 
@@ -373,8 +374,11 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| Multirate | 0 of 3 | – | – | – | – |" in markdown  # its seconds
     assert "| shallow | cut | 9.000 ± 0.000 (3) | **6.000 ± 0.000 (3)** |" in markdown
     # Paper: 16.50 against 28.70 PFLOPs; here 2.4 against 4.
-    assert "| MAT | PFLOPs to own best | 2.400 ± 0.000 (3) | 16.50 | 0.600 ± 0.000 (3) | 0.575 | +0.025 |" in markdown
-    assert "| shallow | PFLOPs to own best" not in markdown
+    assert (
+        "| MAT | PFLOPs to best validation loss | 2.400 ± 0.000 (3) | PFLOPs until best test loss | 16.50 "
+        "| 0.600 ± 0.000 (3) | 0.575 | +0.025 |"
+    ) in markdown
+    assert "| shallow | PFLOPs to best" not in markdown
     for fact in ("a CPU, 2 threads, bfloat16, torch 2.9", "0123456789", "4 PFLOPs. Seeds: 0, 1, 2"):
         assert fact in markdown
 
@@ -413,6 +417,16 @@ def test_all_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "holds the runs of no table" in capsys.readouterr().err
 
 
+def test_a_row_alone_in_its_column_is_not_bold(mini: Path) -> None:
+    for seed in range(3):
+        shutil.rmtree(mini / f"table1_mini/method=mat,model=bert_mini/seed={seed}")
+        shutil.rmtree(mini / f"table1_mini/method=multirate,model=bert_mini/seed={seed}")
+        for method in ("mat", "multirate"):
+            write_run(mini, method, seed, [9, 7, 5, 4.5], name="table1_mini")
+    assert tables.main(arguments(mini)) == 0
+    assert "| 3 of 3 | 1.000 ± 0.000 (3) |" in (mini.parent / "out" / "table1_mini.md").read_text()
+
+
 def test_numbers_as_text() -> None:
     assert cell(4.4567, 0.0321, 3, 3) == "4.457 ± 0.032 (3)"
     assert cell(16.5, None, None, 2) == "16.50" and cell(None, None, 3, 2) == "–"
@@ -421,9 +435,10 @@ def test_numbers_as_text() -> None:
 
 
 def test_the_paper_is_copied_right() -> None:
-    ratio = PAPER_TABLE_1["mat"]["pflops_to_best"][0] / PAPER_TABLE_1["baseline"]["pflops_to_best"][0]
+    rows = PAPER_TABLE_1.rows
+    ratio = rows["mat"]["pflops_to_best"][0] / rows["baseline"]["pflops_to_best"][0]
     assert f"{ratio:.3f}" == "0.575"
-    assert [row["test_loss"][0] for row in PAPER_TABLE_1.values()] == [4.41, 4.82, 4.48, 4.27]
+    assert [row["test_loss"][0] for row in rows.values()] == [4.41, 4.82, 4.48, 4.27]
 
 
 # Curves
@@ -435,6 +450,18 @@ def test_band_covers_what_all_seeds_cover(root: Path) -> None:
     assert grid.tolist() == [1, 2, 3, 4] and mean.tolist() == [9, 8, 5, 3] and spread.tolist() == [0, 0, 0, 1]
     grid, mean, spread = curves.band(rows[BASELINE][:1], "seconds", points=3)
     assert grid.tolist() == [10, 25, 40] and mean.tolist() == [9, 6.5, 2] and not spread.any()
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_every_row_has_a_line_of_its_own(spec: TableSpec) -> None:
+    assert len({curves.line_of(spec, row) for row in spec.rows}) == len(spec.rows)
+
+
+def test_curves_without_a_timed_run(mini: Path) -> None:
+    for path in mini.rglob("environment.json"):
+        edit(path, lambda e: e.update(exclusive=False))
+    assert curves.main(arguments(mini)) == 0
+    assert "no run had the machine to itself" in (mini.parent / "out" / "table1_mini_curves.svg").read_text()
 
 
 def test_curves_are_drawn_the_same_twice(mini: Path) -> None:
