@@ -3,17 +3,17 @@
 Follow a run from here: compose (conf/) -> mat.config.resolve -> mat.engine.run -> the run folder.
 """
 
+import os
 import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from mat.config import register_schemas, resolve
+from mat.config import explain, register_schemas, resolve
 from mat.errors import RunFailed, UserError
 
 register_schemas()
-OmegaConf.register_new_resolver("data_root", lambda: __import__("os").environ.get("MAT_DATA"), replace=True)
 failures: list[str] = []
 
 
@@ -43,6 +43,19 @@ def main(composed: DictConfig) -> None:
     )
 
 
+def cli() -> int:
+    """Compose and run; what Hydra refuses becomes one sentence."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing in Hydra's own words
+    try:
+        main()
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    return 1 if failures else 0
+
+
 if __name__ == "__main__":
-    main()
-    sys.exit(1 if failures else 0)
+    sys.exit(cli())

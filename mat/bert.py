@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mat.attention import attention, rotary_table
 from mat.config import BertConfig
 from mat.data.masking import MaskedBatch
+from mat.interface import UnitModel
 from mat.units import UnitLayer, UnitTensors
 
 
@@ -36,6 +37,9 @@ class Attention(UnitLayer):
     """
 
     rotary: Tensor | None
+    qkv_weight: nn.Parameter
+    qkv_bias: nn.Parameter
+    out_weight: nn.Parameter
 
     def __init__(self, width: int, heads: int, rotary: Tensor | None) -> None:
         super().__init__("heads", heads)
@@ -67,6 +71,10 @@ class FeedForward(UnitLayer):
         hidden: F, divisible by the number of groups.
         groups: G.
     """
+
+    in_weight: nn.Parameter
+    in_bias: nn.Parameter
+    out_weight: nn.Parameter
 
     def __init__(self, width: int, hidden: int, groups: int) -> None:
         super().__init__("ffn", groups)
@@ -108,12 +116,12 @@ class Block(nn.Module):
         """(B, T, D) to (B, T, D)."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x)) + self.attention_bias)
-            return x + self.dropout(self.ffn(self.ffn_norm(x)) + self.ffn_bias)
+            return cast(Tensor, x + self.dropout(self.ffn(self.ffn_norm(x)) + self.ffn_bias))
         x = self.attention_norm(x + self.dropout(self.attention(x) + self.attention_bias))
         return cast(Tensor, self.ffn_norm(x + self.dropout(self.ffn(x) + self.ffn_bias)))
 
 
-class Bert(nn.Module):
+class Bert(UnitModel):
     """BERT for masked language modelling; logits are computed at masked positions only.
 
     Args:
@@ -158,18 +166,18 @@ class Bert(nn.Module):
         x = self.transform_norm(F.gelu(F.linear(x, self.transform_weight, self.transform_bias)))
         return F.linear(x, self.tokens, self.vocabulary_bias)
 
-    def loss(self, batch: MaskedBatch) -> Tensor:
-        """Mean cross-entropy in nats over the masked positions."""
-        return self.loss_of_outputs(self(batch), batch)
-
     def loss_of_outputs(self, outputs: Tensor, batch: MaskedBatch) -> Tensor:
-        """The same, given the logits."""
-        return F.cross_entropy(outputs.float(), batch.targets)
+        """Mean cross-entropy in nats over the masked positions, given the logits."""
+        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
 
     def head_flops(self, batch: MaskedBatch) -> tuple[int, int]:
         """Forward FLOPs behind the blocks: (masked-LM head, vocabulary projection)."""
         rows, width = batch.positions.numel(), self.config.width
         return 2 * rows * width * width, 2 * rows * width * self.tokens.shape[0]
+
+    def outputs_per_sample(self, batch: MaskedBatch) -> int:
+        """M * V."""
+        return batch.positions.numel() // batch.samples * self.tokens.shape[0]
 
     def to_transformers(self) -> dict[str, Tensor]:
         """The weights under the names and shapes of ``transformers.BertForMaskedLM`` (token type 0 is all zeros).
@@ -187,9 +195,9 @@ class Bert(nn.Module):
             for name in theirs:
                 state[name] = self.get_parameter(ours).detach().clone()
         state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, self.config.width)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast(list[Block], self.blocks)):
             prefix = f"bert.encoder.layer.{i}"
-            attention, ffn = cast(Attention, block.attention), cast(FeedForward, block.ffn)
+            attention, ffn = block.attention, block.ffn
             weights = attention.qkv_weight.detach().chunk(3, dim=1)  # three of (H, K, D)
             biases = attention.qkv_bias.detach().chunk(3, dim=1)
             for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
@@ -222,10 +230,10 @@ class Bert(nn.Module):
         for ours, theirs in self._plain_names().items():
             self.get_parameter(ours).copy_(state[theirs[0]])
         assert self.positions is not None
-        self.positions += state["bert.embeddings.token_type_embeddings.weight"][0]
-        for i, block in enumerate(self.blocks):
+        self.positions.add_(state["bert.embeddings.token_type_embeddings.weight"][0])
+        for i, block in enumerate(cast(list[Block], self.blocks)):
             prefix = f"bert.encoder.layer.{i}"
-            attention, ffn = cast(Attention, block.attention), cast(FeedForward, block.ffn)
+            attention, ffn = block.attention, block.ffn
             heads, width = attention.n_units, attention.head_width
             for part, name in enumerate(("query", "key", "value")):
                 rows = slice(part * width, (part + 1) * width)

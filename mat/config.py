@@ -6,14 +6,18 @@ that ``python launch.py --help`` answers at once.
 """
 
 import difflib
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from mat.errors import UserError
 
@@ -68,7 +72,7 @@ class MethodConfig:
     budget: float = 1.0  # share of train.pflops that the run spends
     slow_share: float = 0.5  # multirate: share of slow units
     slow_steps: int = 5  # multirate: a slow unit's gradient is computed every so many steps
-    matched: str | None = None  # rand: run folder whose active counts per kind and layer are taken ({seed} is filled in)
+    matched: str | None = None  # rand: run folder whose active counts per kind and layer are taken
 
 
 @dataclass
@@ -158,12 +162,35 @@ GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
 
 
 def register_schemas() -> None:
-    """Give Hydra the schemas: ``schema`` for the whole, ``<group>/schema_<name>`` for a group's files."""
+    """Give Hydra the schemas (``schema`` for the whole, ``<group>/schema_<name>`` for a group's files) and resolvers.
+
+    ``${data_root:}`` is the folder in MAT_DATA or null; ``${marks:p,20,5,10}`` scales the marks 5 and 10 of a run of
+    20 PFLOPs to a run of p; ``${groups:}`` is what ``--help`` says about the groups.
+    """
+    OmegaConf.register_new_resolver("data_root", lambda: os.environ.get("MAT_DATA"), replace=True)
+    OmegaConf.register_new_resolver("groups", lambda: describe_groups(CONF), replace=True)
+    OmegaConf.register_new_resolver(
+        "marks", lambda pflops, total, *marks: [pflops * mark / total for mark in marks], replace=True
+    )
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, schemas in GROUPS.items():
         for name, node in schemas:
             store.store(group=group, name=f"schema_{name}", node=node)
+
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def describe_groups(conf: Path) -> str:
+    """Every group's options, each with the comment that its file begins with."""
+    lines = []
+    for group in sorted(path for path in conf.iterdir() if path.is_dir() and path.name != "hydra"):
+        lines.append(f"{group.name}")
+        for file in sorted(group.glob("*.yaml")):
+            comments = [line[2:] for line in file.read_text().splitlines() if re.match("# (?!@)", line)]
+            lines.append(f"  {file.stem:<21} {comments[0] if comments else ''}".rstrip())
+    return "\n".join(lines).replace("$", "$$")  # Hydra takes the text for a template
 
 
 KINDS = {"bert": ("heads", "ffn")}
@@ -178,9 +205,9 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _between(key: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    if not (low < value if open_low else low <= value) or not value <= high:
-        bracket = "(" if open_low else "["
-        raise UserError(f"{key}={value} is out of range: set it within {bracket}{low}, {high}].")
+    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        left, right = "(" if open_low else "[", ")" if math.isinf(high) else "]"
+        raise UserError(f"{key}={value} is out of range: set it within {left}{low}, {high}{right}.")
 
 
 def validate(config: Config) -> None:
@@ -197,8 +224,9 @@ def validate(config: Config) -> None:
     if MODALITY[model.family] != config.dataset.modality:
         raise UserError(
             f"model={model.family} cannot read dataset={config.dataset.name}: choose a dataset of "
-            f"{MODALITY[model.family]}s." if MODALITY[model.family] != "text" else
-            f"model={model.family} cannot read dataset={config.dataset.name}: choose a text dataset."
+            f"{MODALITY[model.family]}s."
+            if MODALITY[model.family] != "text"
+            else f"model={model.family} cannot read dataset={config.dataset.name}: choose a text dataset."
         )
     if isinstance(model, BertConfig):
         _validate_bert(model)
@@ -214,6 +242,7 @@ def validate(config: Config) -> None:
             f"train.accumulation={train.accumulation} does not divide train.batch={train.batch}: choose a divisor."
         )
     _between("train.lr", train.lr, 0, inf, open_low=True)
+    _between("train.eps", train.eps, 0, inf, open_low=True)
     _between("train.clip", train.clip, 0, inf, open_low=True)
     _between("train.weight_decay", train.weight_decay, 0, inf)
     _between("train.warmup", train.warmup, 0, 0.9)
@@ -246,15 +275,21 @@ def validate(config: Config) -> None:
     if selection.alpha is not None:
         _between("selection.alpha", selection.alpha, 0, 1)
 
-    _one_of(
-        "method.policy", method.policy, ("all", "random", "multirate", "threshold", "lowest", "shuffled", "static")
-    )
+    _one_of("method.policy", method.policy, ("all", "random", "multirate", "threshold", "lowest", "shuffled", "static"))
     _one_of("method.score", method.score, ("none", "lambda_max", "gradnorm"))
     _between("method.budget", method.budget, 0, 1, open_low=True)
     _between("method.slow_share", method.slow_share, 0, 1)
     _between("method.slow_steps", method.slow_steps, 1, inf)
     if method.matched is not None and method.policy != "random":
         raise UserError(f"method.matched={method.matched} is for method=rand only: remove it or choose method=rand.")
+    if method.policy == "random" and selection.share is None:
+        raise UserError(
+            f"method={method.name} draws a share of the units: set selection.share to it and selection.alpha=null."
+        )
+    if method.policy in ("threshold", "lowest", "shuffled", "static") and method.score == "none":
+        raise UserError(
+            f"method.score=none gives method.policy={method.policy} nothing to rank by: choose lambda_max or gradnorm."
+        )
     if method.temporal and method.score != "lambda_max":
         raise UserError(f"method.temporal=true needs eigenvalues: set method.score=lambda_max, not {method.score}.")
 
@@ -287,8 +322,10 @@ def _validate_bert(model: BertConfig) -> None:
 
 def _validate_text(dataset: DatasetConfig) -> None:
     _between("dataset.length", dataset.length, 2, float("inf"))
-    _between("dataset.vocabulary", dataset.vocabulary, 64, float("inf"))
+    _between("dataset.vocabulary", dataset.vocabulary, 64, 2**16)  # tokens are stored in 16 bits
     _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
+    if dataset.root is not None and dataset.hub_path is not None and dataset.local_folder is None:
+        raise UserError("dataset.local_folder=null names no folder below dataset.root: set one of the two.")
     if dataset.root is not None and not Path(dataset.root).expanduser().is_dir():
         raise UserError(
             f"dataset.root={dataset.root} is not a folder: point it (or MAT_DATA) at the folder that holds "
@@ -306,12 +343,97 @@ def resolve(composed: DictConfig) -> Config:
         The validated configuration.
 
     Raises:
-        UserError: If a value is missing or senseless.
+        UserError: If a key is unknown, or a value is missing or senseless.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: set it on the command line, as in {missing[0]}=...")
-    config = OmegaConf.to_object(composed)
+    known = _keys()
+    for key in _flat_keys(OmegaConf.to_container(composed)):
+        if key not in known:  # added with +key=value
+            raise UserError(_unknown_key(key))
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError(f"{missing[0]} has no value: set it on the command line, as in {missing[0]}=...")
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key} cannot be resolved: give it a plain value.") from error
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+# --- what Hydra refuses, in our words
+
+_TYPES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[float]: "a list of numbers, as in [0.1, 0.2]",
+    list[str]: "a list, as in [a, b]",
+}
+
+
+def _keys() -> dict[str, Any]:
+    """All keys with their types."""
+    found = {f.name: f.type for f in fields(Config)}
+    for group, schemas in GROUPS.items():
+        for _, node in schemas:
+            found |= {f"{group}.{f.name}": f.type for f in fields(node)}
+    return found
+
+
+def _flat_keys(value: Any, prefix: str = "") -> Iterator[str]:
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(inner, dict) and name in GROUPS:
+            yield from _flat_keys(inner, f"{name}.")
+        else:
+            yield name
+
+
+def _unknown_key(key: str) -> str:
+    known = list(_keys())
+    near = [k for k in known if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
+    return f"{key} is not a key: " + (f"did you mean {near[0]}?" if near else "python launch.py --help shows them.")
+
+
+def explain(error: BaseException) -> str | None:
+    """What Hydra refused to compose, in one sentence that names the key and the remedy.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The sentence, or None if the error is not about the configuration.
+    """
+    text, cause = str(error), error.__cause__
+    quoted = (re.findall("'([^']*)'", text) or [""])[0]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [o for o in error.options or () if not o.startswith("schema_")]
+        near = difflib.get_close_matches(option, options, n=1)
+        remedy = f"did you mean {group}={near[0]}?" if near else f"choose one of {', '.join(options)}."
+        return f"{group}={option} is not known: {remedy if options else 'python launch.py --help lists the options.'}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: write key=value, with quotes around special characters."
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(quoted if text.startswith("Could not override") else str(cause.full_key))
+    if isinstance(cause, ValidationError):
+        key = re.sub(r"\[\d+\]$", "", str(cause.full_key))
+        wanted = _keys().get(key)
+        plain = next((t for t in getattr(wanted, "__args__", ()) if t in _TYPES), wanted)
+        kind = _TYPES.get(wanted) or (f"{_TYPES[plain]} or null" if plain in _TYPES else "a single value")
+        given = text.removeprefix("Error merging override ") if text.startswith("Error merging override") else key
+        return f"{given} has the wrong type: give {key} {kind}."
+    if text.startswith(("Ambiguous value", "Sweep parameters")):
+        return f"{quoted} names several values: add -m to run them all, or write a list as key=[a,b]."
+    if "use +" in text:
+        return f"{quoted} is not chosen yet: write {text[text.rindex('use +') + 4 :].split()[0]} with a plus sign."
+    if text.startswith(("Multiple values for", "Could not append")):
+        key = quoted if "append" in text else text.split()[3].rstrip(".")
+        return f"{key} has a value already: write {key}=... without a plus sign."
+    if isinstance(error, ValueError) and text.startswith("Config group override"):
+        return "a group wants the name of one of its options: python launch.py --help lists them."
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return f"{text.splitlines()[0].rstrip('.')}: python launch.py --help shows what can be set."
+    return None

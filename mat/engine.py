@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,14 @@ from mat import checkpoint, flops, ntk
 from mat.config import Config
 from mat.data.masking import MaskedBatch
 from mat.data.tokens import MaskedText
-from mat.errors import RunFailed
+from mat.errors import RunFailed, UserError
 from mat.flops import Flops
 from mat.methods import FloatArray, Method
 from mat.models import build
 from mat.optim import UnitAdamW
 from mat.runs import RunFolder
 from mat.tracking import Progress, open_mirror
-from mat.units import UnitIndex, unit_layers
+from mat.units import BackwardMode, UnitIndex, unit_layers
 
 PFLOP = 1e15
 DIVERGED = 3.0  # a training loss this many times the first one will not come back
@@ -59,17 +59,19 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
         return files.summary
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
-    training = Training(config, files)
-    summary = None
+    training: Training | None = None
+    summary: dict[str, Any] | None = None
     try:
+        training = Training(config, files)
         summary = training.train()
     except Interrupted:
         pass
-    except RunFailed as failure:
+    except (RunFailed, UserError) as failure:
         files.write_failure(str(failure))
         raise
     finally:
-        training.close(summary)
+        if training is not None:
+            training.close(summary)
     return summary
 
 
@@ -83,6 +85,8 @@ class Training:
 
     def __init__(self, config: Config, files: RunFolder) -> None:
         self.config, self.files = config, files
+        if config.hardware.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("hardware.device=cuda finds no CUDA device: choose hardware=cpu.")
         self.device = torch.device(config.hardware.device)
         self.data = MaskedText.load(config.dataset, config.seed)
         torch.manual_seed(config.seed)
@@ -92,6 +96,7 @@ class Training:
         self.index = UnitIndex(unit_layers(self.model), config.selection.units)
         self.method = Method(config.method, config.selection, self.index, config.seed)
         self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if self.method.selects else None
+        self.mode = cast(BackwardMode, config.selection.mode)
         self.budget = train.pflops * config.method.budget * PFLOP
 
         self.step = 0
@@ -103,7 +108,7 @@ class Training:
         self.share_sum = 0.0  # of active shares over steps
         self.first_loss = 0.0
         self.window: list[float] = []  # training losses since the last logged one
-        self.evaluated_at = -1
+        self.evaluated_at = -1.0  # FLOPs
         self.best: dict[str, float] = {"loss": math.inf}
         self._interrupt = False
         self._restore()
@@ -120,15 +125,16 @@ class Training:
         with self._stopping_cleanly():
             while True:
                 if self._selection_is_due():
-                    if self.spent.figure + self._estimate_cost().figure > self.budget:
+                    after = self.spent.figure + self._estimate_cost().figure
+                    self._evaluate_until(after, points)
+                    if after > self.budget:
                         break
                     self._select()
                 batch, self.epoch = self.data.train_batch(self.step, train.batch)
-                self.index.set_active(self.method.active_at(self.step), self.config.selection.mode)
+                self.index.set_active(self.method.active_at(self.step), self.mode)
                 cost = flops.training_step(self.model, batch)
                 after = self.spent.figure + cost.figure
-                while points and after > points[0]:
-                    self._evaluate(points.pop(0) / PFLOP)
+                self._evaluate_until(after, points)
                 if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
                     break
                 self._train_step(batch, cost)
@@ -154,8 +160,8 @@ class Training:
         loss = 0.0
         for part in batch.to(self.device).split(train.accumulation):
             with self._autocast():
-                share = self.model.loss(part) * (part.samples / batch.samples)  # type: ignore[operator]
-            share.backward()
+                share = self.model.loss(part) * (part.samples / batch.samples)
+            torch.autograd.backward(share)
             loss += float(share.detach())
         norm = float(self.optimiser.clip(train.clip))
         self._refuse_divergence(loss, norm)
@@ -190,8 +196,8 @@ class Training:
             self.first_loss = loss
         if not math.isfinite(loss) or not math.isfinite(norm) or loss > DIVERGED * self.first_loss:
             raise RunFailed(
-                f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, gradient norm {norm:.4g}): "
-                "lower train.lr or train.clip; the last good checkpoint is kept."
+                f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, gradient norm {norm:.4g}):"
+                " lower train.lr or train.clip; the last good checkpoint is kept."
             )
 
     # --- selections
@@ -243,7 +249,9 @@ class Training:
         self._event("selection", "train", active_share=float(state.active.mean()))
 
     def _reduction(self) -> ntk.Reduction:
-        return "loss" if self.config.method.score == "gradnorm" else self.config.selection.reduction  # type: ignore[return-value]
+        if self.config.method.score == "gradnorm":
+            return "loss"
+        return cast(ntk.Reduction, self.config.selection.reduction)
 
     def _score(self) -> FloatArray:
         selection = self.config.selection
@@ -266,20 +274,28 @@ class Training:
     # --- evaluation
 
     def _evaluation_points(self) -> list[float]:
-        """FLOPs at which to evaluate: every ``eval_interval`` of the planned FLOPs, every mark, and the end."""
+        """FLOPs at which to evaluate: every mark, the end, and every ``eval_interval`` of the planned FLOPs."""
         train = self.config.train
         planned = train.pflops * PFLOP
-        regular = [i * train.eval_interval * planned for i in range(1, math.ceil(1 / train.eval_interval) + 1)]
         marks = [mark * PFLOP for mark in train.marks]
-        wanted = sorted({p for p in (*regular, *marks) if p <= self.budget} | {self.budget})
-        return [p for p in wanted if p > self.evaluated_at]
+        regular = [i * train.eval_interval * planned for i in range(1, math.ceil(1 / train.eval_interval) + 1)]
+        points: list[float] = []
+        for point in (*marks, self.budget, *regular):  # those equal but for rounding are one
+            if point <= self.budget * (1 + 1e-9) and not any(math.isclose(point, p) for p in points):
+                points.append(point)
+        return sorted(p for p in points if p > self.evaluated_at)
+
+    def _evaluate_until(self, after: int, points: list[float]) -> None:
+        """Evaluate at the points that the next piece of work, which ends at ``after`` FLOPs, goes beyond."""
+        while points and after > points[0]:
+            self._evaluate(points.pop(0))
 
     def _evaluate(self, point: float) -> None:
         """Validation loss on fixed masks; not counted in FLOPs or seconds."""
         train = self.config.train
         loss = self._loss_on("validation", train.eval_samples)
-        self.evaluated_at = point * PFLOP
-        mark = next((m for m in train.marks if math.isclose(m, point)), None)
+        self.evaluated_at = point
+        mark = next((m for m in train.marks if m * PFLOP == point), None)
         self._event("evaluation", "validation", loss=loss, mark=mark)
         if not math.isfinite(loss):
             raise RunFailed(f"{self.files.path}: the validation loss is {loss} at step {self.step}: lower train.lr.")
@@ -293,15 +309,15 @@ class Training:
         total, count = 0.0, 0
         for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
             with self._autocast():
-                loss = self.model.loss(batch.to(self.device))  # type: ignore[operator]
+                loss = self.model.loss(batch.to(self.device))
             total += float(loss) * batch.targets.numel()
             count += batch.targets.numel()
         return total / count
 
     def _finish(self) -> dict[str, Any]:
         """Read the test loss at the best validation, and write the summary: the run is complete."""
-        if math.isinf(self.best["loss"]):
-            self._evaluate(self.spent.figure / PFLOP)
+        if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
+            self._evaluate(self.spent.figure)
         self._save()
         best = checkpoint.load(self.files.checkpoints / "best.pt", self.device)
         assert best is not None and best["step"] == self.best["step"]
@@ -358,6 +374,7 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
             "method": self.method.state_dict(),
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "lines": self.files.lines(),
             "spent": list(astuple(self.spent)),
             **{name: getattr(self, name) for name in self._SAVED},
@@ -379,9 +396,14 @@ class Training:
         self.optimiser.load_state_dict(state["optimiser"])
         self.method.load_state_dict(state["method"])
         torch.set_rng_state(state["random"].cpu())
+        if state.get("random_cuda") is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
         self.spent = Flops(*state["spent"])
         for name in self._SAVED:
             setattr(self, name, state[name])
+        best = checkpoint.load(self.files.checkpoints / "best.pt", self.device)
+        if best is None or best["step"] != self.best.get("step"):  # written after this checkpoint: it will come again
+            self.best = {"loss": math.inf}
         self.files.rewind(state["lines"], self.method.state.t + 1)
 
     # --- surroundings
@@ -403,5 +425,3 @@ class Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-

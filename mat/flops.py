@@ -9,13 +9,13 @@ attention kernels is not counted: the backward of attention is two times its for
 """
 
 from dataclasses import astuple, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mat import ntk
+from mat.interface import UnitModel
 from mat.units import BackwardMode, UnitLayer, unit_layers
 
 
@@ -43,25 +43,6 @@ class Flops:
         return self.figure + self.vocabulary
 
 
-class CountedBatch(Protocol):
-    """A batch of token sequences."""
-
-    tokens: torch.Tensor
-
-    @property
-    def samples(self) -> int:
-        """Number of sequences."""
-        ...
-
-
-class CountedModel(Protocol):
-    """A model that knows the FLOPs of what is not a unit layer."""
-
-    def head_flops(self, batch: Any) -> tuple[int, int]:
-        """Forward FLOPs of (the head, the vocabulary projection)."""
-        ...
-
-
 def layer_step(layer: UnitLayer, tokens: int, length: int, n_active: int, mode: BackwardMode) -> Flops:
     """A training step's FLOPs of one unit layer.
 
@@ -85,10 +66,10 @@ def layer_step(layer: UnitLayer, tokens: int, length: int, n_active: int, mode: 
     )
 
 
-def training_step(model: nn.Module, batch: Any) -> Flops:
+def training_step(model: UnitModel, batch: Any) -> Flops:
     """FLOPs of one training step with the gates as they stand."""
     tokens, length = batch.tokens.numel(), batch.tokens.shape[1]
-    head, vocabulary = model.head_flops(batch)  # type: ignore[operator]
+    head, vocabulary = model.head_flops(batch)
     total = Flops(forward=head, input_grad=head, weight_grad=head, vocabulary=3 * vocabulary)
     for layer in unit_layers(model):
         total += layer_step(layer, tokens, length, layer.n_active, layer.mode)
@@ -96,7 +77,7 @@ def training_step(model: nn.Module, batch: Any) -> Flops:
 
 
 def estimate(
-    model: nn.Module, batch: Any, gated: list[UnitLayer], reduction: ntk.Reduction, projections: int, memory_bytes: int
+    model: UnitModel, batch: Any, gated: list[UnitLayer], reduction: ntk.Reduction, projections: int, memory_bytes: int
 ) -> Flops:
     """FLOPs of one call of the estimator, all of them overhead but for the vocabulary projection.
 
@@ -112,9 +93,8 @@ def estimate(
         FLOPs with columns overhead and vocabulary.
     """
     tokens, length, samples = batch.tokens.numel(), batch.tokens.shape[1], batch.samples
-    head, vocabulary = model.head_flops(batch)  # type: ignore[operator]
-    outputs = batch.positions.numel() // samples * model.tokens.shape[0]  # type: ignore[union-attr, operator]
-    passes = {"random": projections, "full": outputs}.get(reduction, 1)
+    head, vocabulary = model.head_flops(batch)
+    passes = {"random": projections, "full": model.outputs_per_sample(batch)}.get(reduction, 1)
     layers = unit_layers(model)
     forward, backward = head, head
     for depth, layer in enumerate(layers):
@@ -145,7 +125,7 @@ def _batched_flops(accumulator: Any, a: Any, b: Any, *args: Any, out_shape: Any 
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's FLOPs counter with formulas for the attention kernels it does not know or counts with recomputation."""
+    """The FLOPs counter of torch, with formulas for kernels it does not know or counts with recomputation."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,

@@ -40,7 +40,8 @@ def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: in
         units: U.
         p: Width of the per-unit factor.
         q: Width of the shared factor.
-        memory_bytes: Bound on the chunk's working memory. At least one row or sample is always taken.
+        memory_bytes: Bound on the matrices that a chunk forms; copies of the factors come beside it. At least one
+            row or sample is always taken.
 
     Returns:
         The plan; its ``flops`` are what a FLOPs counter sees.
@@ -53,12 +54,11 @@ def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: in
         row_bytes = samples * q * (4 + 4)  # a row of gradients in the factors' precision and in float32
         fit = max(1, memory_bytes // row_bytes)
         return Plan("gradients", forming + products, max(1, min(units, fit // p)), min(p, fit))
-    sample_bytes = 2 * 4 * tokens * samples * tokens
-    chunk = max(1, min(samples, memory_bytes // sample_bytes))
-    chunks = -(-samples // chunk)
-    unit_chunk = max(1, min(units, memory_bytes // (sample_bytes * chunk)))
+    sample_bytes = 4 * tokens * samples * tokens  # one sample's pairs, of the shared factor or of a unit
+    chunk = max(1, min(samples, memory_bytes // (3 * sample_bytes)))
+    unit_chunk = max(1, min(units, (memory_bytes // (sample_bytes * chunk) - 1) // 2))  # a unit's, and their products
     shared = 2 * samples * samples * tokens * tokens * q
-    return Plan("pairs", pairs - shared + shared * -(-units // unit_chunk) * chunks // chunks, unit_chunk, chunk)
+    return Plan("pairs", pairs - shared + shared * -(-units // unit_chunk), unit_chunk, chunk)
 
 
 def unit_gram(per_unit: Tensor, shared: Tensor, bias: bool, memory_bytes: int) -> Tensor:
@@ -90,7 +90,7 @@ def unit_gram(per_unit: Tensor, shared: Tensor, bias: bool, memory_bytes: int) -
 
 
 def _by_gradients(gram: Tensor, per_unit: Tensor, shared: Tensor, chosen: Plan) -> None:
-    samples, tokens, units, p = per_unit.shape
+    samples, _, units, p = per_unit.shape
     dtype = torch.promote_types(per_unit.dtype, shared.dtype) if per_unit.dtype != shared.dtype else per_unit.dtype
     shared = shared.to(dtype)
     for u in range(0, units, chosen.units):

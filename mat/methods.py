@@ -236,5 +236,7 @@ def _matched_counts(run: str) -> dict[tuple[int, str, int], int]:
     if not (Path(run) / "summary.json").is_file() or not path.is_file():
         raise UserError(f"method.matched={run} is not a finished run: run it first, or name another run folder.")
     units = pd.read_parquet(path, columns=["t", "kind", "layer", "active"])
-    counts = units.groupby(["t", "kind", "layer"])["active"].sum()
-    return {(int(t), str(kind), int(layer)): int(n) for (t, kind, layer), n in counts.items()}  # type: ignore[misc]
+    counts: dict[tuple[int, str, int], int] = {}
+    for t, kind, layer, active in zip(*(units[c].tolist() for c in ("t", "kind", "layer", "active")), strict=True):
+        counts[t, kind, layer] = counts.get((t, kind, layer), 0) + int(active)
+    return counts

@@ -1,12 +1,11 @@
 """From a model's configuration to the model."""
 
-from torch import nn
-
 from mat.bert import Bert
 from mat.config import BertConfig, DatasetConfig, ModelConfig
+from mat.interface import UnitModel
 
 
-def build(model: ModelConfig, dataset: DatasetConfig, vocabulary: int) -> nn.Module:
+def build(model: ModelConfig, dataset: DatasetConfig, vocabulary: int) -> UnitModel:
     """The model of a configuration, initialised from torch's random state.
 
     Args:

@@ -18,34 +18,18 @@ eval mode are as before. Works in the caller's autocast context.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mat import gram
+from mat.interface import Batch, UnitModel
 from mat.units import Tap, Tape, UnitIndex, unit_layers
 
 Reduction = Literal["random", "sum", "full", "loss"]
-
-
-class Batch(Protocol):
-    """What the estimator needs of a batch."""
-
-    @property
-    def samples(self) -> int:
-        """Number of samples n."""
-        ...
-
-
-class ProbeModel(Protocol):
-    """What the estimator needs of a model with unit layers."""
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Outputs (rows, values), rows grouped by sample with equally many rows each."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class Mntk:
 
 
 def estimate(
-    model: nn.Module,
+    model: UnitModel,
     batch: Batch,
     index: UnitIndex,
     *,
@@ -88,7 +72,7 @@ def estimate(
     """Top eigenvalue of the mNTK of every unit.
 
     Args:
-        model: A model with unit layers (:class:`ProbeModel`).
+        model: A model with unit layers.
         batch: The probe, n samples.
         index: The units wanted.
         reduction: How the outputs are reduced, see the module's docstring.
@@ -166,7 +150,7 @@ def flops(taps: list[tuple[int, int, int, int, bool]], samples: int, memory_byte
 
 
 @contextmanager
-def _probing(model: nn.Module) -> Iterator[Tape]:
+def _probing(model: UnitModel) -> Iterator[Tape]:
     """Eval mode, no parameter gradients, a tape in every unit layer; everything restored at the end."""
     tape = Tape()
     training = {module: module.training for module in model.modules()}
@@ -190,12 +174,12 @@ def _probing(model: nn.Module) -> Iterator[Tape]:
 
 
 def _cotangents(
-    model: nn.Module, batch: Batch, outputs: Tensor, reduction: Reduction, projections: int, seed: int
+    model: UnitModel, batch: Batch, outputs: Tensor, reduction: Reduction, projections: int, seed: int
 ) -> list[Tensor]:
     """One vector per backward pass, each of the outputs' shape."""
     if reduction == "loss":
         leaf = outputs.detach().requires_grad_()
-        loss = model.loss_of_outputs(leaf, batch)  # type: ignore[operator]
+        loss = model.loss_of_outputs(leaf, batch)
         return list(torch.autograd.grad(loss, leaf))
     if reduction == "full":
         per_sample = outputs.view(batch.samples, -1)

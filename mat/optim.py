@@ -121,6 +121,7 @@ class UnitAdamW:
                     active = np.flatnonzero(slot.layer.active)
                     unbound = [self._unbind(slot, part, tensor) for part, tensor in enumerate(tensors)]
                     rows = ((*(u[i] for u in unbound), g) for i, g in zip(active, gradient.unbind(0), strict=True))
+                torch.autograd.graph.increment_version(slot.parameter)  # the fused kernel does not; gates rely on it
                 for row in rows:
                     for target, tensor in zip(lists, row, strict=True):
                         target.append(tensor)

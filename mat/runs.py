@@ -1,15 +1,16 @@
 """The run folder: the contract between the engine and ``results/`` (see README, "Run folder").
 
-    <runs>/<name>/<overrides without seed>/seed=<n>/
-        config.yaml        resolved configuration
-        environment.json   commit, versions, device, threads, precision
-        metrics.jsonl      one event per line
-        units.parquet      one row per selection and unit
-        checkpoint/        latest.pt, best.pt
-        summary.json       written last: its presence means the run is complete
-        failure.json       why a run failed; a new try removes it
+<runs>/<name>/<overrides without seed>/seed=<n>/
+    config.yaml        resolved configuration
+    environment.json   commit, versions, device, threads, precision
+    metrics.jsonl      one event per line
+    units.parquet      one row per selection and unit
+    checkpoint/        latest.pt, best.pt
+    summary.json       written last: its presence means the run is complete
+    failure.json       why a run failed; a new try removes it
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from mat.errors import UserError
 
 # Overrides that do not change the science: they name no folder, and may differ when a run is resumed.
 UNNAMED = ("seed", "runs", "name", "hardware", "tracking", "dataset.root", "dataset.cache", "train.checkpoint_steps")
+LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
 def folder_of(config: Config, overrides: list[str]) -> Path:
@@ -37,14 +39,18 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
         overrides: The command line's overrides, as Hydra gives them.
 
     Returns:
-        ``<runs>/<name>/<overrides without seed>/seed=<n>``.
+        ``<runs>/<name>/<overrides without seed>/seed=<n>``; very long overrides end in a hash of them all.
     """
     named = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         if key != "experiment" and not any(key == u or key.startswith(f"{u}.") for u in UNNAMED):
             named.append(override.lstrip("+").replace("/", "_"))
-    return Path(config.runs) / config.name / (",".join(sorted(named)) or "default") / f"seed={config.seed}"
+    leaf = ",".join(sorted(named)) or "default"
+    if len(leaf.encode()) > LONGEST_NAME:
+        digest = hashlib.sha256(leaf.encode()).hexdigest()[:12]
+        leaf = f"{leaf.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}-{digest}"
+    return Path(config.runs) / config.name / leaf / f"seed={config.seed}"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -184,17 +184,14 @@ class UnitLayer(nn.Module):
         rows: UnitTensors = {}
         for name, parameter in self.unit_parameters().items():
             block = self._blocks.get((name, active))
+            index = self._index[active]
+            assert index is not None
             if block is None:
-                index = self._index[active]
-                assert index is not None
                 gathered = parameter.detach().index_select(0, index.to(parameter.device))
                 block = _Block(gathered.requires_grad_(active), parameter._version)
                 self._blocks[name, active] = block
-            elif block.version != parameter._version:
-                if active:  # the optimiser stepped: same leaf, so that accumulated gradients stay with it
-                    index = self._index[True]
-                    assert index is not None
-                    torch.index_select(parameter.detach(), 0, index.to(parameter.device), out=block.rows.detach())
+            elif block.version != parameter._version:  # same leaf, so that accumulated gradients stay with it
+                torch.index_select(parameter.detach(), 0, index.to(parameter.device), out=block.rows.detach())
                 block.version = parameter._version
             rows[name] = block.rows
         return rows

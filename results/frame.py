@@ -4,6 +4,7 @@ A run is ``<runs>/<name>/<overrides without seed>/seed=<n>/``. What cannot stand
 incomplete or failed, a NaN, a wrong number of seeds) raises and names the run: no default replaces a number.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Collection, Iterable
@@ -27,6 +28,7 @@ EVALUATED = ("step", "loss", "pflops", "seconds")
 
 # What may differ between the seeds of a row: it says where and how a run was made, not what was computed.
 INCIDENTAL = ("seed", "runs", "tracking", "dataset.root", "dataset.cache", "train.checkpoint_steps",
+    "method.matched",
               "hardware.threads", "hardware.estimator_bytes")  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
             _require_same(row[0], run, compared, "one row holds one configuration")
         present = {run.seed for run in row}
         if len(present) < len(row):
-            twice = next(b for a, b in zip(row, row[1:], strict=False) if a.seed == b.seed)
+            twice = next(b for a, b in itertools.pairwise(row) if a.seed == b.seed)
             raise ResultsError(f"{twice.path} repeats seed {twice.seed} of {name}: delete one of the two run folders.")
         if len(present) < seeds:
             raise ResultsError(

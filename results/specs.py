@@ -100,29 +100,37 @@ def _four_methods(model: str) -> tuple[Row, ...]:
     return tuple(Row(model, method, label) for method, label in labels.items())
 
 
+SCALES = (("", ""), ("_mini", ", mini"))
 _MARKS = (Mark(1), Mark(2), Mark(3))
 
 SPECS = {
     spec.name: spec
     for spec in (
-        TableSpec("table1", "Table 1: BERT on WikiText-2", "table1", _four_methods("bert"), _MARKS, PAPER_TABLE_1),
-        TableSpec(
-            "table1_mini", "Table 1, mini: BERT on WikiText-2", "table1_mini",
-            (*_four_methods("bert_mini"), Row("bert_mini_shallow", "baseline", "shallow")), _MARKS, PAPER_TABLE_1,
+        TableSpec("smoke", "Mini BERT on the Python documentation", "smoke", _four_methods("bert_mini"), _MARKS),
+        *(
+            TableSpec(
+                f"table1{suffix}", f"Table 1{scale}: BERT on WikiText-2", f"table1{suffix}",
+                (*_four_methods(f"bert{suffix}"), Row(f"bert{suffix}_shallow", "baseline", "shallow")),
+                _MARKS, PAPER_TABLE_1,
+            )
+            for suffix, scale in SCALES
         ),
-        TableSpec(
-            "table1_controls_mini", "Controls of Table 1, mini: BERT on WikiText-2", "table1_mini",
-            (
-                Row("bert_mini", "baseline", "BERT"),
-                Row("bert_mini", "mat", "MAT"),
-                Row("bert_mini", "fitted", "BERT, fitted"),  # its schedule fitted to MAT's FLOPs
-                Row("bert_mini_shallow", "fitted", "shallow, fitted"),
-                Row("bert_mini", "static", "static"),
-                Row("bert_mini", "inverted", "inverted"),
-                Row("bert_mini", "shuffled", "shuffled"),
-                Row("bert_mini", "gradnorm", "gradnorm"),
-                Row("bert_mini", "rand_matched", "rand, matched"),
-            ), _MARKS,
+        *(
+            TableSpec(
+                f"table1_controls{suffix}", f"Controls of Table 1{scale}: BERT on WikiText-2", f"table1{suffix}",
+                (
+                    Row(f"bert{suffix}", "baseline", "BERT"),
+                    Row(f"bert{suffix}", "mat", "MAT"),
+                    Row(f"bert{suffix}", "fitted", "BERT, fitted"),  # its schedule fitted to MAT's FLOPs
+                    Row(f"bert{suffix}_shallow", "fitted", "shallow, fitted"),
+                    Row(f"bert{suffix}", "static", "static"),
+                    Row(f"bert{suffix}", "inverted", "inverted"),
+                    Row(f"bert{suffix}", "shuffled", "shuffled"),
+                    Row(f"bert{suffix}", "gradnorm", "gradnorm"),
+                    Row(f"bert{suffix}", "rand_matched", "rand, matched"),
+                ), _MARKS,
+            )
+            for suffix, scale in SCALES
         ),
     )
 }  # fmt: skip

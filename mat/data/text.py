@@ -76,14 +76,16 @@ def _parquet(folder: Path) -> Splits:
                 table = pq.read_table(file)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{file} is not a readable Parquet file: copy it again.") from error
-            if "text" not in table.column_names or not pyarrow.types.is_string(table.schema.field("text").type):
+            kind = table.schema.field("text").type if "text" in table.column_names else None
+            if kind not in (pyarrow.string(), pyarrow.large_string()):
                 raise UserError(f"{file} has no column 'text' of strings: copy the WikiText Parquet files there.")
             splits[split] += [line or "" for line in table.column("text").to_pylist()]
     return splits
 
 
 def _hub(config: DatasetConfig) -> Splits:
-    from datasets import load_dataset, logging as datasets_logging
+    from datasets import load_dataset
+    from datasets import logging as datasets_logging
 
     datasets_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -32,9 +32,7 @@ def encode(config: DatasetConfig, splits: Splits, folder: Path) -> None:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocabulary, special_tokens=list(SPECIAL), show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=config.vocabulary, special_tokens=list(SPECIAL), show_progress=False)
     # WikiText v1 writes rare words as the literal <unk>; it stands for the tokenizer's own unknown piece.
     known = (line.replace("<unk>", " ") for line in splits["train"])
     tokenizer.train_from_iterator(known, trainer)
@@ -122,7 +120,7 @@ class MaskedText:
         return cls(config, seed, len(pieces), pieces["[MASK]"], sequences)
 
     def train_batch(self, step: int, batch: int) -> tuple[MaskedBatch, int]:
-        """The batch of a training step and its epoch; every epoch is a new permutation, its last batch may be short."""
+        """The batch of a step and its epoch; every epoch is a new permutation, its last batch may be short."""
         count = len(self.sequences["train"])
         steps = -(-count // batch)
         epoch, within = divmod(step, steps)
@@ -137,7 +135,7 @@ class MaskedText:
         return [self._masked(chosen[s : s + batch], [EVALUATION, SPLITS.index(split), s]) for s in starts]
 
     def probe_batch(self, samples: int) -> MaskedBatch:
-        """The estimator's samples, drawn once from the training split (paper section 5); the same at every selection."""
+        """The estimator's samples, drawn once from the training split; the same at every selection."""
         count = len(self.sequences["train"])
         if samples > count:
             raise UserError(f"selection.samples={samples} exceeds the {count} training sequences: choose fewer.")

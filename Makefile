@@ -1,0 +1,52 @@
+# What CI runs is what a developer runs. Everything installs into .venv, from nothing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SCALE ?= mini
+RUNS ?= results/runs
+SUFFIX := $(if $(filter full,$(SCALE)),,_mini)
+SHALLOW := bert$(SUFFIX)_shallow
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint table1 table1-controls tables bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+$(VENV)/installed: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed ## four methods on a mini BERT over prose that ships with Python: table and loss curves, minutes
+	$(RUN) launch.py -m method=baseline,rand,multirate,mat
+	$(RUN) -m results.demo runs
+
+test: $(VENV)/installed lint ## lint, types and tests
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+table1: $(VENV)/installed ## train BERT on WikiText-2 with the four methods, then Table 1 (SCALE=mini or full)
+	$(RUN) launch.py -m +experiment=table1$(SUFFIX) runs=$(RUNS)
+	$(RUN) launch.py -m +experiment=table1$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=baseline
+	$(RUN) -m results.tables table1$(SUFFIX) --runs $(RUNS)
+	$(RUN) -m results.curves table1$(SUFFIX) --runs $(RUNS)
+
+table1-controls: $(VENV)/installed ## the controls beside Table 1, then their table (SCALE=mini or full)
+	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS)
+	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=fitted
+	$(RUN) -m results.tables table1_controls$(SUFFIX) --runs $(RUNS)
+	$(RUN) -m results.curves table1_controls$(SUFFIX) --runs $(RUNS)
+
+tables: $(VENV)/installed ## every table whose runs are there
+	$(RUN) -m results.tables all --runs $(RUNS)
+
+bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
+	$(RUN) -m benchmarks.step
+
+clean: ## remove smoke runs and caches; results stay
+	rm -rf runs .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,59 @@
+"""The demo's table and picture: what the four methods did on the default data (``make demo``).
+
+    python -m results.demo runs                # the table, and runs/smoke_curves.png
+
+Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that learns nothing is
+worth nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mat.errors import UserError
+from results.curves import draw
+from results.frame import Key, Run
+from results.specs import SPECS
+
+MARGIN = 0.5
+COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
+
+
+def table(rows: dict[Key, list[Run]]) -> Table:
+    """Method by validation loss, TFLOPs by column, seconds, active share."""
+    shown = Table(title="Four methods, one seed (TFLOPs executed, embeddings and vocabulary left out)")
+    for column in ("method", "validation loss", *COLUMNS, "total", "seconds", "active share"):
+        shown.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
+    for (_, method), runs in rows.items():
+        summary = runs[0].summary
+        flops = [1000 * summary[f"pflops_{column}"] for column in COLUMNS] + [1000 * summary["pflops"]]
+        shown.add_row(
+            method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.3f}" for value in flops),
+            f"{summary['seconds']:.0f}", f"{summary['active_share']:.2f}",
+        )  # fmt: skip
+    return shown
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line: the folder of runs. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
+    root = arguments[0] if arguments else "runs"
+    try:
+        rows = SPECS["smoke"].load(root, seeds=1)
+        Console().print(table(rows))
+        for path in draw(SPECS["smoke"], root, root, seeds=1):
+            print(f"wrote {path}")
+        baseline = next(iter(rows.values()))[0].summary
+        learned = baseline["unigram_entropy"] - baseline["best_validation_loss"]
+        print(f"The baseline ends {learned:.2f} nats under the unigram entropy.")
+        if learned < MARGIN:
+            raise UserError(f"the baseline ends only {learned:.2f} nats under the unigram entropy, wanted {MARGIN}.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

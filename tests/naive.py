@@ -1,0 +1,102 @@
+"""References written to be obviously right: one unit, one sample, one output at a time."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mat.attention import rotary_table
+from mat.bert import Bert
+from mat.config import BertConfig
+from mat.data.masking import MaskedBatch
+
+Unit = tuple[str, int]  # name of the unit layer in the model, and which unit
+
+
+def _norm(x: Tensor, p: Mapping[str, Tensor], name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """(T, K) rotated as T x K/2 complex numbers whose parts are K/2 apart."""
+    a, b = x.chunk(2, -1)
+    z = torch.complex(a, b) * torch.complex(*rotary[:, : len(x)].to(x.dtype))
+    return torch.cat([z.real, z.imag], -1)
+
+
+def _head(x: Tensor, p: Mapping[str, Tensor], name: str, u: int, rotary: Tensor | None) -> Tensor:
+    """Contribution of one head to one sequence (T, D)."""
+    q, k, v = (x @ p[f"{name}.qkv_weight"][u].T + p[f"{name}.qkv_bias"][u]).chunk(3, -1)
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    probabilities = torch.softmax(q @ k.T / q.shape[-1] ** 0.5, -1)
+    return probabilities @ v @ p[f"{name}.out_weight"][u]
+
+
+def _group(x: Tensor, p: Mapping[str, Tensor], name: str, u: int) -> Tensor:
+    """Contribution of one feed-forward group to one sequence (T, D)."""
+    z = x @ p[f"{name}.in_weight"][u].T + p[f"{name}.in_bias"][u]
+    return F.gelu(z) @ p[f"{name}.out_weight"][u]
+
+
+def logits(p: Mapping[str, Tensor], config: BertConfig, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> Tensor:
+    """Logits (P, V) of a BERT without dropout, with the contributions of frozen units detached."""
+    rotary = rotary_table(batch.tokens.shape[1], config.width // config.heads)
+
+    def sublayer(x: Tensor, name: str, units: int) -> Tensor:
+        total = torch.zeros_like(x)
+        for u in range(units):
+            heads = name.endswith("attention")
+            y = (
+                _head(x, p, name, u, rotary if config.positions == "rotary" else None)
+                if heads
+                else _group(x, p, name, u)
+            )
+            total = total + (y.detach() if (name, u) in frozen else y)
+        return total + p[f"{name}_bias"]
+
+    def hidden(tokens: Tensor) -> Tensor:
+        x = p["tokens"][tokens]
+        if config.positions == "learned":
+            x = x + p["positions"][: len(tokens)]
+        x = _norm(x, p, "embedding_norm")
+        for i in range(config.layers):
+            for name, units in ((f"blocks.{i}.attention", config.heads), (f"blocks.{i}.ffn", config.ffn_groups)):
+                if config.norm == "pre":
+                    x = x + sublayer(_norm(x, p, f"{name}_norm"), name, units)
+                else:
+                    x = _norm(x + sublayer(x, name, units), p, f"{name}_norm")
+        return _norm(x, p, "final_norm") if config.norm == "pre" else x
+
+    x = torch.cat([hidden(tokens) for tokens in batch.tokens])[batch.positions]
+    x = _norm(F.gelu(x @ p["transform_weight"].T + p["transform_bias"]), p, "transform_norm")
+    return x @ p["tokens"].T + p["vocabulary_bias"]
+
+
+def gradients(model: Bert, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
+    """Gradient of the mean cross-entropy for every parameter; None where the loss does not depend on it."""
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    loss = F.cross_entropy(logits(p, model.config, batch, frozen), batch.targets)
+    return dict(zip(p, torch.autograd.grad(loss, list(p.values()), allow_unused=True), strict=True))
+
+
+def jacobian(model: Bert, batch: MaskedBatch) -> dict[str, Tensor]:
+    """d outputs / d parameter for every parameter, (n, k, *parameter.shape), each entry of (n, k) by itself."""
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    rows: list[list[tuple[Tensor, ...]]] = []
+    for sample in batch.split(batch.samples):
+        outputs = logits(p, model.config, sample).flatten()
+        rows.append(
+            [torch.autograd.grad(o, list(p.values()), retain_graph=True, materialize_grads=True) for o in outputs]
+        )
+    return {
+        name: torch.stack([torch.stack([output[i] for output in sample]) for sample in rows])
+        for i, name in enumerate(p)
+    }
+
+
+def unit_jacobian(jacobian: Mapping[str, Tensor], layer: str, u: int) -> Tensor:
+    """Columns of one unit's parameters, (n, k, p)."""
+    return torch.cat([j[:, :, u].flatten(2) for name, j in jacobian.items() if name.startswith(f"{layer}.")], -1)

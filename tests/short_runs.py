@@ -1,0 +1,89 @@
+"""Configurations composed as the command line composes them, small enough to train in a blink."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from mat.config import CONF, Config, register_schemas, resolve
+
+register_schemas()
+STEP = 3_600_000e-15  # PFLOPs of a dense training step of SMALL, rounded up
+SMALL = (
+    "model.layers=2", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
+    "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
+    "selection.samples=4", "selection.interval=0.05", "hardware=cpu", "hardware.precision=float32",
+    "train.batch=8", "train.lr=1e-2", "train.eval_samples=16", "train.eval_batch=256", "train.log_steps=5",
+    "train.checkpoint_steps=7", "tracking.progress=false",
+)  # fmt: skip
+
+
+def composed(*overrides: str) -> DictConfig:
+    """What the launcher is handed for these overrides."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def small_overrides(cache: Path, *overrides: str, steps: int = 40) -> list[str]:
+    """Overrides of a run as long as so many dense steps."""
+    return [f"dataset.cache={cache}", *SMALL, f"train.pflops={steps * STEP}", *overrides]
+
+
+def small(cache: Path, *overrides: str, steps: int = 40) -> Config:
+    """The configuration of a run as long as so many dense steps."""
+    return resolve(composed(*small_overrides(cache, *overrides, steps=steps)))
+
+
+def one_sentence(message: str) -> bool:
+    """Whether a message is one sentence on one line, with a remedy behind its colon."""
+    ends = re.findall(r"[.?!](?=\s+[A-Z]|\s*$)", message.strip())
+    return len(ends) == 1 and "\n" not in message.strip() and ": " in message and "Traceback" not in message
+
+
+def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Events of a run, of one kind or all."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["event"])]
+
+
+def without_seconds(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Everything but what a clock has measured."""
+    return {k: v for k, v in numbers.items() if not k.startswith("seconds")}
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """All that a finished run leaves behind, in comparable form, without seconds."""
+    units = folder / "units.parquet"
+    latest = torch.load(folder / "checkpoint" / "latest.pt", weights_only=True)
+    latest["best"] = without_seconds(latest["best"])
+    return {
+        "metrics": [without_seconds(event) for event in events(folder)],
+        "summary": without_seconds(json.loads((folder / "summary.json").read_text())),
+        "units": pd.read_parquet(units) if units.is_file() else None,
+        "latest": without_seconds(latest),
+        "best": torch.load(folder / "checkpoint" / "best.pt", weights_only=True),
+    }
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equality to the last bit, through containers, with the place of the first difference."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), f"{where}: {len(a)} and {len(b)} entries"
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, pd.DataFrame):
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+    else:
+        assert a == b or (a != a and b != b), f"{where}: {a} and {b}"

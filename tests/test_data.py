@@ -1,0 +1,337 @@
+"""Text, tokens and masks: the right text, tokenised once, hidden reproducibly."""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from short_runs import one_sentence
+from tokenizers import Tokenizer
+
+from mat.config import DatasetConfig
+from mat.data import tokens
+from mat.data.masking import MaskedBatch, mask, masked_per_sequence
+from mat.data.text import SPLITS, load_text
+from mat.data.tokens import SPECIAL, MaskedText, cached_tokens
+from mat.errors import UserError
+
+LINES = {
+    "train": ["", " = Title = \n", *["the cat <unk> on the mat , unhappily\n", "dogs and <unk> cats ran\n"] * 40],
+    "validation": ["the dog <unk> on the cat\n"] * 12,
+    "test": ["cats ran and the mat ran\n"] * 12,
+}
+MASK_ID, FIRST = SPECIAL.index("[MASK]"), len(SPECIAL)
+
+
+def write(root: Path, lines: dict[str, list[Any]] = LINES, *, column: str = "text", kind: pa.DataType | None = None):
+    """A folder as the hub has it, one Parquet file per split."""
+    folder = root / "wikitext-2"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        pq.write_table(pa.table({column: pa.array(lines[split], kind)}), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def wikitext(root: Path | None, cache: Path = Path("unused"), **changes: Any) -> DatasetConfig:
+    values = dict(
+        name="wikitext2", hub_path="Salesforce/wikitext", hub_name="wikitext-2-v1", local_folder="wikitext-2",
+        root=None if root is None else str(root), cache=str(cache), vocabulary=64, length=8,
+    )  # fmt: skip
+    return DatasetConfig(**(values | changes))
+
+
+def pydocs(cache: Path, **changes: Any) -> DatasetConfig:
+    return DatasetConfig(**(dict(name="pydocs", cache=str(cache), vocabulary=256, length=16) | changes))
+
+
+@pytest.fixture(scope="module")
+def corpus(cache: Path) -> MaskedText:
+    return MaskedText.load(pydocs(cache), seed=0)
+
+
+@pytest.fixture
+def toy() -> MaskedText:
+    """Ten training sequences whose tokens name their row."""
+    rows = np.repeat(np.arange(FIRST, FIRST + 10, dtype=np.uint16)[:, None], 8, axis=1)
+    return MaskedText(DatasetConfig(length=8, mask_share=0.25), 3, 20, MASK_ID, dict.fromkeys(SPLITS, rows))
+
+
+# --- text
+
+
+def test_pydocs_gives_every_topic_to_one_split(cache):
+    splits = load_text(pydocs(cache))
+    text = {split: "\n".join(lines) for split, lines in splits.items()}
+    homes = {name: [s for s in SPLITS if "\n".join(topics[name].splitlines()) in text[s]] for name in topics}
+    assert all(len(home) == 1 for home in homes.values()), homes
+    shares = Counter(home[0] for home in homes.values())
+    assert min(shares.values()) >= 5 and shares["train"] > 0.7 * len(topics)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_parquet_gives_the_lines_of_every_split(tmp_path, kind):
+    write(tmp_path, {**LINES, "test": ["a", None, "b"]}, kind=kind)
+    splits = load_text(wikitext(tmp_path))
+    assert splits == {**LINES, "test": ["a", "", "b"]}
+
+
+def test_several_parquet_files_are_read_in_order(tmp_path):
+    folder = write(tmp_path)
+    (folder / "train-00000-of-00001.parquet").rename(folder / "train-00001-of-00002.parquet")
+    pq.write_table(pa.table({"text": ["first"]}), folder / "train-00000-of-00002.parquet")
+    assert load_text(wikitext(tmp_path))["train"] == ["first", *LINES["train"]]
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "train-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+DAMAGE = {
+    "no folder": (shutil.rmtree, "dataset.root"),
+    "no test split": (lambda folder: (folder / "test-00000-of-00001.parquet").unlink(), "test*.parquet"),
+    "truncated": (truncate, "copy it again"),
+    "not Parquet": (lambda folder: (folder / "train.parquet").write_text("text"), "train.parquet"),
+    "wrong column": (lambda folder: write(folder.parent, column="page"), "no column 'text'"),
+    "wrong type": (lambda folder: write(folder.parent, dict.fromkeys(SPLITS, [1, 2])), "no column 'text'"),
+    "empty split": (lambda folder: write(folder.parent, {**LINES, "validation": []}, kind=pa.string()), "validation"),
+    "blank split": (lambda folder: write(folder.parent, {**LINES, "test": ["", " \n"]}), "test"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, damage):
+    act, part = DAMAGE[damage]
+    act(write(tmp_path / "data"))
+    with pytest.raises(UserError) as caught:
+        MaskedText.load(wikitext(tmp_path / "data", tmp_path / "cache"), seed=0)
+    message = str(caught.value)
+    assert part in message and one_sentence(message), message
+    assert str(tmp_path / "data") in message, message
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_sequence_longer_than_a_split_is_refused(tmp_path):
+    write(tmp_path)
+    with pytest.raises(UserError, match=r"dataset.length=500 is longer than the validation split") as caught:
+        MaskedText.load(wikitext(tmp_path, tmp_path / "cache", length=500), seed=0)
+    assert one_sentence(str(caught.value))
+
+
+def test_hub_is_asked_for_all_splits(monkeypatch):
+    asked = []
+
+    def stand_in(*arguments: Any) -> dict[str, dict[str, list[str]]]:
+        asked.append(arguments)
+        return {split: {"text": LINES[split]} for split in SPLITS}
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    assert load_text(wikitext(None)) == LINES
+    assert asked == [("Salesforce/wikitext", "wikitext-2-v1")]
+
+
+def test_hub_out_of_reach_is_one_sentence(monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise ConnectionError("a long story\nover several lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"ConnectionError.*MAT_DATA.*wikitext-2/\*\.parquet") as caught:
+        load_text(wikitext(None))
+    assert one_sentence(str(caught.value))
+
+
+@pytest.mark.skipif("MAT_DATA" not in os.environ, reason="needs the real WikiText-2 below MAT_DATA")
+def test_real_wikitext_2_is_what_it_should_be():
+    splits = load_text(wikitext(Path(os.environ["MAT_DATA"])))
+    assert {s: len(splits[s]) for s in SPLITS} == {"train": 36718, "validation": 3760, "test": 4358}
+    words = {s: sum(len(line.split()) for line in splits[s]) for s in SPLITS}
+    assert words == {"train": 2051910, "validation": 213886, "test": 241211}
+    assert any("<unk>" in line for line in splits["train"])
+
+
+# --- tokens
+
+
+def test_unk_is_one_special_token_and_never_split(tmp_path):
+    write(tmp_path)
+    config = wikitext(tmp_path, tmp_path / "cache")
+    folder = cached_tokens(config)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pieces = tokenizer.get_vocab()
+    assert [pieces[name] for name in SPECIAL] == list(range(len(SPECIAL)))
+    assert not any("unk" in piece and piece != "[UNK]" for piece in pieces)
+    ids = {split: np.load(folder / f"{split}.npy") for split in SPLITS}
+    unknown = {split: int((ids[split] == pieces["[UNK]"]).sum()) for split in SPLITS}
+    assert unknown == {split: sum(line.count("<unk>") for line in LINES[split]) for split in SPLITS}
+    assert tokenizer.decode(ids["test"].tolist()).replace(" ##", "") == " ".join(LINES["test"]).replace("\n", "")
+    assert len(pieces) <= config.vocabulary and all(values.dtype == np.uint16 for values in ids.values())
+
+
+def test_second_load_does_not_tokenise_again(tmp_path, monkeypatch):
+    write(tmp_path)
+    config = wikitext(tmp_path, tmp_path / "cache")
+    first = MaskedText.load(config, seed=0)
+    monkeypatch.setattr(tokens, "encode", lambda *arguments: pytest.fail("tokenised again"))
+    again = MaskedText.load(dataclasses.replace(config, length=4), seed=5)  # neither needs other tokens
+    assert np.array_equal(again.sequences["test"].reshape(-1)[:8], first.sequences["test"][0])
+
+
+def test_cache_is_keyed_by_data_and_settings(tmp_path):
+    write(tmp_path / "a")
+    config = wikitext(tmp_path / "a", tmp_path / "cache")
+    folders = [cached_tokens(config), cached_tokens(dataclasses.replace(config, vocabulary=65))]
+    write(tmp_path / "a", {**LINES, "test": ["other text"]})
+    folders += [cached_tokens(config), cached_tokens(pydocs(tmp_path / "cache", vocabulary=64))]
+    assert len(set(folders)) == 4 and cached_tokens(config) == folders[2]
+
+
+def test_failure_while_encoding_leaves_nothing_behind(tmp_path, monkeypatch):
+    write(tmp_path)
+    config = wikitext(tmp_path, tmp_path / "cache")
+
+    def fail(config: DatasetConfig, splits: Any, folder: Path) -> None:
+        (folder / "train.npy").write_text("half")
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(tokens, "encode", fail)
+        cached_tokens(config)
+    assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "cache" / ".unfinished-killed").mkdir()  # what a hard kill leaves
+    assert len(MaskedText.load(config, seed=0).sequences["train"]) > 10
+
+
+def test_another_process_may_be_faster(tmp_path, monkeypatch):
+    write(tmp_path)
+    config = wikitext(tmp_path, tmp_path / "cache")
+    encode = tokens.encode
+
+    def slow(config: DatasetConfig, splits: Any, folder: Path) -> None:
+        monkeypatch.setattr(tokens, "encode", encode)
+        cached_tokens(config)
+        encode(config, splits, folder)
+
+    monkeypatch.setattr(tokens, "encode", slow)
+    folder = cached_tokens(config)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_sequences_are_the_tokens_in_order(corpus, cache):
+    for split in SPLITS:
+        ids = np.load(cached_tokens(pydocs(cache)) / f"{split}.npy")
+        rows = corpus.sequences[split]
+        assert rows.shape == (len(ids) // 16, 16) and np.array_equal(rows.reshape(-1), ids[: rows.size])
+
+
+def test_unigram_entropy_by_hand():
+    rows = {"validation": np.array([[5, 5, 5, 5], [6, 6, 7, 8]], dtype=np.uint16)}
+    text = MaskedText(DatasetConfig(length=4), 0, 9, MASK_ID, rows)
+    assert text.unigram_entropy() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8))
+
+
+# --- batches
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (64, [10])])
+def test_every_epoch_takes_each_sequence_once(toy, batch, sizes):
+    orders = []
+    for epoch in range(3):
+        drawn = [toy.train_batch(epoch * len(sizes) + i, batch) for i in range(len(sizes))]
+        assert [b.samples for b, _ in drawn] == sizes and {e for _, e in drawn} == {epoch}
+        rows = [int(row) for b, _ in drawn for row in restored(b)[:, 0] - FIRST]
+        assert sorted(rows) == list(range(10))
+        orders.append(rows)
+    if len(sizes) > 1:
+        assert orders[0] != orders[1] != orders[2]
+
+
+def restored(batch: MaskedBatch) -> torch.Tensor:
+    """The tokens with the targets back in place."""
+    flat = batch.tokens.reshape(-1).clone()
+    flat[batch.positions] = batch.targets
+    return flat.view_as(batch.tokens)
+
+
+def test_masking_hides_the_same_number_in_every_sequence():
+    rows = np.random.default_rng(0).integers(FIRST, 50, (33, 16), dtype=np.uint16)
+    batch = mask(rows, 0.15, MASK_ID, FIRST, 50, [1])
+    assert masked_per_sequence(16, 0.15) == 2 and masked_per_sequence(4, 0.01) == 1
+    per_sample = batch.positions.view(33, 2)
+    assert torch.equal(per_sample // 16, torch.arange(33)[:, None].expand(33, 2))  # sorted by sample, all its own
+    assert (per_sample[:, 0] < per_sample[:, 1]).all()
+    assert torch.equal(restored(batch), torch.from_numpy(rows.astype(np.int64)))
+    assert all(t.dtype == torch.int64 for t in (batch.tokens, batch.positions, batch.targets))
+
+
+def test_masking_shares_are_80_10_10_and_never_draw_special_tokens():
+    vocabulary, n = 1000, 40_000
+    rows = np.full((n // 4, 16), FIRST, dtype=np.uint16)
+    batch = mask(rows, 0.25, MASK_ID, FIRST, vocabulary, [2])
+    shown = batch.tokens.reshape(-1)[batch.positions]
+    assert len(shown) == n and (batch.targets == FIRST).all()
+    shares = [float((shown == value).float().mean()) for value in (MASK_ID, FIRST)]
+    deviation = 4 * math.sqrt(0.25 / n)
+    assert shares == pytest.approx([0.8, 0.1], abs=deviation)
+    drawn = shown[(shown != MASK_ID) & (shown != FIRST)]
+    assert drawn.min() >= FIRST and drawn.max() == vocabulary - 1
+    assert len(drawn) / n == pytest.approx(0.1, abs=deviation)
+    places = torch.bincount(batch.positions % 16, minlength=16) / n
+    assert places == pytest.approx(torch.full((16,), 1 / 16), abs=deviation)  # every place is as likely
+
+
+def same(a: MaskedBatch, b: MaskedBatch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip((a.tokens, a.positions), (b.tokens, b.positions), strict=True))
+
+
+def test_masks_depend_on_seed_and_step_alone(corpus, cache):
+    twin, other = (MaskedText.load(pydocs(cache), seed) for seed in (0, 1))
+    assert same(corpus.train_batch(5, 8)[0], twin.train_batch(5, 8)[0])
+    for a, b in [(corpus.train_batch(6, 8)[0], twin.train_batch(5, 8)[0]),
+                 (corpus.train_batch(5, 8)[0], other.train_batch(5, 8)[0]),
+                 (corpus.probe_batch(8), other.probe_batch(8))]:  # fmt: skip
+        assert not torch.equal(a.tokens, b.tokens) and not torch.equal(a.positions, b.positions)
+    assert same(corpus.probe_batch(8), twin.probe_batch(8))
+    for a, b in zip(corpus.evaluation_batches("test", 40, 16), other.evaluation_batches("test", 40, 16), strict=True):
+        assert same(a, b)
+
+
+def test_a_sequence_gets_new_masks_in_every_epoch(toy):
+    shown = [toy.train_batch(epoch, 10)[0] for epoch in range(2)]
+    assert torch.equal(restored(shown[0]), restored(shown[1])) and not torch.equal(
+        shown[0].positions, shown[1].positions
+    )
+
+
+def test_evaluation_takes_the_first_samples(corpus):
+    batches = corpus.evaluation_batches("validation", 40, 16)
+    assert [b.samples for b in batches] == [16, 16, 8]
+    seen = torch.cat([restored(b) for b in batches]).numpy()
+    assert np.array_equal(seen, corpus.sequences["validation"][:40])
+    everything = corpus.evaluation_batches("validation", None, 16)
+    assert sum(b.samples for b in everything) == len(corpus.sequences["validation"])
+
+
+def test_probe_larger_than_the_data_is_refused(toy):
+    with pytest.raises(UserError, match="selection.samples=11 exceeds the 10 training sequences") as caught:
+        toy.probe_batch(11)
+    assert one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(1, [5]), (2, [3, 2]), (5, [1] * 5), (9, [1] * 5)])
+def test_parts_of_a_batch_make_it_up(toy, parts, sizes):
+    whole, _ = toy.train_batch(0, 5)
+    split = whole.split(parts)
+    assert [part.samples for part in split] == sizes
+    assert torch.equal(torch.cat([restored(part) for part in split]), restored(whole))
+    assert torch.equal(torch.cat([part.tokens for part in split]), whole.tokens)
+    assert torch.equal(torch.cat([part.targets for part in split]), whole.targets)

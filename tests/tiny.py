@@ -1,0 +1,61 @@
+"""Models and batches small enough for references that loop over everything."""
+
+import itertools
+
+import torch
+
+from mat.bert import Bert
+from mat.config import BertConfig
+from mat.data.masking import MaskedBatch
+
+VOCABULARY, LENGTH, MASKED = 11, 6, 2
+
+
+def tiny_config(
+    *, layers: int = 2, width: int = 12, heads: int = 3, ffn_hidden: int = 12, ffn_groups: int = 3,
+    positions: str = "rotary", norm: str = "pre", dropout: float = 0.0,
+) -> BertConfig:  # fmt: skip
+    """Two layers with three heads of width 4 and three feed-forward groups of 4 neurons."""
+    return BertConfig(
+        name="tiny", layers=layers, width=width, heads=heads, ffn_hidden=ffn_hidden, ffn_groups=ffn_groups,
+        positions=positions, norm=norm, dropout=dropout,
+    )  # fmt: skip
+
+
+def tiny_bert(
+    *, vocabulary: int = VOCABULARY, length: int = LENGTH, seed: int = 0, dtype: torch.dtype = torch.float64,
+    **config: object,
+) -> Bert:  # fmt: skip
+    """A BERT of :func:`tiny_config` in which every parameter is random and large enough to matter.
+
+    Args:
+        vocabulary: V.
+        length: Longest sequence T.
+        seed: Seed of the parameters; the global random state is left alone.
+        dtype: Of parameters and buffers.
+        config: Arguments of :func:`tiny_config`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Bert(tiny_config(**config), vocabulary, length)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def tiny_batch(
+    *, samples: int = 4, length: int = LENGTH, masked: int = MASKED, vocabulary: int = VOCABULARY, seed: int = 0
+) -> MaskedBatch:
+    """Random tokens with the same number of masked positions in every sample."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (samples, length), generator=random)
+    chosen = torch.rand(samples, length, generator=random).argsort(1)[:, :masked].sort(1).values
+    positions = (chosen + torch.arange(samples)[:, None] * length).flatten()
+    targets = torch.randint(vocabulary, (samples * masked,), generator=random)
+    return MaskedBatch(tokens, positions, targets)
+
+
+def shapes(**axes: tuple[object, ...]) -> list[dict[str, object]]:
+    """All combinations of the axes' values, as keyword arguments."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
