@@ -84,7 +84,7 @@ def estimate(
     Args:
         model: The model.
         batch: The probe.
-        gated: Layers whose units are measured.
+        gated: Layers whose units are measured, in forward order.
         reduction: The estimator's reduction.
         projections: m, for ``random``.
         memory_bytes: The estimator's memory bound (it decides the contraction's chunks).
@@ -95,15 +95,14 @@ def estimate(
     tokens, length, samples = batch.tokens.numel(), batch.tokens.shape[1], batch.samples
     head, vocabulary = model.head_flops(batch)
     passes = {"random": projections, "full": model.outputs_per_sample(batch)}.get(reduction, 1)
-    layers = unit_layers(model)
-    forward, backward = head, head
-    for depth, layer in enumerate(layers):
+    forward, backward, reached = head, head, False
+    for layer in unit_layers(model):
         step = layer_step(layer, tokens, length, layer.n_units, "cut")
         forward += step.forward
-        backward += step.input_grad
-        if depth == 0:  # nothing before the first product wants a gradient
-            p, q, _ = layer.product_shapes()[0]
-            backward -= layer.n_units * 2 * tokens * p * q
+        reached |= layer is gated[0]
+        backward += step.input_grad if reached else 0
+    p, q, _ = gated[0].product_shapes()[0]  # nothing before the first product wants a gradient
+    backward -= gated[0].n_units * 2 * tokens * p * q
     taps = [(length, layer.n_units, *shape) for layer in gated for shape in layer.product_shapes()]
     overhead = forward + passes * backward + ntk.flops(taps, samples * passes, memory_bytes)
     return Flops(overhead=overhead, vocabulary=vocabulary * (1 + passes))

@@ -30,14 +30,23 @@ def load_text(config: DatasetConfig) -> Splits:
     if config.hub_path is None:
         splits = _pydocs()
     elif config.root is not None:
-        assert config.local_folder is not None
-        splits = _parquet(Path(config.root).expanduser() / config.local_folder)
+        splits = _parquet(_folder(config))
     else:
         splits = _hub(config)
     for split, lines in splits.items():
         if not any(line.strip() for line in lines):
-            raise UserError(f"dataset={config.name} has an empty {split} split: check the files it came from.")
+            raise UserError(f"{origin(config)} has an empty {split} split: get the data again.")
     return splits
+
+
+def origin(config: DatasetConfig) -> str:
+    """Where the data come from, for messages: the local folder, or the dataset's name."""
+    local = config.hub_path is not None and config.root is not None
+    return str(_folder(config)) if local else f"dataset={config.name}"
+
+
+def _folder(config: DatasetConfig) -> Path:
+    return Path(str(config.root)).expanduser() / str(config.local_folder)
 
 
 def source_key(config: DatasetConfig) -> list[str]:
@@ -48,7 +57,7 @@ def source_key(config: DatasetConfig) -> list[str]:
         return ["pydocs", platform.python_version()]
     if config.root is None:
         return [config.hub_path, str(config.hub_name)]
-    files = _files(Path(config.root).expanduser() / str(config.local_folder))
+    files = _files(_folder(config))
     stats = [(Path(f), os.stat(f)) for split in SPLITS for f in files[split]]
     return [f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mat.config import DatasetConfig
 from mat.data.masking import MaskedBatch, mask
-from mat.data.text import SPLITS, Splits, load_text, source_key
+from mat.data.text import SPLITS, Splits, load_text, origin, source_key
 from mat.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -113,7 +113,7 @@ class MaskedText:
             count = len(ids) // config.length
             if count == 0:
                 raise UserError(
-                    f"dataset.length={config.length} is longer than the {split} split of {config.name} "
+                    f"dataset.length={config.length} is longer than the {split} split of {origin(config)} "
                     f"({len(ids)} tokens): choose a smaller dataset.length."
                 )
             sequences[split] = ids[: count * config.length].reshape(count, config.length)
