@@ -23,8 +23,13 @@ from mat.interface import UnitModel
 from mat.units import UnitLayer, UnitTensors
 
 
-def _normal(*shape: int, std: float = 0.02) -> Tensor:
-    return torch.empty(*shape).normal_(0.0, std)
+def _embedding(*shape: int) -> Tensor:
+    return torch.empty(*shape).normal_(0.0, 0.02)
+
+
+def _weight(*shape: int, width: int) -> Tensor:
+    """BERT's 0.02 at its width of 768, scaled so that narrower models start with equally large products."""
+    return torch.empty(*shape).normal_(0.0, 0.02 * math.sqrt(768 / width))
 
 
 class Attention(UnitLayer):
@@ -44,8 +49,8 @@ class Attention(UnitLayer):
     def __init__(self, width: int, heads: int, rotary: Tensor | None) -> None:
         super().__init__("heads", heads)
         self.head_width = width // heads
-        self.add_product("qkv_weight", _normal(heads, 3 * self.head_width, width), "qkv_bias")
-        self.add_product("out_weight", _normal(heads, self.head_width, width))
+        self.add_product("qkv_weight", _weight(heads, 3 * self.head_width, width, width=width), "qkv_bias")
+        self.add_product("out_weight", _weight(heads, self.head_width, width, width=width))
         self.register_buffer("rotary", rotary, persistent=False)
 
     def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
@@ -79,8 +84,8 @@ class FeedForward(UnitLayer):
     def __init__(self, width: int, hidden: int, groups: int) -> None:
         super().__init__("ffn", groups)
         self.group_width = hidden // groups
-        self.add_product("in_weight", _normal(groups, self.group_width, width), "in_bias")
-        self.add_product("out_weight", _normal(groups, self.group_width, width))
+        self.add_product("in_weight", _weight(groups, self.group_width, width, width=width), "in_bias")
+        self.add_product("out_weight", _weight(groups, self.group_width, width, width=width))
 
     def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
         """(B, T, D) to (B, T, D) for the groups in ``w``."""
@@ -135,13 +140,13 @@ class Bert(UnitModel):
         self.config = config
         width = config.width
         rotary = rotary_table(length, width // config.heads) if config.positions == "rotary" else None
-        self.tokens = nn.Parameter(_normal(vocabulary, width))
-        self.positions = nn.Parameter(_normal(length, width)) if config.positions == "learned" else None
+        self.tokens = nn.Parameter(_embedding(vocabulary, width))
+        self.positions = nn.Parameter(_embedding(length, width)) if config.positions == "learned" else None
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, rotary) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(width, eps=1e-12) if config.norm == "pre" else nn.Identity()
-        self.transform_weight = nn.Parameter(_normal(width, width))
+        self.transform_weight = nn.Parameter(_weight(width, width, width=width))
         self.transform_bias = nn.Parameter(torch.zeros(width))
         self.transform_norm = nn.LayerNorm(width, eps=1e-12)
         self.vocabulary_bias = nn.Parameter(torch.zeros(vocabulary))

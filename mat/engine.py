@@ -316,6 +316,8 @@ class Training:
 
     def _finish(self) -> dict[str, Any]:
         """Read the test loss at the best validation, and write the summary: the run is complete."""
+        if self.step == 0:
+            raise UserError(f"train.pflops={self.config.train.pflops} is too short for a single step: raise it.")
         if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()

@@ -104,7 +104,7 @@ class Method:
         self.state = MethodState(
             -1, np.ones(n, bool), np.zeros(n, bool), nan, nan.copy(), nan.copy(), nan.copy(), nan.copy()
         )
-        self.counts = _matched_counts(method.matched) if method.matched else None
+        self.counts = _matched_counts(method.matched, index) if method.matched else None
 
     @property
     def selects(self) -> bool:
@@ -230,12 +230,15 @@ class Method:
         return active
 
 
-def _matched_counts(run: str) -> dict[tuple[int, str, int], int]:
+def _matched_counts(run: str, index: UnitIndex) -> dict[tuple[int, str, int], int]:
     """Active units by selection, kind and layer of a finished run."""
     path = Path(run) / "units.parquet"
     if not (Path(run) / "summary.json").is_file() or not path.is_file():
         raise UserError(f"method.matched={run} is not a finished run: run it first, or name another run folder.")
-    units = pd.read_parquet(path, columns=["t", "kind", "layer", "active"])
+    units = pd.read_parquet(path, columns=["t", "kind", "layer", "unit", "active"])
+    theirs = set(zip(*(units[c].tolist() for c in ("kind", "layer", "unit")), strict=True))
+    if theirs != set(zip(index.kind.tolist(), index.layer.tolist(), index.unit.tolist(), strict=True)):
+        raise UserError(f"method.matched={run} has other units: name a run of the same model and selection.units.")
     counts: dict[tuple[int, str, int], int] = {}
     for t, kind, layer, active in zip(*(units[c].tolist() for c in ("t", "kind", "layer", "active")), strict=True):
         counts[t, kind, layer] = counts.get((t, kind, layer), 0) + int(active)
