@@ -167,7 +167,7 @@ def register_schemas() -> None:
     ``${data_root:}`` is the folder in MAT_DATA or null; ``${marks:p,20,5,10}`` scales the marks 5 and 10 of a run of
     20 PFLOPs to a run of p; ``${groups:}`` is what ``--help`` says about the groups.
     """
-    OmegaConf.register_new_resolver("data_root", lambda: os.environ.get("MAT_DATA"), replace=True)
+    OmegaConf.register_new_resolver("data_root", lambda: os.environ.get("MAT_DATA") or None, replace=True)
     OmegaConf.register_new_resolver("groups", lambda: describe_groups(CONF), replace=True)
     OmegaConf.register_new_resolver(
         "marks", lambda pflops, total, *marks: [pflops * mark / total for mark in marks], replace=True

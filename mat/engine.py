@@ -102,7 +102,6 @@ class Training:
         self.step = 0
         self.epoch = 0
         self.spent = Flops()  # executed
-        self.needed = 0  # of the paper's figure, nothing padded
         self.seconds = 0.0
         self.seconds_estimator = 0.0
         self.share_sum = 0.0  # of active shares over steps
@@ -122,17 +121,21 @@ class Training:
         """The loop: select, evaluate, step, until the budget is spent."""
         train = self.config.train
         points = self._evaluation_points()
+        if self.files.lines() == 0:
+            self._event("start", "validation", unigram_entropy=self.data.unigram_entropy())
         with self._stopping_cleanly():
             while True:
-                if self._selection_is_due():
+                if self.method.is_due(self.spent.figure / self.budget):
                     after = self.spent.figure + self._estimate_cost().figure
                     self._evaluate_until(after, points)
                     if after > self.budget:
                         break
                     self._select()
+                start = time.perf_counter()
                 batch, self.epoch = self.data.train_batch(self.step, train.batch)
                 self.index.set_active(self.method.active_at(self.step), self.mode)
                 cost = flops.training_step(self.model, batch)
+                self.seconds += time.perf_counter() - start
                 after = self.spent.figure + cost.figure
                 self._evaluate_until(after, points)
                 if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
@@ -169,18 +172,19 @@ class Training:
         self.optimiser.step(lr)
         if self.method.drifts:
             self.optimiser.drift(((layer, ~layer.active) for layer in self.index.layers), lr)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start
 
         self.step += 1
         self.spent += cost
-        self.needed += cost.figure
         active_share = float(self.method.active_at(self.step - 1).mean())
         self.share_sum += active_share
         self.window.append(loss)
         if self.step % train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
-            self._event("train", "train", loss=mean, lr=lr, active_share=active_share)
+            self._event("train", "train", loss=mean, lr=lr, active_now=active_share)
         best = None if math.isinf(self.best["loss"]) else self.best["loss"]
         self.progress.update(self.spent.figure / PFLOP, loss, active_share, best)
 
@@ -202,14 +206,6 @@ class Training:
 
     # --- selections
 
-    def _selection_is_due(self) -> bool:
-        if not self.method.selects:
-            return False
-        if self.config.method.policy == "multirate":
-            return self.method.state.t < 0
-        due = (self.method.state.t + 1) * self.config.selection.interval * self.budget
-        return self.spent.figure >= due and not bool(self.method.state.stopped.all())
-
     def _estimate_cost(self) -> Flops:
         if not self.method.needs_score or self.probe is None:
             return Flops()
@@ -223,12 +219,11 @@ class Training:
         start = time.perf_counter()
         cost = self._estimate_cost()
         score = self._score() if self.method.needs_score else None
+        if score is not None:
+            self.seconds_estimator += time.perf_counter() - start
         state = self.method.select(score)
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        self.seconds_estimator += elapsed
+        self.seconds += time.perf_counter() - start
         self.spent += cost
-        self.needed += cost.figure
         rows = pd.DataFrame(
             {
                 "t": state.t,
@@ -246,7 +241,7 @@ class Training:
         )
         before = self.files.units()
         self.files.write_units(rows if before is None else pd.concat([before, rows], ignore_index=True))
-        self._event("selection", "train", active_share=float(state.active.mean()))
+        self._event("selection", "train", active_now=float(state.active.mean()))
 
     def _reduction(self) -> ntk.Reduction:
         if self.config.method.score == "gradnorm":
@@ -301,7 +296,7 @@ class Training:
             raise RunFailed(f"{self.files.path}: the validation loss is {loss} at step {self.step}: lower train.lr.")
         if loss < self.best["loss"]:
             self.best = {"loss": loss, "step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
-            checkpoint.save(self.files.checkpoints / "best.pt", {"step": self.step, "model": self.model.state_dict()})
+            checkpoint.save(self._best_path(), {"step": self.step, "model": self.model.state_dict()})
 
     @torch.no_grad()
     def _loss_on(self, split: str, samples: int | None) -> float:
@@ -321,8 +316,9 @@ class Training:
         if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()
-        best = checkpoint.load(self.files.checkpoints / "best.pt", self.device)
-        assert best is not None and best["step"] == self.best["step"]
+        best = checkpoint.load(self._best_path(), self.device)
+        if best is None:
+            raise UserError(f"{self._best_path()} is missing: remove {self.files.path} to train that run again.")
         self.model.load_state_dict(best["model"])
         test_loss = self._loss_on("test", None)
         mean_share = self.share_sum / max(1, self.step)
@@ -359,7 +355,7 @@ class Training:
             "pflops_overhead": spent.overhead / PFLOP,
             "pflops": spent.figure / PFLOP,
             "pflops_vocabulary": spent.vocabulary / PFLOP,
-            "pflops_needed": self.needed / PFLOP,
+            "pflops_needed": spent.figure / PFLOP,  # nothing is padded
             "seconds": self.seconds,
         }
 
@@ -370,21 +366,28 @@ class Training:
         self.files.append(line)
         self.mirror.log(line)
 
+    def _best_path(self) -> Path:
+        return self.files.checkpoints / f"best-{self.best.get('step', 0):.0f}.pt"
+
     def _save(self) -> None:
         state = {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "method": self.method.state_dict(),
             "random": torch.get_rng_state(),
+            "probe": None if self.probe is None else self.probe.tokens,
             "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "lines": self.files.lines(),
             "spent": list(astuple(self.spent)),
             **{name: getattr(self, name) for name in self._SAVED},
         }
         checkpoint.save(self.files.checkpoints / "latest.pt", state)
+        for old in self.files.checkpoints.glob("best-*.pt"):  # only now does no checkpoint need an earlier best
+            if old != self._best_path():
+                old.unlink()
 
     _SAVED = (
-        "step", "epoch", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
+        "step", "epoch", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
         "evaluated_at", "best",
     )  # fmt: skip
 
@@ -394,6 +397,11 @@ class Training:
         if state is None:
             self.files.rewind(0, 0)
             return
+        if self.probe is not None and not torch.equal(self.probe.tokens, state["probe"]):
+            raise UserError(
+                f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
+                "with, or remove that folder."
+            )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.method.load_state_dict(state["method"])
@@ -403,9 +411,6 @@ class Training:
         self.spent = Flops(*state["spent"])
         for name in self._SAVED:
             setattr(self, name, state[name])
-        best = checkpoint.load(self.files.checkpoints / "best.pt", self.device)
-        if best is None or best["step"] != self.best.get("step"):  # written after this checkpoint: it will come again
-            self.best = {"loss": math.inf}
         self.files.rewind(state["lines"], self.method.state.t + 1)
 
     # --- surroundings

@@ -111,12 +111,18 @@ class Method:
         """Whether the method makes selections at all."""
         return self.config.policy != "all"
 
+    def is_due(self, progress: float) -> bool:
+        """Whether a selection is due when a share ``progress`` of the run's FLOPs is spent."""
+        t = self.state.t
+        last = {"all": -1, "multirate": 0, "static": 1}.get(self.config.policy)
+        if (last is not None and t >= last) or bool(self.state.stopped.all()):
+            return False
+        return progress >= (t + 1) * self.selection.interval
+
     @property
     def needs_score(self) -> bool:
         """Whether the coming selection needs scores."""
-        if self.config.score == "none":
-            return False
-        return self.config.policy != "static" or self.state.t < 1
+        return self.config.score != "none"
 
     def select(self, score: FloatArray | None) -> MethodState:
         """Make the next selection t = 0, 1, 2, ...; the first one leaves all units active (Delta_1 must exist).
@@ -138,7 +144,7 @@ class Method:
             pass
         elif self.config.policy == "random":
             state.active = self._draw(self._random_share())
-        elif self.config.policy != "static" or state.t == 1:
+        else:
             state.active = self._above_threshold(self._ranked())
         return state
 

@@ -5,7 +5,7 @@
     environment.json   commit, versions, device, threads, precision
     metrics.jsonl      one event per line
     units.parquet      one row per selection and unit
-    checkpoint/        latest.pt, best.pt
+    checkpoint/        latest.pt, best-<step>.pt
     summary.json       written last: its presence means the run is complete
     failure.json       why a run failed; a new try removes it
 """
@@ -27,7 +27,19 @@ from mat.config import Config
 from mat.errors import UserError
 
 # Overrides that do not change the science: they name no folder, and may differ when a run is resumed.
-UNNAMED = ("seed", "runs", "name", "hardware", "tracking", "dataset.root", "dataset.cache", "train.checkpoint_steps")
+UNNAMED = (
+    "seed",
+    "runs",
+    "name",
+    "tracking",
+    "dataset.root",
+    "dataset.cache",
+    "method.matched",
+    "train.checkpoint_steps",
+    "hardware.threads",
+    "hardware.estimator_bytes",
+    "hardware.exclusive",
+)
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
@@ -44,7 +56,7 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
     named = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if key != "experiment" and not any(key == u or key.startswith(f"{u}.") for u in UNNAMED):
+        if key not in ("experiment", "hardware") and not any(key == u or key.startswith(f"{u}.") for u in UNNAMED):
             named.append(override.lstrip("+").replace("/", "_"))
     leaf = ",".join(sorted(named)) or "default"
     if len(leaf.encode()) > LONGEST_NAME:
@@ -185,7 +197,7 @@ def _science(config: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif not any(prefix == u or prefix.startswith(f"{u}.") for u in UNNAMED) and prefix != "method.matched":
+        elif not any(prefix == u or prefix.startswith(f"{u}.") for u in UNNAMED):
             flat[prefix] = value
 
     walk("", config)

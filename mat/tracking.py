@@ -1,9 +1,11 @@
 """Mirrors of the run folder: wandb, and the progress bar. Neither can stop a run, and nothing reads them back."""
 
 import logging
+import netrc
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+from urllib.parse import urlparse
 
 from tqdm import tqdm
 
@@ -82,8 +84,8 @@ def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirro
     try:
         import wandb
 
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-        modes = ["online", "offline"] if has_key and os.environ.get("WANDB_MODE") != "offline" else ["offline"]
+        online = _has_key() and os.environ.get("WANDB_MODE") != "offline"
+        modes: list[Literal["online", "offline"]] = ["online", "offline"] if online else ["offline"]
         for mode in modes:
             try:
                 run = wandb.init(
@@ -92,7 +94,7 @@ def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirro
                     dir=str(folder),
                     name=f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name}",
                     config=resolved,
-                    mode=mode,  # type: ignore[arg-type]
+                    mode=mode,
                     settings=wandb.Settings(init_timeout=20, silent=True),
                 )
                 return WandbMirror(run)
@@ -101,6 +103,18 @@ def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirro
     except Exception as error:  # wandb itself is broken
         log.warning("wandb could not start (%s); the run folder goes on alone", error)
     return NoMirror()
+
+
+def _has_key() -> bool:
+    """Whether wandb would find a key without asking: in the environment, or where ``wandb login`` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Progress:

@@ -29,7 +29,7 @@ EVALUATED = ("step", "loss", "pflops", "seconds")
 # What may differ between the seeds of a row: it says where and how a run was made, not what was computed.
 INCIDENTAL = ("seed", "runs", "tracking", "dataset.root", "dataset.cache", "train.checkpoint_steps",
     "method.matched",
-              "hardware.threads", "hardware.estimator_bytes")  # fmt: skip
+              "hardware.exclusive", "hardware.threads", "hardware.estimator_bytes")  # fmt: skip
 
 
 class ResultsError(UserError):

@@ -37,19 +37,17 @@ class MaskedBatch:
         """The same batch on a device."""
         return MaskedBatch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.positions, self.targets)))
 
+    def take(self, rows: Tensor) -> "MaskedBatch":
+        """The samples with these numbers, masks included."""
+        length = self.tokens.shape[1]
+        within = self.positions.view(self.samples, -1) % length  # (B, M)
+        positions = within[rows] + torch.arange(len(rows), device=rows.device)[:, None] * length
+        return MaskedBatch(self.tokens[rows], positions.flatten(), self.targets.view(self.samples, -1)[rows].flatten())
+
     def split(self, parts: int) -> list["MaskedBatch"]:
         """Equal consecutive parts (fewer when there are fewer samples than parts)."""
-        parts = min(parts, self.samples)
-        masked = self.positions.numel() // self.samples
-        length = self.tokens.shape[1]
-        batches = []
-        start = 0
-        for tokens in self.tokens.tensor_split(parts):
-            stop = start + tokens.shape[0]
-            rows = slice(start * masked, stop * masked)
-            batches.append(MaskedBatch(tokens, self.positions[rows] - start * length, self.targets[rows]))
-            start = stop
-        return batches
+        rows = torch.arange(self.samples, device=self.tokens.device)
+        return [self.take(part) for part in rows.tensor_split(min(parts, self.samples))]
 
 
 def masked_per_sequence(length: int, mask_share: float) -> int:

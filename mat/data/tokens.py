@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mat.config import DatasetConfig
@@ -90,6 +91,7 @@ class MaskedText:
     vocabulary: int
     mask_id: int
     sequences: dict[str, NDArray[np.uint16]]
+    _order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch that is being read
 
     @classmethod
     def load(cls, config: DatasetConfig, seed: int) -> "MaskedText":
@@ -124,15 +126,16 @@ class MaskedText:
         count = len(self.sequences["train"])
         steps = -(-count // batch)
         epoch, within = divmod(step, steps)
-        order = np.random.default_rng([self.seed, TRAIN, epoch]).permutation(count)
-        rows = order[within * batch : (within + 1) * batch]
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, TRAIN, epoch]).permutation(count)
+        rows = self._order[1][within * batch : (within + 1) * batch]
         return self._masked(self.sequences["train"][np.sort(rows)], [self.seed, TRAIN, epoch, within]), epoch
 
     def evaluation_batches(self, split: str, samples: int | None, batch: int) -> list[MaskedBatch]:
-        """The first samples of a split with masks that are the same for all methods and seeds."""
-        chosen = self.sequences[split][:samples]
-        starts = range(0, len(chosen), batch)
-        return [self._masked(chosen[s : s + batch], [EVALUATION, SPLITS.index(split), s]) for s in starts]
+        """Evenly spaced samples of a split; a sample's mask is the same for all methods, seeds and batch sizes."""
+        whole = self._masked(self.sequences[split], [EVALUATION, SPLITS.index(split)])
+        count = min(samples or whole.samples, whole.samples)
+        return whole.take(torch.arange(count) * whole.samples // count).split(-(-count // batch))
 
     def probe_batch(self, samples: int) -> MaskedBatch:
         """The estimator's samples, drawn once from the training split; the same at every selection."""
