@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from mat.config import CONF, Config, register_schemas, resolve
 
 register_schemas()
-STEP = 3_600_000e-15  # PFLOPs of a dense training step of SMALL, rounded up
+STEP = 2e-9  # PFLOPs of a dense training step of SMALL, rounded up
 SMALL = (
-    "model.layers=2", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
+    "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
     "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
     "selection.samples=4", "selection.interval=0.05", "hardware=cpu", "hardware.precision=float32",
     "train.batch=8", "train.lr=1e-2", "train.eval_samples=16", "train.eval_batch=256", "train.log_steps=5",

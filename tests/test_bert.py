@@ -182,15 +182,22 @@ def test_without_positions_the_order_would_not_matter() -> None:
     )
 
 
-def test_pre_norm_starts_with_small_residual_branches() -> None:
-    """GPT-2's rule: output weights are smaller by sqrt(2 layers); everything else starts at 0.02."""
+@pytest.mark.parametrize("norm, residual", [("pre", 4.0), ("post", 1.0)])
+def test_initial_weights(norm: str, residual: float) -> None:
+    """Embeddings 0.02; weights 0.02 at width 768; pre-norm's output weights smaller by sqrt(2 layers), here 4."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Bert(tiny_config(layers=8, width=96, ffn_hidden=192), 64, 8)
+        model = Bert(tiny_config(layers=8, width=192, ffn_hidden=192, norm=norm, positions="learned"), 256, 64)
     for name, parameter in model.named_parameters():
-        if name.endswith("weight") and "norm" not in name:
-            std = 0.02 / (4 if "out_weight" in name else 1)
-            assert 0.9 * std < parameter.std() < 1.1 * std, f"{name}: {float(parameter.std()):.4f}, not {std}"
+        if name in ("tokens", "positions"):
+            std = 0.02
+        elif name.endswith("weight") and "norm" not in name:
+            std = 0.04 / (residual if "out_weight" in name else 1.0)
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, float("norm.weight" in name))), name
+            continue
+        found = float(parameter.detach().std())
+        assert abs(found / std - 1) < 0.05, f"{name}: {found:.4f}, not {std}"
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -240,7 +240,7 @@ def test_other_errors_are_not_explained_away():
 
 NAMED = [
     ([], "default"),
-    (["seed=3", "runs=/x", "hardware=cuda", "hardware.threads=1", "tracking=wandb", "tracking.progress=false"], "default"),
+    (["seed=3", "runs=/x", "hardware=cuda", "hardware.threads=1", "tracking=wandb", "tracking.entity=e"], "default"),
     (["dataset.root=/data", "dataset.cache=/c", "train.checkpoint_steps=5", "+experiment=table1"], "default"),
     (["model=bert", "method=mat", "seed=1"], "method=mat,model=bert"),
     (["+method.matched=a/b"], "method.matched=a_b"),

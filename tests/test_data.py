@@ -103,7 +103,7 @@ DAMAGE = {
     "truncated": (truncate, "copy it again"),
     "not Parquet": (lambda folder: (folder / "train.parquet").write_text("text"), "train.parquet"),
     "wrong column": (lambda folder: write(folder.parent, column="page"), "no column 'text'"),
-    "wrong type": (lambda folder: write(folder.parent, dict.fromkeys(SPLITS, [1, 2])), "no column 'text'"),
+    "wrong type": (lambda folder: write(folder.parent, {split: [1, 2] for split in SPLITS}), "no column 'text'"),
     "empty split": (lambda folder: write(folder.parent, {**LINES, "validation": []}, kind=pa.string()), "validation"),
     "blank split": (lambda folder: write(folder.parent, {**LINES, "test": ["", " \n"]}), "test"),
 }
@@ -321,7 +321,7 @@ def test_evaluation_takes_the_first_samples(corpus):
 
 
 def test_probe_larger_than_the_data_is_refused(toy):
-    with pytest.raises(UserError, match="selection.samples=11 exceeds the 10 training sequences") as caught:
+    with pytest.raises(UserError, match=r"selection.samples=11 exceeds the 10 training sequences") as caught:
         toy.probe_batch(11)
     assert one_sentence(str(caught.value))
 

@@ -221,11 +221,11 @@ def test_more_projections_bring_lambda_down_to_the_exact_one() -> None:
     model = model_of(*FORMS[0])
     exact = estimate(model, reduction="full").lambda_max
     ratios = []
-    for projections in (1, 8, 64):
-        found = [estimate(model, projections=projections, seed=seed).lambda_max for seed in range(8)]
+    for projections in (1, 3, 24):
+        found = [estimate(model, projections=projections, seed=seed).lambda_max for seed in range(20)]
         ratios.append(float(np.mean(np.array(found) / exact)))
-    assert ratios[0] > ratios[1] > ratios[2], ratios
-    assert ratios[1] > 1.05 and abs(ratios[2] - 1) < 0.05, ratios
+    assert ratios[0] > 1.2 and ratios[0] > ratios[1] > ratios[2], ratios
+    assert abs(ratios[2] - 1) < 0.15, ratios
 
 
 def test_same_seed_same_signs() -> None:

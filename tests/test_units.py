@@ -113,13 +113,20 @@ def test_gradients_equal_the_reference(mode: BackwardMode, norm: str, positions:
                if layer.n_active < layer.n_units)  # fmt: skip
 
 
-def test_pre_norm_of_a_sublayer_without_active_units_gets_no_gradient() -> None:
+def test_pre_norm_of_a_sublayer_without_active_units_gets_no_gradient_and_no_update() -> None:
     model = tiny_bert(norm="pre")
+    optimiser = UnitAdamW(model, BETAS, EPS, DECAY)
+    for _ in train(model, optimiser, range(3)):  # momentum that must not act
+        pass
     set_gates(model, ACTIVE["ffn frozen"])
-    model.loss(tiny_batch()).backward()
-    missing = {name for name, gradient in active_gradients(model).items() if gradient is None}
     per_layer = ("ffn_norm.weight", "ffn_norm.bias", "ffn.in_weight", "ffn.in_bias", "ffn.out_weight")
-    assert missing == {f"blocks.{i}.{name}" for i in range(2) for name in per_layer}
+    expected = {f"blocks.{i}.{name}" for i in range(2) for name in per_layer}
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimiser.state_dict())
+    for _ in train(model, optimiser, range(3, 6)):
+        assert {name for name, gradient in active_gradients(model).items() if gradient is None} == expected
+    assert {name for name, value in model.state_dict().items() if value.equal(before[name])} == expected
+    unmoved = {n for n, s in optimiser.state_dict().items() if all(s[k].equal(state[n][k]) for k in s)}
+    assert unmoved == expected
 
 
 @pytest.mark.parametrize("active", ACTIVE.values(), ids=ACTIVE)

@@ -39,8 +39,10 @@ def tiny_bert(
         torch.manual_seed(seed)
         model = Bert(tiny_config(**config), vocabulary, length)  # type: ignore[arg-type]
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+                if name.endswith("norm.weight"):
+                    parameter += 1
     return model.to(dtype)
 
 
