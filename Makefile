@@ -5,6 +5,9 @@ RUN := $(VENV)/bin/python
 SCALE ?= mini
 RUNS ?= results/runs
 SUFFIX := $(if $(filter full,$(SCALE)),,_mini)
+ifeq ($(filter $(SCALE),mini full),)
+$(error SCALE=$(SCALE) is not known: choose mini or full)
+endif
 SHALLOW := bert$(SUFFIX)_shallow
 
 .DEFAULT_GOAL := help
@@ -19,7 +22,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed ## four methods on a mini BERT over prose that ships with Python: table and loss curves, minutes
-	$(RUN) launch.py -m method=baseline,rand,multirate,mat
+	$(RUN) launch.py -m name=demo method=baseline,rand,multirate,mat
 	$(RUN) -m results.demo runs
 
 test: $(VENV)/installed lint ## lint, types and tests
@@ -36,7 +39,7 @@ table1: $(VENV)/installed ## train BERT on WikiText-2 with the four methods, the
 	$(RUN) -m results.tables table1$(SUFFIX) --runs $(RUNS)
 	$(RUN) -m results.curves table1$(SUFFIX) --runs $(RUNS)
 
-table1-controls: $(VENV)/installed ## the controls beside Table 1, then their table (SCALE=mini or full)
+table1-controls: table1 ## the controls beside Table 1, then their table (SCALE=mini or full)
 	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS)
 	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=fitted
 	$(RUN) -m results.tables table1_controls$(SUFFIX) --runs $(RUNS)

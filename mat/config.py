@@ -150,6 +150,21 @@ class Config:
     tracking: TrackingConfig = MISSING
 
 
+# Keys that say where and how a run was made, not what was computed: they name no folder and may differ on resuming.
+INCIDENTAL = (
+    "seed",
+    "runs",
+    "name",
+    "tracking",
+    "dataset.root",
+    "dataset.cache",
+    "method.matched",
+    "train.checkpoint_steps",
+    "hardware.threads",
+    "hardware.estimator_bytes",
+    "hardware.exclusive",
+)
+
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
     "model": (("bert", BertConfig),),
     "dataset": (("text", DatasetConfig),),

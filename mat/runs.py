@@ -23,23 +23,9 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
-from mat.config import Config
+from mat.config import INCIDENTAL, Config
 from mat.errors import UserError
 
-# Overrides that do not change the science: they name no folder, and may differ when a run is resumed.
-UNNAMED = (
-    "seed",
-    "runs",
-    "name",
-    "tracking",
-    "dataset.root",
-    "dataset.cache",
-    "method.matched",
-    "train.checkpoint_steps",
-    "hardware.threads",
-    "hardware.estimator_bytes",
-    "hardware.exclusive",
-)
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
@@ -56,7 +42,7 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
     named = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if key not in ("experiment", "hardware") and not any(key == u or key.startswith(f"{u}.") for u in UNNAMED):
+        if key not in ("experiment", "hardware") and not any(key == u or key.startswith(f"{u}.") for u in INCIDENTAL):
             named.append(override.lstrip("+").replace("/", "_"))
     leaf = ",".join(sorted(named)) or "default"
     if len(leaf.encode()) > LONGEST_NAME:
@@ -108,14 +94,14 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def write_environment(self, config: Config) -> None:
-        """Record where and with what the run computes; a resumed run that moved says so."""
-        now = environment(config)
+        """Record where and with what the run computes; each resumption adds its own record under ``resumed``."""
+        first = now = environment(config)
         path = self.path / "environment.json"
         if path.is_file():
-            before = json.loads(path.read_text())
-            now["resumed"] = before.get("resumed", 0) + 1
-            now["exclusive"] = now["exclusive"] and before["exclusive"]
-        write_atomically(path, json.dumps(now, indent=1))
+            first = json.loads(path.read_text())
+            first["resumed"] = [*first.get("resumed", []), now]
+            first["exclusive"] = first["exclusive"] and now["exclusive"]
+        write_atomically(path, json.dumps(first, indent=1))
 
     def append(self, event: dict[str, Any]) -> None:
         """Add one event to ``metrics.jsonl``."""
@@ -164,7 +150,7 @@ def environment(config: Config) -> dict[str, Any]:
     import tokenizers
 
     def git(*arguments: str) -> str | None:
-        root = Path(__file__).resolve().parent
+        root = Path(__file__).resolve().parent.parent
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
@@ -197,7 +183,7 @@ def _science(config: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif not any(prefix == u or prefix.startswith(f"{u}.") for u in UNNAMED):
+        elif not any(prefix == u or prefix.startswith(f"{u}.") for u in INCIDENTAL):
             flat[prefix] = value
 
     walk("", config)

@@ -1,6 +1,6 @@
 """The demo's table and picture: what the four methods did on the default data (``make demo``).
 
-    python -m results.demo runs                # the table, and runs/smoke_curves.png
+    python -m results.demo runs                # the table, and runs/demo_curves.png
 
 Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that learns nothing is
 worth nothing.
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     """Command line: the folder of runs. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
     root = arguments[0] if arguments else "runs"
     try:
-        rows = SPECS["smoke"].load(root, seeds=1)
+        rows = SPECS["demo"].load(root, seeds=1)
         Console().print(table(rows))
-        for path in draw(SPECS["smoke"], root, root, seeds=1):
+        for path in draw(SPECS["demo"], root, root, seeds=1):
             print(f"wrote {path}")
         baseline = next(iter(rows.values()))[0].summary
         learned = baseline["unigram_entropy"] - baseline["best_validation_loss"]

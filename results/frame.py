@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from mat.config import INCIDENTAL
 from mat.errors import UserError
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
@@ -26,14 +27,13 @@ CONFIGURED = ("seed", "model.name", "method.name", "method.budget", "selection.m
 # What an evaluation must tell: PFLOPs and seconds are cumulative, the loss is in nats.
 EVALUATED = ("step", "loss", "pflops", "seconds")
 
-# What may differ between the seeds of a row: it says where and how a run was made, not what was computed.
-INCIDENTAL = ("seed", "runs", "tracking", "dataset.root", "dataset.cache", "train.checkpoint_steps",
-    "method.matched",
-              "hardware.exclusive", "hardware.threads", "hardware.estimator_bytes")  # fmt: skip
-
 
 class ResultsError(UserError):
     """The runs cannot fill the table. The message is one sentence naming the run and the remedy."""
+
+
+class MissingRow(ResultsError):
+    """A row of the table has no run at all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +204,10 @@ def _require_same(first: Run, other: Run, keys: Iterable[str], what: str) -> Non
             )
 
 
+def _science(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not any(f"{key}.".startswith(f"{i}.") for i in INCIDENTAL)]
+
+
 def _seeds(seeds: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(seeds))) or "none"
 
@@ -232,12 +236,11 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
     for (model, method), row in rows.items():
         name = f"{folder}: model={model} method={method}"
         if not row:
-            raise ResultsError(f"{name} has no run: train it, which makes {folder}/...method={method}.../seed=<n>.")
+            raise MissingRow(f"{name} has no run: train it, which makes {folder}/...method={method}.../seed=<n>.")
         row.sort(key=lambda run: run.seed)
         for run in row[1:]:
             keys_of_both = sorted(_flat(row[0].config) | _flat(run.config))
-            compared = [key for key in keys_of_both if not any(f"{key}.".startswith(f"{i}.") for i in INCIDENTAL)]
-            _require_same(row[0], run, compared, "one row holds one configuration")
+            _require_same(row[0], run, _science(keys_of_both), "one row holds one configuration")
         present = {run.seed for run in row}
         if len(present) < len(row):
             twice = next(b for a, b in itertools.pairwise(row) if a.seed == b.seed)
@@ -254,5 +257,8 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
                 f"{name} has seeds {_seeds(present)}, but {reference[0].path.parent} has {_seeds(paired)}, and rows "
                 "are compared seed by seed: train the missing ones or delete the others."
             )
-        _require_same(reference[0], row[0], ("train.pflops", "train.marks"), "rows of one table share it")
+        shared = [
+            k for k in _flat(reference[0].config) if k.startswith(("dataset.", "train.", "selection.", "hardware."))
+        ]
+        _require_same(reference[0], row[0], _science(shared), "rows of one table share it")
     return rows

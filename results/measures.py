@@ -83,7 +83,7 @@ def first_reach(run: Run, loss: float) -> tuple[float, float] | None:
 
 def same_clock(one: Run, other: Run) -> bool:
     """Whether the seconds of two runs can be compared: both alone on the same machine, equally precise."""
-    keys = ("device", "threads", "precision")
+    keys = ("device", "device_name", "threads", "precision")
     return one.timed and other.timed and all(one.environment.get(k) == other.environment.get(k) for k in keys)
 
 

@@ -85,6 +85,10 @@ class TableSpec:
         """The row all others are compared with."""
         return self.rows[0].key
 
+    def row_name(self, row: Row) -> str:
+        """The row's name in the CSV: its method, or its label for another model than the baseline's."""
+        return row.method if row.model == self.baseline[0] else row.label.replace(", ", "_")
+
     def load(self, root: str | Path, seeds: int) -> dict[Key, list[Run]]:
         """Read the runs of all rows, in the rows' order, each sorted by seed.
 
@@ -106,7 +110,7 @@ _MARKS = (Mark(1), Mark(2), Mark(3))
 SPECS = {
     spec.name: spec
     for spec in (
-        TableSpec("smoke", "Mini BERT on the Python documentation", "smoke", _four_methods("bert_mini"), _MARKS),
+        TableSpec("demo", "Mini BERT on the Python documentation", "demo", _four_methods("bert_mini"), _MARKS),
         *(
             TableSpec(
                 f"table1{suffix}", f"Table 1{scale}: BERT on WikiText-2", f"table1{suffix}",

@@ -16,7 +16,7 @@ import pandas as pd
 from rich.console import Console
 
 from mat.errors import UserError
-from results.frame import Key, Run
+from results.frame import Key, MissingRow, Run
 from results.measures import mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
 from results.specs import SPECS, PaperTable, TableSpec
@@ -106,7 +106,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
     """What a reader must know to read the numbers: where they were made and how they were counted."""
     runs = [run for row in rows.values() for run in row]
     made = [run.environment for run in runs]
-    machines = [f"{e.get('device')}, {e.get('threads')} threads, {e.get('precision')}, "
+    machines = [f"{e.get('device_name', e.get('device'))}, {e.get('threads')} threads, {e.get('precision')}, "
                 f"torch {e.get('versions', {}).get('torch')}" for e in made]  # fmt: skip
     commits = [str(e.get("commit"))[:10] + (" with uncommitted changes" if e.get("dirty") else "") for e in made]
     seeds = ", ".join(str(run.seed) for run in rows[spec.baseline])
@@ -117,6 +117,9 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
         "Cells are mean ± sample standard deviation over seeds (number of runs); the best of a column is bold. Best is "
         "the best validation loss, and test loss is read there. At a FLOPs mark counts the last evaluation at or "
         "before it.",
+        "A method's total PFLOPs are its budget, a chosen share of the planned ones, over which its learning rate decays; "
+        "PFLOPs to its own best follow from that. What is measured are losses at equal PFLOPs and the PFLOPs to the "
+        "baseline's best.",
         "Comparisons are paired by seed: the first evaluation at or below the best validation loss of the baseline's "
         f"run of that seed. {EMPTY}: no number, because a run ended before the mark, not all seeds reached the level, "
         "or no run was timed.",
@@ -148,6 +151,7 @@ def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console
     blocks, footer = sections(spec, rows, frame), notes(spec, rows)
     show(spec.title, blocks, footer, console)
     frame.insert(0, "label", [row.label for row in spec.rows])
+    frame["method"] = [spec.row_name(row) for row in spec.rows]
     shown = (spec.title, f"python -m results.tables {spec.name}", blocks, footer)
     texts = {"md": to_markdown(*shown), "csv": frame.to_csv(index=False), "tex": to_latex(*shown)}
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -176,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             for path in make(spec, chosen.runs, chosen.out, chosen.seeds, console):
                 print(f"wrote {path}")
+        except MissingRow as error:
+            print(f"no {spec.name}: {error}", file=sys.stderr)
+            code = code if chosen.table == "all" else 2
         except UserError as error:
             print(error, file=sys.stderr)
             code = 2

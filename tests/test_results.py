@@ -363,7 +363,8 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
     markdown, latex = (out / "table1_mini.md").read_text(), (out / "table1_mini.tex").read_text()
 
     rows = list(csv.DictReader((out / "table1_mini.csv").open()))
-    assert [(row["model"], row["method"]) for row in rows] == [row.key for row in SPECS["table1_mini"].rows]
+    assert [row["method"] for row in rows] == ["baseline", "rand", "multirate", "mat", "shallow"]  # each once
+    assert [row["model"] for row in rows] == [row.model for row in SPECS["table1_mini"].rows]
     assert float(rows[3]["pflops_ratio"]) == pytest.approx(0.45) and rows[3]["val_loss_mark1_mean"] == "7.0"
     assert rows[1]["pflops_ratio"] == "" and rows[1]["n_reached"] == "0"
 
@@ -379,7 +380,7 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| 0.600 ± 0.000 (3) | 0.575 | +0.025 |"
     ) in markdown
     assert "| shallow | PFLOPs to best" not in markdown
-    for fact in ("a CPU, 2 threads, bfloat16, torch 2.9", "0123456789", "4 PFLOPs. Seeds: 0, 1, 2"):
+    for fact in ("2 threads, bfloat16, torch 2.9", "0123456789", "4 PFLOPs. Seeds: 0, 1, 2"):
         assert fact in markdown
 
     assert r"\toprule" in latex and r"\textbf{4.000 $\pm$ 0.000 (3)}" in latex and "±" not in latex
@@ -389,7 +390,7 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_all_makes_what_it_can(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tables.main(arguments(mini, "all")) == 2  # the controls are not there
+    assert tables.main(arguments(mini, "all")) == 0  # the controls are not there, and it says so
     assert (mini.parent / "out" / "table1_mini.md").is_file()
     assert not (mini.parent / "out" / "table1_controls_mini.md").exists()
     assert "method=fitted has no run" in capsys.readouterr().err
