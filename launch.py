@@ -10,8 +10,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mat.config import explain, register_schemas, resolve
+from mat.config import register_schemas, resolve
 from mat.errors import RunFailed, UserError
+from mat.explain import explain
 
 register_schemas()
 failures: list[str] = []

@@ -37,5 +37,5 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
     try:
         loaded: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
-        raise UserError(f"{path} is damaged: remove it to start the run again.") from error
+        raise UserError(f"{path} is damaged: remove {path.parent} to start the run again.") from error
     return loaded

@@ -316,10 +316,7 @@ class Training:
         if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()
-        best = checkpoint.load(self._best_path(), self.device)
-        if best is None:
-            raise UserError(f"{self._best_path()} is missing: remove {self.files.path} to train that run again.")
-        self.model.load_state_dict(best["model"])
+        self.model.load_state_dict(self._best_weights())
         test_loss = self._loss_on("test", None)
         mean_share = self.share_sum / max(1, self.step)
         self._event("test", "test", loss=test_loss)
@@ -369,6 +366,13 @@ class Training:
     def _best_path(self) -> Path:
         return self.files.checkpoints / f"best-{self.best.get('step', 0):.0f}.pt"
 
+    def _best_weights(self) -> dict[str, torch.Tensor]:
+        best = checkpoint.load(self._best_path(), self.device)
+        if best is None:
+            raise UserError(f"{self._best_path()} is missing: remove {self.files.checkpoints} to start the run again.")
+        weights: dict[str, torch.Tensor] = best["model"]
+        return weights
+
     def _save(self) -> None:
         state = {
             "model": self.model.state_dict(),
@@ -411,6 +415,8 @@ class Training:
         self.spent = Flops(*state["spent"])
         for name in self._SAVED:
             setattr(self, name, state[name])
+        if math.isfinite(self.best["loss"]):
+            self._best_weights()  # a damaged or missing file is better told now than at the run's end
         self.files.rewind(state["lines"], self.method.state.t + 1)
 
     # --- surroundings

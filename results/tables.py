@@ -117,9 +117,9 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
         "Cells are mean ± sample standard deviation over seeds (number of runs); the best of a column is bold. Best is "
         "the best validation loss, and test loss is read there. At a FLOPs mark counts the last evaluation at or "
         "before it.",
-        "A method's total PFLOPs are its budget, a chosen share of the planned ones, over which its learning rate decays; "
-        "PFLOPs to its own best follow from that. What is measured are losses at equal PFLOPs and the PFLOPs to the "
-        "baseline's best.",
+        "A method's total PFLOPs are its budget, a chosen share of the planned ones, over which its learning rate "
+        "decays; PFLOPs to its own best follow from that. What is measured are losses at equal PFLOPs and the PFLOPs "
+        "to the baseline's best.",
         "Comparisons are paired by seed: the first evaluation at or below the best validation loss of the baseline's "
         f"run of that seed. {EMPTY}: no number, because a run ended before the mark, not all seeds reached the level, "
         "or no run was timed.",

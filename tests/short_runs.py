@@ -66,7 +66,7 @@ def result(folder: Path) -> dict[str, Any]:
         "summary": without_seconds(json.loads((folder / "summary.json").read_text())),
         "units": pd.read_parquet(units) if units.is_file() else None,
         "latest": without_seconds(latest),
-        "best": torch.load(folder / "checkpoint" / "best.pt", weights_only=True),
+        "best": {p.name: torch.load(p, weights_only=True) for p in folder.glob("checkpoint/best-*.pt")},
     }
 
 

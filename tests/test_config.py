@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from short_runs import composed, one_sentence, small_overrides
 
 from mat import engine
-from mat.config import CONF, GROUPS, Config, describe_groups, explain, resolve
+from mat.config import CONF, GROUPS, Config, describe_groups, resolve
 from mat.errors import UserError
+from mat.explain import explain
 from mat.runs import folder_of
 
 
@@ -61,7 +62,7 @@ def test_experiments_set_the_folder_and_sweep_three_seeds():
     for experiment in options("experiment"):
         config = resolve(composed(f"+experiment={experiment}"))
         assert config.name == experiment.replace("_controls", "")  # controls stand beside the runs they read
-        assert sweep_of(experiment)["seed"] == "0,1,2"
+        assert len(set(sweep_of(experiment)["seed"].split(","))) >= 3
 
 
 def test_paper_marks_follow_the_length():
@@ -243,7 +244,8 @@ NAMED = [
     (["seed=3", "runs=/x", "hardware=cuda", "hardware.threads=1", "tracking=wandb", "tracking.entity=e"], "default"),
     (["dataset.root=/data", "dataset.cache=/c", "train.checkpoint_steps=5", "+experiment=table1"], "default"),
     (["model=bert", "method=mat", "seed=1"], "method=mat,model=bert"),
-    (["+method.matched=a/b"], "method.matched=a_b"),
+    (["method.matched=a/b", "hardware.precision=float32"], "hardware.precision=float32"),
+    (["+dataset.name=a/b"], "dataset.name=a_b"),
     (["dataset=pydocs", "seedling=1"], "dataset=pydocs,seedling=1"),
 ]  # fmt: skip
 

@@ -311,13 +311,17 @@ def test_a_sequence_gets_new_masks_in_every_epoch(toy):
     assert not torch.equal(shown[0].positions, shown[1].positions)
 
 
-def test_evaluation_takes_the_first_samples(corpus):
+def test_evaluation_takes_evenly_spaced_samples_whose_masks_do_not_depend_on_the_batch(corpus):
     batches = corpus.evaluation_batches("validation", 40, 16)
-    assert [b.samples for b in batches] == [16, 16, 8]
-    seen = torch.cat([restored(b) for b in batches]).numpy()
-    assert np.array_equal(seen, corpus.sequences["validation"][:40])
-    everything = corpus.evaluation_batches("validation", None, 16)
-    assert sum(b.samples for b in everything) == len(corpus.sequences["validation"])
+    assert sum(b.samples for b in batches) == 40 and max(b.samples for b in batches) <= 16
+    whole = corpus.sequences["validation"]
+    rows = np.linspace(0, len(whole), 40, endpoint=False).astype(int)
+    assert np.array_equal(torch.cat([restored(b) for b in batches]).numpy(), whole[rows])
+    one_by_one = corpus.evaluation_batches("validation", 40, 1)
+    assert torch.equal(torch.cat([b.tokens for b in one_by_one]), torch.cat([b.tokens for b in batches]))
+    for samples in (None, 10**6):
+        everything = corpus.evaluation_batches("validation", samples, 16)
+        assert np.array_equal(torch.cat([restored(b) for b in everything]).numpy(), whole)
 
 
 def test_probe_larger_than_the_data_is_refused(toy):

@@ -231,7 +231,7 @@ def test_failed_run(root: Path) -> None:
 def test_runs_of_other_rows_do_not_matter(root: Path) -> None:
     (write_run(root, "static", 0, [3, 2]) / "summary.json").unlink()
     assert len(made(root)) == 2
-    with pytest.raises(ResultsError, match="static.* is incomplete"):
+    with pytest.raises(ResultsError, match=r"static.* is incomplete"):
         read_runs(root, "t")
 
 

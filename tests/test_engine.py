@@ -1,0 +1,537 @@
+"""Whole runs: the folder they leave, the budget they keep, and that an interrupted run gives what a whole one does."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from short_runs import STEP, assert_same, events, one_sentence, result, small
+
+from mat import engine, methods
+from mat.config import Config, validate
+from mat.engine import PFLOP, Training
+from mat.errors import RunFailed, UserError
+from mat.flops import flop_counter
+from mat.runs import RunFolder
+
+COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
+EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",
+         "seconds", *COLUMNS}  # fmt: skip
+EXTRA: dict[str, set[str]] = {"start": {"unigram_entropy"}, "train": {"lr", "active_now"}, "selection": {"active_now"},
+                              "evaluation": {"mark"}, "test": set()}  # fmt: skip
+SUMMARY = {"method", "model", "mode", "seed", "steps", *COLUMNS, "pflops", "pflops_vocabulary", "pflops_needed",
+           "seconds", "seconds_estimator", "best_validation_loss", "best_step", "pflops_to_best", "seconds_to_best",
+           "test_loss", "active_share", "unigram_entropy", "selections", "parameters"}  # fmt: skip
+
+Finished = Callable[..., tuple[Config, Path]]
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Uninterrupted runs by their overrides, each made once."""
+    made: dict[tuple[str, ...], tuple[Config, Path]] = {}
+
+    def run(*overrides: str, steps: int = 26) -> tuple[Config, Path]:
+        key = (*overrides, str(steps))
+        if key not in made:
+            config = small(cache, *overrides, steps=steps)
+            folder = tmp_path_factory.mktemp("finished") / "run"
+            assert engine.run(config, folder) is not None
+            made[key] = config, folder
+        return made[key]
+
+    return run
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+# --- the run folder
+
+
+def test_run_folder_is_complete(finished):
+    config, folder = finished("method=mat")
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"config.yaml", "environment.json", "metrics.jsonl", "units.parquet", "summary.json",
+                     "checkpoint/latest.pt", f"checkpoint/best-{summary_of(folder)['best_step']}.pt"}  # fmt: skip
+    assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == dataclasses.asdict(config)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment.keys() == {"commit", "dirty", "versions", "device", "device_name", "threads", "precision",
+                                  "exclusive"}  # fmt: skip
+    assert environment["versions"]["torch"] == torch.__version__ and environment["threads"] == 1
+
+    lines = events(folder)
+    assert lines[0]["event"] == "start" and lines[-1]["event"] == "test"
+    assert {line["event"] for line in lines[1:-1]} == {"train", "selection", "evaluation"}
+    for line in lines:
+        assert line.keys() == EVENT | EXTRA[line["event"]]
+        assert line["pflops"] == pytest.approx(sum(line[c] for c in COLUMNS))
+    for column in ("step", "epoch", "pflops", "pflops_vocabulary", "seconds"):
+        values = [line[column] for line in lines]
+        assert values == sorted(values), column
+    assert [e["step"] for e in lines if e["event"] == "train"] == list(range(5, lines[-1]["step"] + 1, 5))
+
+
+def test_summary_agrees_with_the_events(finished, tmp_path):
+    config, folder = finished("method=mat")
+    summary, lines = summary_of(folder), events(folder)
+    assert summary.keys() == SUMMARY
+    evaluations = [e for e in lines if e["event"] == "evaluation"]
+    best = min(evaluations, key=lambda e: e["loss"])
+    read = {"best_validation_loss": best["loss"], "best_step": best["step"], "pflops_to_best": best["pflops"],
+            "seconds_to_best": best["seconds"], "test_loss": lines[-1]["loss"]}  # fmt: skip
+    assert {key: summary[key] for key in read} == read
+    assert all(summary[key] == lines[-1][key] for key in (*COLUMNS, "pflops", "seconds"))
+    assert summary["selections"] == len([e for e in lines if e["event"] == "selection"])
+    assert (summary["method"], summary["mode"], summary["seed"]) == ("mat", "cut", 0)
+    model = Training(config, RunFolder(tmp_path / "run", config)).model
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert 0 < summary["seconds_estimator"] < summary["seconds"]
+
+
+def test_units_have_a_row_per_selection_and_unit(finished):
+    _, folder = finished("method=mat")
+    units = pd.read_parquet(folder / "units.parquet")
+    assert list(units.columns) == ["t", "step", "pflops", "kind", "layer", "unit", "lambda_max", "delta", "threshold",
+                                   "active", "stopped"]  # fmt: skip
+    n = summary_of(folder)["selections"]
+    assert n >= 14 and len(units) == n * 6  # two heads and four groups
+    assert not units.duplicated(["t", "kind", "layer", "unit"]).any() and sorted(set(units["t"])) == list(range(n))
+    shares = units.groupby("t")["active"].mean()
+    assert shares[0] == 1.0 and (shares[1:] <= 0.5).all()
+    assert not (units["active"] & units["stopped"]).any() and (units["lambda_max"] > 0).all()
+    assert "gradnorm" in pd.read_parquet(finished("method=gradnorm")[1] / "units.parquet").columns
+
+
+def test_complete_run_is_skipped(finished, monkeypatch):
+    config, folder = finished("method=mat")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(engine, "Training", lambda *arguments: pytest.fail("trained again"))
+    assert engine.run(config, folder) == summary_of(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.lr", 2e-2), ("selection.share", 0.5), ("dataset.length", 8), ("method.budget", 0.5)]
+)
+def test_folder_of_another_run_is_refused_by_name(finished, key, value):
+    config, folder = finished("method=mat")
+    other = OmegaConf.create(dataclasses.asdict(config))
+    OmegaConf.update(other, key, value)
+    group, name = key.split(".")
+    changed = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+    with pytest.raises(UserError, match=f"holds a run with another {key}") as caught:
+        engine.run(changed, folder)
+    assert one_sentence(str(caught.value)) and str(folder) in str(caught.value)
+    assert not (folder / "failure.json").exists()
+
+
+def test_what_is_not_science_may_change(finished):
+    config, folder = finished("method=mat")
+    changed = dataclasses.replace(
+        config,
+        hardware=dataclasses.replace(config.hardware, threads=1, exclusive=False),
+        tracking=dataclasses.replace(config.tracking, project="another"),
+        train=dataclasses.replace(config.train, checkpoint_steps=3),
+        dataset=dataclasses.replace(config.dataset, cache="elsewhere"),
+    )
+    assert engine.run(changed, folder) == summary_of(folder)
+
+
+# --- budget, evaluation, FLOPs
+
+
+@pytest.mark.parametrize("method", ["baseline", "rand", "multirate", "mat", "static", "gradnorm", "fitted"])
+def test_budget_is_used_and_never_exceeded(finished, method):
+    config, folder = finished(f"method={method}")
+    lines = events(folder)
+    budget = config.train.pflops * config.method.budget
+    step = max(np.diff([e["pflops"] for e in lines if e["event"] != "train"]))
+    assert budget - 2 * step < lines[-1]["pflops"] <= budget
+    assert lines[-1]["pflops_needed"] <= lines[-1]["pflops"]
+
+
+def test_run_ends_with_an_evaluation_when_a_selection_does_not_fit_any_more(finished):
+    config, folder = finished("method=mat", "selection.samples=16", steps=20)
+    last = events(folder, "evaluation")[-1]
+    assert last["step"] == summary_of(folder)["steps"] and last["pflops"] == summary_of(folder)["pflops"]
+    spent, budget = last["pflops"], config.train.pflops * config.method.budget
+    first_estimate = events(folder, "selection")[0]["pflops_overhead"]
+    assert spent <= budget < spent + first_estimate  # it was a selection that did not fit
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_run_may_end_when_all_units_have_stopped(stop, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "settled", lambda delta, *rest: np.ones(len(delta), bool))
+    config = small(cache, "method=mat", f"train.stop_when_settled={stop}")
+    summary = engine.run(config, tmp_path / "run")
+    assert summary is not None and summary["selections"] == 3  # all stop at t = 2; there is nothing left to select
+    evaluations = events(tmp_path / "run", "evaluation")
+    assert evaluations[-1]["step"] == summary["steps"]
+    budget = config.train.pflops * config.method.budget
+    share = summary["pflops"] / budget
+    marks = [e["mark"] for e in evaluations if e["mark"] is not None]
+    assert share < 0.3 if stop else share > 0.9
+    assert marks == ([] if stop else [mark for mark in config.train.marks if mark <= budget])
+
+
+def test_run_without_a_single_step_is_refused(cache, tmp_path):
+    config = small(cache, "method=mat", "train.pflops=1e-9")
+    with pytest.raises(UserError, match=r"train.pflops=1e-09 is too short") as caught:
+        engine.run(config, tmp_path / "run")
+    assert one_sentence(str(caught.value)) and not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
+def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
+    marks = [0.25, 0.348432, 0.5, 0.65]  # of the plan; all but one meet a regular evaluation, the last one the end
+    pflops = 50 * STEP
+    given = [f"train.marks={[m * pflops for m in marks]}", f"train.pflops={pflops}", "method.budget=0.65"]
+    config, folder = finished(f"method={method}", *given)
+    evaluations = events(folder, "evaluation")
+    for mark in config.train.marks:
+        read = [e for e in evaluations if e["mark"] == mark]
+        assert len(read) == 1 and read[0]["pflops"] <= mark
+        later = next((e for e in evaluations if e["step"] > read[0]["step"]), None)
+        assert later is None or later["pflops"] > mark - 0.025 * pflops
+    assert len(evaluations) == 26 + 1
+    overhead = max(np.diff([e["pflops_overhead"] for e in evaluations]))
+    assert max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP + overhead
+    assert evaluations[-1]["step"] == summary_of(folder)["steps"]
+
+
+@pytest.mark.parametrize("mode", ["cut", "exact"])
+@pytest.mark.parametrize("method", ["baseline", "rand", "multirate", "mat", "gradnorm", "static"])
+def test_ledger_equals_what_a_counter_sees_over_a_run(method, mode, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "_loss_on", lambda self, split, samples: 1.0)  # evaluation is not counted
+    given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2"]
+    config = small(cache, *given, steps=16)
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    with flop_counter() as counter:
+        summary = training.train()
+    assert training.spent.everything == counter.get_total_flops()
+    assert summary["pflops"] + summary["pflops_vocabulary"] == pytest.approx(training.spent.everything / PFLOP)
+    assert summary["steps"] >= 3
+    few = {"baseline": 0, "multirate": 1, "static": 2}
+    assert summary["selections"] == few[method] if method in few else summary["selections"] > 2
+
+
+# --- learning
+
+
+def test_baseline_learns(finished):
+    _, folder = finished("method=baseline", "train.lr=1e-2", steps=200)
+    losses = [e["loss"] for e in events(folder, "evaluation")]
+    assert losses[0] == pytest.approx(math.log(256), abs=0.2)
+    summary = summary_of(folder)
+    assert summary["best_validation_loss"] < losses[0] - 0.35 and summary["test_loss"] < losses[0] - 0.35
+    assert 3 < summary["unigram_entropy"] < math.log(256)
+
+
+@pytest.mark.parametrize("mode", ["cut", "exact"])
+def test_empty_active_set_trains_the_rest_alone(finished, mode):
+    _, folder = finished("method=mat", "selection.share=0", f"selection.mode={mode}")
+    selections = events(folder, "selection")
+    assert selections[0]["active_now"] == 1 and {e["active_now"] for e in selections[1:]} == {0}
+    frozen_at = pd.read_parquet(folder / "units.parquet").query("t == 1")["step"].iloc[0]
+    losses = [e["loss"] for e in events(folder, "evaluation") if e["step"] >= frozen_at]
+    assert losses[-1] < losses[0]
+    weights = torch.load(folder / "checkpoint" / "latest.pt", weights_only=True)["optimiser"]
+    assert set(weights["blocks.0.ffn.in_weight"]["steps"].tolist()) == {frozen_at}
+    assert int(weights["tokens"]["steps"]) == summary_of(folder)["steps"]
+
+
+def test_seed_decides_the_start_and_the_method_does_not(cache, tmp_path):
+    def start(*overrides: str) -> dict[str, torch.Tensor]:
+        config = small(cache, *overrides)
+        return Training(config, RunFolder(tmp_path / "_".join(overrides), config)).model.state_dict()
+
+    first = start("method=mat", "seed=1")
+    for method in ("baseline", "rand", "multirate", "gradnorm"):
+        assert_same(start(f"method={method}", "seed=1"), first)
+    assert not torch.equal(start("method=mat", "seed=2")["tokens"], first["tokens"])
+
+
+def test_seeds_differ_from_the_first_step_on(finished):
+    losses = [events(finished("method=rand", f"seed={seed}")[1], "evaluation")[-1]["loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_accumulation_is_the_same_step(finished, precision):
+    folders = [finished("method=baseline", f"hardware.precision={precision}", f"train.accumulation={n}", steps=10)[1]
+               for n in (1, 4)]  # fmt: skip
+    losses = [[e["loss"] for e in events(folder, "evaluation")] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "float32" else 1e-2)
+
+
+# --- interruption
+
+
+class Killed(BaseException):
+    """kill -9: no checkpoint, no goodbye."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, call: int, how: str) -> None:
+    """End the run at the n-th call of a verb: killed before or after it, or asked to stop during it."""
+    original = getattr(Training, verb)
+    count = 0
+
+    def patched(self: Training, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and how == "before":
+            raise Killed
+        if count == call and how == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        answer = original(self, *arguments)
+        if count == call and how == "after":
+            raise Killed
+        return answer
+
+    monkeypatch.setattr(Training, verb, patched)
+
+
+def run_interrupted(config: Config, folder: Path, verb: str, call: int, how: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, verb, call, how)
+        if how == "sigterm":
+            assert engine.run(config, folder) is None
+        else:
+            with pytest.raises(Killed):
+                engine.run(config, folder)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write('{"event": "tra')  # a line torn by the kill
+    assert not (folder / "summary.json").exists() and not (folder / "failure.json").exists()
+
+
+DROPOUT = ("model.dropout=0.2", "hardware.precision=bfloat16")
+INTERRUPTIONS = [  # overrides, verb, call, how
+    (("method=mat",), "_train_step", 4, "after"),  # before the first checkpoint
+    (("method=mat",), "_train_step", 11, "before"),  # between steps
+    (("method=mat",), "_train_step", 10, "sigterm"),
+    (("method=mat",), "_select", 1, "after"),
+    (("method=mat",), "_select", 9, "before"),
+    (("method=mat",), "_select", 9, "after"),
+    (("method=mat",), "_select", 9, "sigterm"),
+    (("method=mat",), "_evaluate", 17, "after"),  # best-<step>.pt is newer than latest.pt
+    (("method=mat",), "_evaluate", 17, "sigterm"),
+    (("method=mat",), "_save", 2, "before"),
+    (("method=mat",), "_save", 1, "after"),
+    (("method=mat",), "_finish", 1, "before"),
+    (("method=multirate",), "_train_step", 3, "after"),  # in the first cycle of five
+    (("method=multirate",), "_train_step", 13, "sigterm"),  # in the middle of a cycle
+    (("method=multirate",), "_train_step", 18, "before"),
+    (("method=multirate",), "_train_step", 15, "sigterm"),  # at its end
+    (("method=baseline",), "_train_step", 2, "sigterm"),
+    (("method=baseline",), "_train_step", 12, "after"),
+    (("method=baseline", *DROPOUT), "_train_step", 12, "sigterm"),
+    (("method=mat", *DROPOUT), "_train_step", 12, "before"),
+    (("method=rand",), "_train_step", 12, "before"),
+    (("method=gradnorm",), "_select", 6, "after"),
+    (("method=shuffled",), "_select", 6, "after"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "verb", "call", "how"), INTERRUPTIONS)
+def test_interrupted_run_gives_the_same_numbers(overrides, verb, call, how, finished, tmp_path):
+    config, reference = finished(*overrides)
+    run_interrupted(config, tmp_path / "run", verb, call, how)
+    assert engine.run(config, tmp_path / "run") is not None
+    assert_same(result(tmp_path / "run"), result(reference))
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"][0]["device"] == "cpu"
+
+
+def test_checkpoint_right_at_a_selection(finished, tmp_path):
+    config, reference = finished("method=mat", "selection.samples=1", steps=60)  # selections two steps apart
+    units = pd.read_parquet(reference / "units.parquet")
+    step = int(units[units["t"] == 7]["step"].iloc[0])
+    assert step >= 7 and step - int(units[units["t"] == 6]["step"].iloc[0]) > 1
+    run_interrupted(config, tmp_path / "run", "_train_step", step, "sigterm")
+    assert pd.read_parquet(tmp_path / "run" / "units.parquet")["t"].max() == 6  # the eighth is made after resuming
+    engine.run(config, tmp_path / "run")
+    assert_same(result(tmp_path / "run"), result(reference))
+
+
+def test_run_interrupted_again_and_again(finished, tmp_path):
+    config, reference = finished("method=mat")
+    summary, times = None, 0
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, "_train_step", 1, "sigterm")
+        original = Training._train_step
+
+        def every_fifth(self: Training, *arguments: Any) -> None:
+            original(self, *arguments)
+            if self.step % 5 == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(Training, "_train_step", every_fifth)
+        while summary is None and times < 20:
+            summary, times = engine.run(config, tmp_path / "run"), times + 1
+    assert times >= 4
+    assert_same(result(tmp_path / "run"), result(reference))
+
+
+def test_signal_handlers_are_put_back(finished, cache, tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    config = small(cache, "method=baseline")
+    run_interrupted(config, tmp_path / "run", "_train_step", 1, "sigterm")
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("name", ["latest.pt", "best-*.pt"])
+def test_damaged_checkpoint_is_one_sentence(name, cache, tmp_path):
+    config = small(cache, "method=baseline")
+    run_interrupted(config, tmp_path / "run", "_train_step", 9, "sigterm")
+    (path,) = (tmp_path / "run" / "checkpoint").glob(name)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged: remove") as caught:
+        engine.run(config, tmp_path / "run")
+    assert one_sentence(str(caught.value)) and str(path) in str(caught.value)
+    if name == "best-*.pt":
+        path.unlink()
+        with pytest.raises(UserError, match="is missing: remove") as caught:
+            engine.run(config, tmp_path / "run")
+        assert one_sentence(str(caught.value)) and str(path) in str(caught.value)
+    shutil.rmtree(path.parent)  # the remedy
+    assert engine.run(config, tmp_path / "run") is not None
+
+
+def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
+    """The configuration does not tell other text below the same dataset.root; the probe does."""
+    config = small(cache, "method=mat", steps=12)
+    run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
+    load = engine.MaskedText.load
+
+    def other(dataset: Any, seed: int) -> Any:
+        text = load(dataset, seed)
+        text.sequences["train"] = text.sequences["train"][::-1]
+        return text
+
+    monkeypatch.setattr(engine.MaskedText, "load", other)
+    with pytest.raises(UserError, match=r"was begun on other data: .*dataset.root") as caught:
+        engine.run(config, tmp_path / "run")
+    assert one_sentence(str(caught.value)) and str(tmp_path) in str(caught.value)
+
+
+def test_checkpoint_is_old_or_new_never_half(cache, tmp_path, monkeypatch):
+    config = small(cache, "method=baseline")
+    run_interrupted(config, tmp_path / "run", "_train_step", 9, "sigterm")
+    path = tmp_path / "run" / "checkpoint" / "latest.pt"
+    before = path.read_bytes()
+
+    def torn(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        engine.run(config, tmp_path / "run")
+    assert path.read_bytes() == before
+
+
+# --- failure
+
+
+def poison(self: Training) -> None:
+    with torch.no_grad():
+        self.model.get_parameter("transform_weight").fill_(math.nan)
+
+
+FAILURES = [  # what goes wrong, before which call, a part of the sentence
+    ("NaN", "_train_step", 11, "training diverged at step 10 (loss nan"),
+    ("NaN", "_evaluate", 17, "the validation loss is nan"),
+    ("NaN", "_select", 9, "has diverged"),
+    ("large loss", "_train_step", 11, "training diverged at step 10 (loss"),
+]
+
+
+@pytest.mark.parametrize(("what", "verb", "call", "part"), FAILURES)
+def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(
+    what, verb, call, part, finished, tmp_path, monkeypatch
+):
+    config, reference = finished("method=mat")
+    folder = tmp_path / "run"
+    original, count = getattr(Training, verb), 0
+
+    def broken(self: Training, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and what == "NaN":
+            poison(self)
+        elif count == call:
+            self.first_loss = 0.1
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(RunFailed) as caught:
+        patched.setattr(Training, verb, broken)
+        engine.run(config, folder)
+    message = str(caught.value)
+    assert part in message and str(folder) in message and one_sentence(message), message
+    assert json.loads((folder / "failure.json").read_text()) == {"reason": message}
+    assert not (folder / "summary.json").exists()
+    kept = torch.load(folder / "checkpoint" / "latest.pt", weights_only=True)
+    assert kept["step"] == 7 and all(torch.isfinite(t).all() for t in kept["model"].values())
+    assert engine.run(config, folder) is not None
+    assert not (folder / "failure.json").exists()
+    assert_same(result(folder), result(reference))
+
+
+def test_too_high_a_learning_rate_fails_by_itself(cache, tmp_path):
+    config = small(cache, "method=baseline", "train.lr=1e4")
+    with pytest.raises(RunFailed, match=r"diverged at step \d+ .*lower train.lr"):
+        engine.run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["reason"].startswith(str(tmp_path))
+
+
+def test_bad_data_marks_the_run_failed_until_a_new_try(cache, tmp_path, monkeypatch):
+    config = small(cache, "method=baseline", steps=3)
+
+    def refuse(*arguments: Any) -> None:
+        raise UserError("the data: get them again.")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError):
+        patched.setattr(engine.MaskedText, "load", refuse)
+        engine.run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "failure.json").read_text()) == {"reason": "the data: get them again."}
+    engine.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+def test_missing_cuda_device_is_one_sentence(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = small(cache, "hardware=cuda")
+    validate(config)
+    with pytest.raises(UserError, match=r"hardware.device=cuda.*hardware=cpu") as caught:
+        engine.run(config, tmp_path / "run")
+    assert one_sentence(str(caught.value))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
+def test_interrupted_run_on_a_gpu_gives_the_same_numbers(method, cache, tmp_path):
+    config = small(cache, f"method={method}", *DROPOUT, "hardware=cuda")
+    assert engine.run(config, tmp_path / "reference") is not None
+    run_interrupted(config, tmp_path / "run", "_train_step", 12, "before")
+    assert engine.run(config, tmp_path / "run") is not None
+    assert_same(result(tmp_path / "run"), result(tmp_path / "reference"))
+
+
+def test_moved_folder_resumes(finished, tmp_path):
+    """Nothing in a run folder depends on where it lies."""
+    config, reference = finished("method=mat")
+    run_interrupted(config, tmp_path / "run", "_train_step", 10, "sigterm")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    engine.run(config, tmp_path / "moved")
+    assert_same(result(tmp_path / "moved"), result(reference))
