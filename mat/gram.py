@@ -91,7 +91,8 @@ def unit_gram(per_unit: Tensor, shared: Tensor, bias: bool, memory_bytes: int) -
 
 def _by_gradients(gram: Tensor, per_unit: Tensor, shared: Tensor, chosen: Plan) -> None:
     samples, _, units, p = per_unit.shape
-    dtype = torch.promote_types(per_unit.dtype, shared.dtype) if per_unit.dtype != shared.dtype else per_unit.dtype
+    # Under autocast one factor is the input before the cast: the narrower type is what the product itself used.
+    dtype = min(per_unit.dtype, shared.dtype, key=lambda d: d.itemsize)
     shared = shared.to(dtype)
     for u in range(0, units, chosen.units):
         for r in range(0, p, chosen.rows):
