@@ -15,7 +15,7 @@ from mat.errors import RunFailed, UserError
 from mat.explain import explain
 
 register_schemas()
-failures: list[str] = []
+exit_codes = [0]
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -30,10 +30,11 @@ def main(composed: DictConfig) -> None:
         summary = engine.run(config, folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        exit_codes.append(2)  # the other runs of a sweep go on
+        return
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
-        failures.append(str(error))  # the other runs of a sweep go on
+        exit_codes.append(1)
         return
     if summary is None:
         print(f"interrupted: {folder} goes on when the same command is run again", file=sys.stderr)
@@ -55,7 +56,7 @@ def cli() -> int:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-    return 1 if failures else 0
+    return max(exit_codes)
 
 
 if __name__ == "__main__":

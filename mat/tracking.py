@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
@@ -79,13 +80,16 @@ def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirro
     Returns:
         A mirror. If wandb cannot start at all, one that does nothing, with a warning.
     """
-    if not config.tracking.wandb:
+    if not config.tracking.wandb or os.environ.get("WANDB_MODE") == "disabled":
         return NoMirror()
     try:
         import wandb
 
         online = _has_key() and os.environ.get("WANDB_MODE") != "offline"
         modes: list[Literal["online", "offline"]] = ["online", "offline"] if online else ["offline"]
+        identity = folder / "wandb.id"  # a resumed run goes on where its mirror stopped
+        if not identity.is_file():
+            identity.write_text(uuid.uuid4().hex[:12])
         for mode in modes:
             try:
                 run = wandb.init(
@@ -94,6 +98,8 @@ def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirro
                     dir=str(folder),
                     name=f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name}",
                     config=resolved,
+                    id=identity.read_text(),
+                    resume="allow" if mode == "online" else None,
                     mode=mode,
                     settings=wandb.Settings(init_timeout=20, silent=True),
                 )

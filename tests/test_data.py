@@ -190,6 +190,8 @@ def test_cache_is_keyed_by_data_and_settings(tmp_path):
     write(tmp_path / "a")
     config = wikitext(tmp_path / "a", tmp_path / "cache")
     folders = [cached_tokens(config), cached_tokens(dataclasses.replace(config, vocabulary=65))]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # the same text at another time and place
+    assert cached_tokens(dataclasses.replace(config, root=str(tmp_path / "b"))) == folders[0]
     write(tmp_path / "a", {**LINES, "test": ["other text"]})
     folders += [cached_tokens(config), cached_tokens(pydocs(tmp_path / "cache", vocabulary=64))]
     assert len(set(folders)) == 4 and cached_tokens(config) == folders[2]

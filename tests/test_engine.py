@@ -326,14 +326,11 @@ INTERRUPTIONS = [  # overrides, verb, call, how
     (("method=mat",), "_select", 9, "after"),
     (("method=mat",), "_select", 9, "sigterm"),
     (("method=mat",), "_evaluate", 17, "after"),  # best-<step>.pt is newer than latest.pt
-    (("method=mat",), "_evaluate", 17, "sigterm"),
     (("method=mat",), "_save", 2, "before"),
-    (("method=mat",), "_save", 1, "after"),
     (("method=mat",), "_finish", 1, "before"),
     (("method=multirate",), "_train_step", 3, "after"),  # in the first cycle of five
     (("method=multirate",), "_train_step", 13, "sigterm"),  # in the middle of a cycle
     (("method=multirate",), "_train_step", 18, "before"),
-    (("method=multirate",), "_train_step", 15, "sigterm"),  # at its end
     (("method=baseline",), "_train_step", 2, "sigterm"),
     (("method=baseline",), "_train_step", 12, "after"),
     (("method=baseline", *DROPOUT), "_train_step", 12, "sigterm"),
@@ -360,15 +357,15 @@ def test_checkpoint_right_at_a_selection(finished, tmp_path):
     assert step >= 7 and step - int(units[units["t"] == 6]["step"].iloc[0]) > 1
     run_interrupted(config, tmp_path / "run", "_train_step", step, "sigterm")
     assert pd.read_parquet(tmp_path / "run" / "units.parquet")["t"].max() == 6  # the eighth is made after resuming
-    engine.run(config, tmp_path / "run")
-    assert_same(result(tmp_path / "run"), result(reference))
+    shutil.move(tmp_path / "run", tmp_path / "moved")  # nothing in a folder depends on where it lies
+    engine.run(config, tmp_path / "moved")
+    assert_same(result(tmp_path / "moved"), result(reference))
 
 
 def test_run_interrupted_again_and_again(finished, tmp_path):
     config, reference = finished("method=mat")
     summary, times = None, 0
     with pytest.MonkeyPatch.context() as patched:
-        interrupt(patched, "_train_step", 1, "sigterm")
         original = Training._train_step
 
         def every_fifth(self: Training, *arguments: Any) -> None:
@@ -383,7 +380,7 @@ def test_run_interrupted_again_and_again(finished, tmp_path):
     assert_same(result(tmp_path / "run"), result(reference))
 
 
-def test_signal_handlers_are_put_back(finished, cache, tmp_path):
+def test_signal_handlers_are_put_back(cache, tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     config = small(cache, "method=baseline")
     run_interrupted(config, tmp_path / "run", "_train_step", 1, "sigterm")
@@ -526,12 +523,3 @@ def test_interrupted_run_on_a_gpu_gives_the_same_numbers(method, cache, tmp_path
     run_interrupted(config, tmp_path / "run", "_train_step", 12, "before")
     assert engine.run(config, tmp_path / "run") is not None
     assert_same(result(tmp_path / "run"), result(tmp_path / "reference"))
-
-
-def test_moved_folder_resumes(finished, tmp_path):
-    """Nothing in a run folder depends on where it lies."""
-    config, reference = finished("method=mat")
-    run_interrupted(config, tmp_path / "run", "_train_step", 10, "sigterm")
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    engine.run(config, tmp_path / "moved")
-    assert_same(result(tmp_path / "moved"), result(reference))

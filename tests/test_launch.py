@@ -91,7 +91,7 @@ def test_help_answers_at_once_and_names_every_group(tmp_path):
 
 
 def test_help_needs_neither_torch_nor_numpy():
-    code = "import sys, mat.config; sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
+    code = "import sys, mat.config, mat.explain; sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=LAUNCH.parent, check=False).returncode == 0
 
 
@@ -200,3 +200,10 @@ def test_failed_run_does_not_end_the_sweep(cache, launch, tmp_path):
     assert len(out.splitlines()) == 1
     failed, done = (next(tmp_path.rglob(name)).parent for name in ("failure.json", "summary.json"))
     assert failed != done and failed.parent.parent == done.parent.parent
+
+
+def test_refused_run_does_not_end_the_sweep(cache, launch, tmp_path):
+    command = small_overrides(cache, "method=baseline", steps=6)
+    code, out, err = launch("-m", *command, "model.heads=3,2")
+    assert code == 2 and err.startswith("error: model.heads=3 ") and one_sentence(err.removeprefix("error: ")), err
+    assert len(out.splitlines()) == len(list(tmp_path.rglob("summary.json"))) == 1

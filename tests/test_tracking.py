@@ -157,6 +157,21 @@ def test_wandb_is_asked_for_only_when_wanted(cache, tmp_path, monkeypatch):
     assert isinstance(open_mirror(small(cache), tmp_path, {}), NoMirror) and asked == []
 
 
+def test_wandb_can_be_disabled_from_outside(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    asked = init_with(monkeypatch)
+    assert isinstance(open_mirror(config, tmp_path, {}), NoMirror) and asked == []
+
+
+def test_resumed_run_goes_on_under_the_same_identity(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    asked = init_with(monkeypatch, Recorder(), Recorder(), Recorder())
+    for name in ("one", "one", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        open_mirror(config, tmp_path / name, {})
+    assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"] and asked[1]["resume"] == "allow"
+
+
 def test_real_offline_run_leaves_its_files(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DISABLE_GIT", "true")

@@ -4,8 +4,8 @@ Every source gives the splits ``train``, ``validation`` and ``test`` as lists of
 """
 
 import glob
+import hashlib
 import logging
-import os
 from pathlib import Path
 
 from mat.config import DatasetConfig
@@ -50,7 +50,7 @@ def _folder(config: DatasetConfig) -> Path:
 
 
 def source_key(config: DatasetConfig) -> list[str]:
-    """What identifies the data without reading it: names, sizes and times of local files, or the hub's name."""
+    """What identifies the data: hashes of local files, or the hub's name, or Python's version."""
     if config.hub_path is None:
         import platform
 
@@ -58,8 +58,12 @@ def source_key(config: DatasetConfig) -> list[str]:
     if config.root is None:
         return [config.hub_path, str(config.hub_name)]
     files = _files(_folder(config))
-    stats = [(Path(f), os.stat(f)) for split in SPLITS for f in files[split]]
-    return [f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
+    keys = []
+    for split in SPLITS:
+        for file in files[split]:
+            with open(file, "rb") as opened:
+                keys.append(f"{split}:{hashlib.file_digest(opened, 'sha256').hexdigest()}")
+    return keys
 
 
 def _files(folder: Path) -> dict[str, list[str]]:
