@@ -21,6 +21,11 @@ def rotary_table(length: int, head_width: int) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()])
 
 
+def rotary_part(rotary: Tensor | None, qkv: Tensor) -> Tensor | None:
+    """The part of a table that a batch (B, T, H, 3, K) needs, in its precision."""
+    return None if rotary is None else rotary[:, : qkv.shape[1]].to(qkv.dtype)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + K/2) of (..., T, K) by angles (T, K/2)."""
     a, b = x.chunk(2, dim=-1)
@@ -37,7 +42,7 @@ def attention(qkv: Tensor, rotary: Tensor | None) -> Tensor:
     Returns:
         Context (B, T, H, K), contiguous.
     """
-    table = None if rotary is None else rotary[:, : qkv.shape[1]].to(qkv.dtype)
+    table = rotary_part(rotary, qkv)
     if qkv.device.type == "cpu":
         context: Tensor = _Attention.apply(qkv, table)
         return context
@@ -48,43 +53,64 @@ def attention(qkv: Tensor, rotary: Tensor | None) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Batched products and one softmax; keeps rotated q, k, v and the probabilities."""
+    """``attend`` with its backward."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, table: Tensor | None) -> Tensor:
-        batch, length, heads, _, width = qkv.shape
-        with torch.autocast("cpu", enabled=False):
-            if table is None:
-                packed = qkv.permute(3, 0, 2, 1, 4).contiguous()
-            else:
-                packed = torch.empty(3, batch, heads, length, width, dtype=qkv.dtype)
-                parts = qkv.permute(3, 0, 2, 1, 4)
-                packed[:2] = _rotate(parts[:2], *table)
-                packed[2] = parts[2]
-            q, k, v = packed.view(3, batch * heads, length, width).unbind(0)
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(width**-0.5)
-            probabilities = torch.softmax(scores, dim=-1)
-            context = torch.bmm(probabilities, v)
+        context, packed, probabilities = attend(qkv, table)
         ctx.save_for_backward(packed, probabilities)
         ctx.table = table
-        return context.view(batch, heads, length, width).transpose(1, 2).contiguous()
+        return context
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         packed, probabilities = ctx.saved_tensors
-        _, batch, heads, length, width = packed.shape
+        return attend_backward(gradient, packed, probabilities, ctx.table), None
+
+
+def attend(qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention by batched products and one softmax, without autograd.
+
+    Args:
+        qkv: (B, T, H, 3, K).
+        table: Rotary table (2, T, K/2) in the same precision, or None.
+
+    Returns:
+        Context (B, T, H, K), and what the backward needs: rotated q, k, v (3, B, H, T, K) and the
+        probabilities (B, H, T, T).
+    """
+    batch, length, heads, _, width = qkv.shape
+    with torch.autocast("cpu", enabled=False):
+        if table is None:
+            packed = qkv.permute(3, 0, 2, 1, 4).contiguous()
+        else:
+            packed = torch.empty(3, batch, heads, length, width, dtype=qkv.dtype)
+            parts = qkv.permute(3, 0, 2, 1, 4)
+            packed[:2] = _rotate(parts[:2], *table)
+            packed[2] = parts[2]
         q, k, v = packed.view(3, batch * heads, length, width).unbind(0)
-        with torch.autocast("cpu", enabled=False):
-            d_context = gradient.to(packed.dtype).transpose(1, 2).reshape(batch * heads, length, width)
-            d_packed = torch.empty_like(packed)
-            d_q, d_k, d_v = d_packed.view(3, batch * heads, length, width).unbind(0)
-            torch.bmm(probabilities.transpose(1, 2), d_context, out=d_v)
-            d_probabilities = torch.bmm(d_context, v.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, packed.dtype)
-            d_scores.mul_(width**-0.5)
-            torch.bmm(d_scores, k, out=d_q)
-            torch.bmm(d_scores.transpose(1, 2), q, out=d_k)
-            if ctx.table is not None:
-                cos, sin = ctx.table
-                d_packed[:2] = _rotate(d_packed[:2], cos, -sin)
-            return d_packed.permute(1, 3, 2, 0, 4), None
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(width**-0.5)
+        probabilities = torch.softmax(scores, dim=-1)
+        context = torch.bmm(probabilities, v).view(batch, heads, length, width)
+    return context.transpose(1, 2).contiguous(), packed, probabilities.view(batch, heads, length, length)
+
+
+def attend_backward(gradient: Tensor, packed: Tensor, probabilities: Tensor, table: Tensor | None) -> Tensor:
+    """Gradient (B, T, H, 3, K) of ``attend``'s input, given that of its context (B, T, H, K); any subset of heads."""
+    _, batch, heads, length, width = packed.shape
+    q, k, v = packed.view(3, batch * heads, length, width).unbind(0)
+    p = probabilities.view(batch * heads, length, length)
+    with torch.autocast("cpu", enabled=False):
+        d_context = gradient.to(packed.dtype).transpose(1, 2).reshape(batch * heads, length, width)
+        d_packed = torch.empty_like(packed)
+        d_q, d_k, d_v = d_packed.view(3, batch * heads, length, width).unbind(0)
+        torch.bmm(p.transpose(1, 2), d_context, out=d_v)
+        d_probabilities = torch.bmm(d_context, v.transpose(1, 2))
+        d_scores = torch._softmax_backward_data(d_probabilities, p, -1, packed.dtype)
+        d_scores.mul_(width**-0.5)
+        torch.bmm(d_scores, k, out=d_q)
+        torch.bmm(d_scores.transpose(1, 2), q, out=d_k)
+        if table is not None:
+            cos, sin = table
+            d_packed[:2] = _rotate(d_packed[:2], cos, -sin)
+        return d_packed.permute(1, 3, 2, 0, 4)
