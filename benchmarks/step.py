@@ -132,7 +132,27 @@ def estimator(model: Bert, probe: MaskedBatch, dense_64: Callable[[], None]) -> 
 
     set_share(model, 1.0, "cut")
     ours, other = medians([call, dense_64], 9)
-    return [row("mini: estimator call against a dense step of 64 sequences", ours, other, 0.7)]
+    return [row("mini: estimator call against a dense step of 64 sequences", ours, other, 0.7), share_of_a_run(model)]
+
+
+def share_of_a_run(model: Bert) -> Row:
+    """All calls of the estimator in a mini MAT run (+experiment=table1_mini) against the run's seconds."""
+    calls, samples, batch_size, budget = 25, 16, 8, 0.7 * 0.02e15
+    probe, batch = batch_of(4096, samples, 128), batch_of(4096, batch_size, 128)
+    index = UnitIndex(unit_layers(model))
+    step = our_step(model, batch)
+
+    def call() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            ntk.estimate(model, probe, index)
+
+    set_share(model, 1 / 3, "cut")
+    call_seconds, step_seconds = medians([call, step], 25)
+    spent = calls * flops.estimate(model, probe, index.layers, "random", 1, 512 * 2**20).figure
+    steps = (budget - spent) / flops.training_step(model, batch).figure
+    set_share(model, 1.0, "cut")
+    ours = calls * call_seconds
+    return row("mini: estimator calls of a run against the run", ours, ours + steps * step_seconds, 0.02)
 
 
 if __name__ == "__main__":
