@@ -24,8 +24,9 @@ COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 def table(rows: dict[Key, list[Run]]) -> Table:
     """Method by validation loss, TFLOPs by column, seconds, active share."""
     shown = Table(title="Four methods, one seed (TFLOPs executed, embeddings and vocabulary left out)")
-    for column in ("method", "validation loss", *COLUMNS, "total", "seconds", "active share"):
-        shown.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
+    for column in ("method", "validation\nloss", *COLUMNS, "total", "sec-\nonds", "active\nshare"):
+        header = column.replace("_", "\n")
+        shown.add_column(header, justify="left" if column == "method" else "right", no_wrap=True)
     for (_, method), runs in rows.items():
         summary = runs[0].summary
         flops = [1000 * summary[f"pflops_{column}"] for column in COLUMNS] + [1000 * summary["pflops"]]
