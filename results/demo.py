@@ -9,6 +9,7 @@ worth nothing.
 import sys
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,15 +24,17 @@ COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 
 def table(rows: dict[Key, list[Run]]) -> Table:
     """Method by validation loss, TFLOPs by column, seconds, active share."""
-    shown = Table(title="Four methods, one seed (TFLOPs executed, embeddings and vocabulary left out)")
-    for column in ("method", "validation\nloss", *COLUMNS, "total", "sec-\nonds", "active\nshare"):
+    shown = Table(
+        title="Four methods, one seed (TFLOPs executed, embeddings and vocabulary left out)", box=box.SIMPLE_HEAD
+    )
+    for column in ("method", "valid.\nloss", *COLUMNS, "total", "secs", "active\nshare"):
         header = column.replace("_", "\n")
         shown.add_column(header, justify="left" if column == "method" else "right", no_wrap=True)
     for (_, method), runs in rows.items():
         summary = runs[0].summary
         flops = [1000 * summary[f"pflops_{column}"] for column in COLUMNS] + [1000 * summary["pflops"]]
         shown.add_row(
-            method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.3f}" for value in flops),
+            method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.2f}" for value in flops),
             f"{summary['seconds']:.0f}", f"{summary['active_share']:.2f}",
         )  # fmt: skip
     return shown
