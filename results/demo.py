@@ -25,7 +25,10 @@ COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 def table(rows: dict[Key, list[Run]]) -> Table:
     """Method by validation loss, TFLOPs by column, seconds, active share."""
     shown = Table(
-        title="Four methods, one seed (TFLOPs executed, embeddings and vocabulary left out)", box=box.SIMPLE_HEAD
+        title="Four methods, one seed (TFLOPs executed, embeddings and vocabulary left out)",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for column in ("method", "valid.\nloss", *COLUMNS, "total", "secs", "active\nshare"):
         header = column.replace("_", "\n")
