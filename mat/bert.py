@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mat.attention import attend, attend_backward, attention, rotary_part, rotary_table
 from mat.config import BertConfig
 from mat.data.masking import MaskedBatch
-from mat.interface import UnitModel
+from mat.interface import Flops, UnitModel
 from mat.units import UnitLayer, UnitTensors
 
 
@@ -244,10 +244,11 @@ class Bert(UnitModel):
         """Mean cross-entropy in nats over the masked positions, given the logits."""
         return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
 
-    def head_flops(self, batch: MaskedBatch) -> tuple[int, int]:
-        """Forward FLOPs behind the blocks: (masked-LM head, vocabulary projection)."""
+    def rest_flops(self, batch: MaskedBatch) -> Flops:
+        """The masked-LM head; the vocabulary projection in its own column."""
         rows, width = batch.positions.numel(), self.config.width
-        return 2 * rows * width * width, 2 * rows * width * self.tokens.shape[0]
+        head, vocabulary = 2 * rows * width * width, 2 * rows * width * self.tokens.shape[0]
+        return Flops(forward=head, input_grad=head, weight_grad=head, vocabulary=3 * vocabulary)
 
     def outputs_per_sample(self, batch: MaskedBatch) -> int:
         """M * V."""

@@ -109,11 +109,15 @@ class TrainConfig:
     batch: int = MISSING  # sequences or images per step
     accumulation: int = 1  # micro-batches a step is computed in
     lr: float = MISSING
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
+    optimiser: str = "adamw"  # adamw | sgd
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # adamw
+    eps: float = 1e-6  # adamw
+    momentum: float = 0.9  # sgd
     weight_decay: float = 0.01
-    warmup: float = 0.05  # share of the run's FLOPs with rising learning rate; linear decay to 0 after it
-    clip: float = 1.0  # largest gradient norm
+    schedule: str = "linear"  # linear | step | onecycle (mat/schedule.py)
+    warmup: float = 0.05  # share of the run's FLOPs with rising learning rate
+    drops: list[float] = field(default_factory=lambda: [0.5, 0.75])  # step: shares of the run's FLOPs
+    clip: float | None = 1.0  # largest gradient norm; no clipping when null
     eval_interval: float = 0.025  # share of train.pflops between evaluations
     eval_samples: int | None = None  # validation samples; all when null
     eval_batch: int = 128
@@ -193,6 +197,18 @@ def register_schemas() -> None:
             store.store(group=group, name=f"schema_{name}", node=node)
 
 
+def with_defaults(flat: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration (dotted keys), completed: a run made before a key existed ran with its default."""
+    defaults = {
+        f"{group}.{f.name}": f.default_factory() if callable(f.default_factory) else f.default
+        for group, schemas in GROUPS.items()
+        if len(schemas) == 1 and group not in ("model", "dataset")  # of these one file names the class
+        for f in fields(schemas[0][1])
+        if f.default is not MISSING
+    }
+    return {**defaults, **flat}
+
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -257,7 +273,14 @@ def validate(config: Config) -> None:
         )
     _between("train.lr", train.lr, 0, inf, open_low=True)
     _between("train.eps", train.eps, 0, inf, open_low=True)
-    _between("train.clip", train.clip, 0, inf, open_low=True)
+    if train.clip is not None:
+        _between("train.clip", train.clip, 0, inf, open_low=True)
+    _one_of("train.optimiser", train.optimiser, ("adamw", "sgd"))
+    _one_of("train.schedule", train.schedule, ("linear", "step", "onecycle"))
+    _between("train.momentum", train.momentum, 0, 0.9999)
+    if train.schedule == "step":
+        for drop in train.drops:
+            _between("train.drops", drop, train.warmup, 1)
     _between("train.weight_decay", train.weight_decay, 0, inf)
     _between("train.warmup", train.warmup, 0, 0.9)
     _between("train.eval_interval", train.eval_interval, 0, 0.025, open_low=True)

@@ -20,15 +20,15 @@ import pandas as pd
 import torch
 
 from mat import checkpoint, flops, ntk
+from mat import data as datasets
 from mat.config import Config
-from mat.data.masking import MaskedBatch
-from mat.data.tokens import MaskedText
 from mat.errors import RunFailed, UserError
-from mat.flops import Flops
+from mat.interface import Batch, Flops
 from mat.methods import FloatArray, Method
 from mat.models import build
-from mat.optim import UnitAdamW
+from mat.optim import build_optimiser
 from mat.runs import RunFolder
+from mat.schedule import learning_rate
 from mat.tracking import Progress, open_mirror
 from mat.units import BackwardMode, UnitIndex, unit_layers
 
@@ -88,11 +88,11 @@ class Training:
         if config.hardware.device == "cuda" and not torch.cuda.is_available():
             raise UserError("hardware.device=cuda finds no CUDA device: choose hardware=cpu.")
         self.device = torch.device(config.hardware.device)
-        self.data = MaskedText.load(config.dataset, config.seed)
+        self.data = datasets.load(config.dataset, config.seed)
         torch.manual_seed(config.seed)
-        self.model = build(config.model, config.dataset, self.data.vocabulary).to(self.device)
+        self.model = build(config.model, config.dataset, self.data.outputs).to(self.device)
         train = config.train
-        self.optimiser = UnitAdamW(self.model, (train.betas[0], train.betas[1]), train.eps, train.weight_decay)
+        self.optimiser = build_optimiser(self.model, train)
         self.index = UnitIndex(unit_layers(self.model), config.selection.units)
         self.method = Method(config.method, config.selection, self.index, config.seed)
         self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if self.method.selects else None
@@ -102,11 +102,13 @@ class Training:
         self.step = 0
         self.epoch = 0
         self.spent = Flops()  # executed
+        self.needed = 0  # FLOPs of the figure without padding
         self.seconds = 0.0
         self.seconds_estimator = 0.0
         self.share_sum = 0.0  # of active shares over steps
         self.first_loss = 0.0
         self.window: list[float] = []  # training losses since the last logged one
+        self.recent: list[dict[str, float]] = []  # metrics of the last epoch's worth of steps
         self.evaluated_at = -1.0  # FLOPs
         self.best: dict[str, float] = {"loss": math.inf}
         self._interrupt = False
@@ -122,7 +124,7 @@ class Training:
         train = self.config.train
         points = self._evaluation_points()
         if self.files.lines() == 0:
-            self._event("start", "validation", unigram_entropy=self.data.unigram_entropy())
+            self._event("start", "validation", **self.data.facts())
         with self._stopping_cleanly():
             while True:
                 if self.method.is_due(self.spent.figure / self.budget):
@@ -155,20 +157,26 @@ class Training:
 
     # --- one step
 
-    def _train_step(self, batch: MaskedBatch, cost: Flops) -> None:
+    def _train_step(self, batch: Batch, cost: Flops) -> None:
         start = time.perf_counter()
         train = self.config.train
         self.model.train()
         self.optimiser.clear()
         loss = 0.0
+        metrics: dict[str, float] = {}
         for part in batch.to(self.device).split(train.accumulation):
+            share = part.samples / batch.samples
             with self._autocast():
-                share = self.model.loss(part) * (part.samples / batch.samples)
-            torch.autograd.backward(share)
-            loss += float(share.detach())
+                outputs = self.model(part)
+                part_loss = self.model.loss_of_outputs(outputs, part)
+                extra = self.model.auxiliary_loss()
+            torch.autograd.backward((part_loss if extra is None else part_loss + extra) * share)
+            loss += float(part_loss.detach()) * share
+            for name, value in self.model.metrics(outputs.detach(), part).items():
+                metrics[name] = metrics.get(name, 0.0) + value * share
         norm = float(self.optimiser.clip(train.clip))
         self._refuse_divergence(loss, norm)
-        lr = self._learning_rate((self.spent.figure + cost.figure / 2) / self.budget)
+        lr = learning_rate(train, (self.spent.figure + cost.figure / 2) / self.budget)
         self.optimiser.step(lr)
         if self.method.drifts:
             self.optimiser.drift(((layer, ~layer.active) for layer in self.index.layers), lr)
@@ -178,22 +186,25 @@ class Training:
 
         self.step += 1
         self.spent += cost
+        self.needed += flops.training_step(self.model, batch, padded=False).figure
         active_share = float(self.method.active_at(self.step - 1).mean())
         self.share_sum += active_share
         self.window.append(loss)
+        if metrics:
+            self.recent = [*self.recent, metrics][-self.data.steps_per_epoch(train.batch) :]
         if self.step % train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
-            self._event("train", "train", loss=mean, lr=lr, active_now=active_share)
+            noticed = {**self._running_metrics(), **self.model.monitors()}
+            self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **noticed)
         best = None if math.isinf(self.best["loss"]) else self.best["loss"]
         self.progress.update(self.spent.figure / PFLOP, loss, active_share, best)
 
-    def _learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then linear decay to 0, over the run's own budget."""
-        train = self.config.train
-        if progress < train.warmup:
-            return train.lr * progress / train.warmup
-        return train.lr * max(0.0, (1 - progress) / (1 - train.warmup))
+    def _running_metrics(self) -> dict[str, float]:
+        """Means over the last epoch's worth of steps; nothing before that many were made (Table 3's train accuracy)."""
+        if len(self.recent) < self.data.steps_per_epoch(self.config.train.batch):
+            return {}
+        return {name: float(np.mean([metrics[name] for metrics in self.recent])) for name in self.recent[0]}
 
     def _refuse_divergence(self, loss: float, norm: float) -> None:
         if self.step == 0:
@@ -224,6 +235,7 @@ class Training:
         state = self.method.select(score)
         self.seconds += time.perf_counter() - start
         self.spent += cost
+        self.needed += cost.figure
         rows = pd.DataFrame(
             {
                 "t": state.t,
@@ -286,40 +298,50 @@ class Training:
             self._evaluate(points.pop(0))
 
     def _evaluate(self, point: float) -> None:
-        """Validation loss on fixed masks; not counted in FLOPs or seconds."""
+        """Validation scores on fixed samples; not counted in FLOPs or seconds."""
         train = self.config.train
-        loss = self._loss_on("validation", train.eval_samples)
+        scores = self._scores_on("validation", train.eval_samples)
         self.evaluated_at = point
         mark = next((m for m in train.marks if m * PFLOP == point), None)
-        self._event("evaluation", "validation", loss=loss, mark=mark)
-        if not math.isfinite(loss):
-            raise RunFailed(f"{self.files.path}: the validation loss is {loss} at step {self.step}: lower train.lr.")
-        if loss < self.best["loss"]:
-            self.best = {"loss": loss, "step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
+        self._event("evaluation", "validation", **scores, mark=mark)
+        if not math.isfinite(scores["loss"]):
+            raise RunFailed(
+                f"{self.files.path}: the validation loss is {scores['loss']} at step {self.step}: lower train.lr."
+            )
+        by, sign = self.model.best_by, 1 if self.model.best_by == "loss" else -1
+        if sign * scores[by] < sign * self.best.get(by, sign * math.inf):
+            where = {"step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
+            self.best = {**scores, **where}
             checkpoint.save(self._best_path(), {"step": self.step, "model": self.model.state_dict()})
 
     @torch.no_grad()
-    def _loss_on(self, split: str, samples: int | None) -> float:
+    def _scores_on(self, split: str, samples: int | None) -> dict[str, float]:
+        """Loss and metrics, means over a split's targets."""
         self.model.eval()
-        total, count = 0.0, 0
+        total: dict[str, float] = {}
+        count = 0
         for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
+            batch = batch.to(self.device)
             with self._autocast():
-                loss = self.model.loss(batch.to(self.device))
-            total += float(loss) * batch.targets.numel()
-            count += batch.targets.numel()
-        return total / count
+                outputs = self.model(batch)
+                loss = self.model.loss_of_outputs(outputs, batch)
+            targets = batch.targets.numel()
+            for name, value in {"loss": float(loss), **self.model.metrics(outputs, batch)}.items():
+                total[name] = total.get(name, 0.0) + value * targets
+            count += targets
+        return {name: value / count for name, value in total.items()}
 
     def _finish(self) -> dict[str, Any]:
-        """Read the test loss at the best validation, and write the summary: the run is complete."""
+        """Read the test scores at the best validation, and write the summary: the run is complete."""
         if self.step == 0:
             raise UserError(f"train.pflops={self.config.train.pflops} is too short for a single step: raise it.")
         if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()
         self.model.load_state_dict(self._best_weights())
-        test_loss = self._loss_on("test", None)
+        test = self._scores_on("test", None)
         mean_share = self.share_sum / max(1, self.step)
-        self._event("test", "test", loss=test_loss)
+        self._event("test", "test", **test)
         summary = {
             "method": self.config.method.name,
             "model": self.config.model.name,
@@ -328,13 +350,13 @@ class Training:
             "steps": self.step,
             **self._ledger(),
             "seconds_estimator": self.seconds_estimator,
-            "best_validation_loss": self.best["loss"],
+            **{f"best_validation_{name}": self.best[name] for name in test},
             "best_step": self.best["step"],
             "pflops_to_best": self.best["pflops"],
             "seconds_to_best": self.best["seconds"],
-            "test_loss": test_loss,
+            **{f"test_{name}": value for name, value in test.items()},
             "active_share": mean_share,
-            "unigram_entropy": self.data.unigram_entropy(),
+            **self.data.facts(),
             "selections": self.method.state.t + 1,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
@@ -352,7 +374,7 @@ class Training:
             "pflops_overhead": spent.overhead / PFLOP,
             "pflops": spent.figure / PFLOP,
             "pflops_vocabulary": spent.vocabulary / PFLOP,
-            "pflops_needed": spent.figure / PFLOP,  # nothing is padded
+            "pflops_needed": self.needed / PFLOP,
             "seconds": self.seconds,
         }
 
@@ -379,7 +401,7 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
             "method": self.method.state_dict(),
             "random": torch.get_rng_state(),
-            "probe": None if self.probe is None else self.probe.tokens,
+            "probe": None if self.probe is None else self.probe.inputs,
             "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "lines": self.files.lines(),
             "spent": list(astuple(self.spent)),
@@ -391,8 +413,8 @@ class Training:
                 old.unlink()
 
     _SAVED = (
-        "step", "epoch", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
-        "evaluated_at", "best",
+        "step", "epoch", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
+        "recent", "evaluated_at", "best",
     )  # fmt: skip
 
     def _restore(self) -> None:
@@ -401,7 +423,7 @@ class Training:
         if state is None:
             self.files.rewind(0, 0)
             return
-        if self.probe is not None and not torch.equal(self.probe.tokens, state["probe"]):
+        if self.probe is not None and not torch.equal(self.probe.inputs, state["probe"]):
             raise UserError(
                 f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
                 "with, or remove that folder."

@@ -8,71 +8,27 @@ attention kernels is not counted: the backward of attention is two times its for
 ``flop_counter`` gives torch's counter with the attention formulas that it lacks; tests hold the ledger against it.
 """
 
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mat import ntk
-from mat.interface import UnitModel
-from mat.units import BackwardMode, UnitLayer, unit_layers
+from mat.interface import Flops, UnitModel
+from mat.units import UnitLayer, unit_layers
 
 
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs by column; ``vocabulary`` is outside the paper's figure."""
-
-    forward: int = 0
-    input_grad: int = 0
-    weight_grad: int = 0
-    overhead: int = 0
-    vocabulary: int = 0
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def figure(self) -> int:
-        """The paper's figure: everything but the vocabulary projection."""
-        return self.forward + self.input_grad + self.weight_grad + self.overhead
-
-    @property
-    def everything(self) -> int:
-        """All columns: what a FLOPs counter sees."""
-        return self.figure + self.vocabulary
-
-
-def layer_step(layer: UnitLayer, tokens: int, length: int, n_active: int, mode: BackwardMode) -> Flops:
-    """A training step's FLOPs of one unit layer.
+def training_step(model: UnitModel, batch: Any, padded: bool = True) -> Flops:
+    """FLOPs of one training step with the gates as they stand.
 
     Args:
-        layer: The layer.
-        tokens: Tokens in the batch.
-        length: Tokens per sequence.
-        n_active: Units that are back-propagated.
-        mode: Backward mode.
-
-    Returns:
-        FLOPs by column.
+        model: The model.
+        batch: The step's batch.
+        padded: Count what runs (executed); else what the active set needs, without padding.
     """
-    products = sum(2 * tokens * p * q for p, q, _ in layer.product_shapes())
-    inner = layer.inner_flops(tokens, length)
-    propagated = n_active if mode == "cut" else layer.n_units
-    return Flops(
-        forward=layer.n_units * (products + inner),
-        input_grad=propagated * (products + 2 * inner),
-        weight_grad=n_active * products,
-    )
-
-
-def training_step(model: UnitModel, batch: Any) -> Flops:
-    """FLOPs of one training step with the gates as they stand."""
-    tokens, length = batch.tokens.numel(), batch.tokens.shape[1]
-    head, vocabulary = model.head_flops(batch)
-    total = Flops(forward=head, input_grad=head, weight_grad=head, vocabulary=3 * vocabulary)
+    total = model.rest_flops(batch)
     for layer in unit_layers(model):
-        total += layer_step(layer, tokens, length, layer.n_active, layer.mode)
+        total += layer.step_flops(batch.samples, batch.length, layer.n_active, layer.mode, padded)
     return total
 
 
@@ -92,20 +48,20 @@ def estimate(
     Returns:
         FLOPs with columns overhead and vocabulary.
     """
-    tokens, length, samples = batch.tokens.numel(), batch.tokens.shape[1], batch.samples
-    head, vocabulary = model.head_flops(batch)
+    samples, length = batch.samples, batch.length
+    rest = model.rest_flops(batch)
     passes = {"random": projections, "full": model.outputs_per_sample(batch)}.get(reduction, 1)
-    forward, backward, reached = head, head, False
+    forward, backward, reached = rest.forward, rest.input_grad, False
     for layer in unit_layers(model):
-        step = layer_step(layer, tokens, length, layer.n_units, "cut")
+        step = layer.step_flops(samples, length, layer.n_units, "cut")
         forward += step.forward
         reached |= layer is gated[0]
         backward += step.input_grad if reached else 0
     p, q, _ = gated[0].product_shapes()[0]  # nothing before the first product wants a gradient
-    backward -= gated[0].n_units * 2 * tokens * p * q
+    backward -= gated[0].n_units * 2 * samples * length * p * q
     taps = [(length, layer.n_units, *shape) for layer in gated for shape in layer.product_shapes()]
     overhead = forward + passes * backward + ntk.flops(taps, samples * passes, memory_bytes)
-    return Flops(overhead=overhead, vocabulary=vocabulary * (1 + passes))
+    return Flops(overhead=overhead, vocabulary=rest.vocabulary // 3 * (1 + passes))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

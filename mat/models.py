@@ -5,16 +5,16 @@ from mat.config import BertConfig, DatasetConfig, ModelConfig
 from mat.interface import UnitModel
 
 
-def build(model: ModelConfig, dataset: DatasetConfig, vocabulary: int) -> UnitModel:
+def build(model: ModelConfig, dataset: DatasetConfig, outputs: int) -> UnitModel:
     """The model of a configuration, initialised from torch's random state.
 
     Args:
         model: The model's configuration.
         dataset: The dataset's, for the sequence length.
-        vocabulary: Number of word pieces.
+        outputs: Number of word pieces or classes.
 
     Returns:
         The model, on the CPU.
     """
     assert isinstance(model, BertConfig)
-    return Bert(model, vocabulary, dataset.length)
+    return Bert(model, outputs, dataset.length)

@@ -1,19 +1,21 @@
-"""AdamW that touches active units only, with a step count per unit (paper section 5, "Frozen unit").
+"""Optimisers that touch active units only (paper section 5, "Frozen unit").
 
-Every unit's rows are updated by torch's own AdamW kernel as if they were a parameter of their own. A frozen unit is
-simply not handed over: no gradient, no momentum, no weight decay, parameters and state bit-identical until it is
-active again, when its update equals that of a unit that skipped those steps.
+A frozen unit is simply not handed over: no gradient, no momentum, no weight decay, parameters and state bit-identical
+until it is active again, when its update equals that of a unit that skipped those steps. Weight decay applies to
+matrices, not to biases and norms.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mat.config import TrainConfig
 from mat.units import BoolArray, UnitLayer, unit_layers
 
 
@@ -26,19 +28,15 @@ class Slot:
         parameter: (U, ...) for unit parameters.
         layer: The unit layer it belongs to.
         local_name: Its name in that layer.
-        exp_avg: First moment, like the parameter.
-        exp_avg_sq: Second moment, like the parameter.
-        steps: Step counts, (U,) or (), float32 as torch's kernel wants them.
-        decays: Whether weight decay applies: to matrices, not to biases and norms.
+        state: The optimiser's tensors: moments like the parameter, step counts (U,) or ().
+        decays: Whether weight decay applies.
     """
 
     name: str
     parameter: nn.Parameter
     layer: UnitLayer | None
     local_name: str
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    steps: Tensor
+    state: dict[str, Tensor]
     decays: bool
 
     def gradient(self) -> Tensor | None:
@@ -46,18 +44,19 @@ class Slot:
         return self.parameter.grad if self.layer is None else self.layer.gradient(self.local_name)
 
 
-class UnitAdamW:
-    """AdamW over a model with unit layers.
+class UnitOptimiser(ABC):
+    """What the optimisers share: a slot per parameter, clipping, state.
 
     Args:
-        model: The model.
-        betas: Decay rates of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay of matrices.
+        model: A model with unit layers.
+        weight_decay: Decay of matrices.
     """
 
-    def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+    moments: ClassVar[tuple[str, ...]]  # state tensors shaped like the parameter
+    counts_steps: ClassVar[bool] = False  # whether there is a step count per unit
+
+    def __init__(self, model: nn.Module, weight_decay: float) -> None:
+        self.weight_decay = weight_decay
         owner = {
             id(parameter): (layer, name)
             for layer in unit_layers(model)
@@ -66,32 +65,41 @@ class UnitAdamW:
         self.slots: list[Slot] = []
         for name, parameter in model.named_parameters():
             layer, local_name = owner.get(id(parameter), (None, name))
-            unit_axes = 0 if layer is None else 1
-            shape = () if layer is None else (layer.n_units,)
-            self.slots.append(
-                Slot(
-                    name, parameter, layer, local_name, torch.zeros_like(parameter), torch.zeros_like(parameter),
-                    torch.zeros(shape, device=parameter.device), parameter.dim() - unit_axes >= 2,
-                )
-            )  # fmt: skip
-        self._views: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+            state = {moment: torch.zeros_like(parameter) for moment in self.moments}
+            if self.counts_steps:  # float32 as torch's kernel wants them
+                state["steps"] = torch.zeros(() if layer is None else layer.n_units, device=parameter.device)
+            decays = parameter.dim() - (layer is not None) >= 2
+            self.slots.append(Slot(name, parameter, layer, local_name, state, decays))
+
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient, in its active units.
+
+        Args:
+            lr: Learning rate.
+        """
+
+    @abstractmethod
+    def direction(self, slot: Slot, rows: Tensor) -> Tensor:
+        """What the last update of some units moved along, per unit of learning rate, weight decay left out."""
 
     def gradients(self) -> list[Tensor]:
         """All gradients there are; of gated parameters the active rows."""
         return [g for g in (slot.gradient() for slot in self.slots) if g is not None]
 
-    def clip(self, largest_norm: float) -> Tensor:
+    def clip(self, largest_norm: float | None) -> Tensor:
         """Scale the gradients (of active units and the rest) down to a norm, as ``clip_grad_norm_`` does.
 
         Args:
-            largest_norm: Bound on the norm.
+            largest_norm: Bound on the norm; None for no bound.
 
         Returns:
             The norm before, a scalar tensor.
         """
         gradients = self.gradients()
         norm = nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(gradients, (largest_norm / (norm + 1e-6)).clamp(max=1.0))
+        if largest_norm is not None:
+            torch._foreach_mul_(gradients, (largest_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def clear(self) -> None:
@@ -102,19 +110,70 @@ class UnitAdamW:
             layer.clear_gradient()
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update every parameter that has a gradient, unit by unit.
+    def drift(self, layers: Iterable[tuple[UnitLayer, BoolArray]], lr: float) -> None:
+        """Let units repeat the direction of their last update at the present learning rate (multirate).
+
+        The state stands since the unit's last gradient. A unit that has had none does not move.
 
         Args:
+            layers: Layers with the units that drift.
             lr: Learning rate.
         """
+        drifting = {id(layer): torch.from_numpy(np.flatnonzero(units)) for layer, units in layers}
+        for slot in self.slots:
+            rows = drifting.get(id(slot.layer))
+            if rows is None or len(rows) == 0:
+                continue
+            rows = rows.to(slot.parameter.device)
+            moved = slot.parameter.detach()[rows]
+            direction = self.direction(slot, rows)
+            if slot.decays:
+                moved.mul_(self._drift_decay(slot, rows, lr))
+            slot.parameter.detach().index_copy_(0, rows, moved.sub_(direction, alpha=lr))
+
+    def _drift_decay(self, slot: Slot, rows: Tensor, lr: float) -> Tensor | float:
+        """Factor by which decoupled weight decay shrinks drifting units."""
+        return 1.0
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """State by parameter name."""
+        return {slot.name: slot.state for slot in self.slots}
+
+    def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        for slot in self.slots:
+            for key, value in saved[slot.name].items():
+                slot.state[key].copy_(value)
+
+
+class UnitAdamW(UnitOptimiser):
+    """AdamW with a step count per unit: torch's own kernel updates every unit's rows as a parameter of their own.
+
+    Args:
+        model: The model.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay of matrices.
+    """
+
+    moments = ("exp_avg", "exp_avg_sq")
+    counts_steps = True
+
+    def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(model, weight_decay)
+        self.betas, self.eps = betas, eps
+        self._views: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """See :meth:`UnitOptimiser.step`."""
         for decays in (True, False):
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
             for slot in self.slots:
                 gradient = slot.gradient()
                 if gradient is None or slot.decays != decays:
                     continue
-                tensors = (slot.parameter.detach(), slot.exp_avg, slot.exp_avg_sq, slot.steps)
+                tensors = (slot.parameter.detach(), *slot.state.values())
                 if slot.layer is None:
                     rows: Iterable[Any] = [(*tensors, gradient)]
                 else:
@@ -133,41 +192,15 @@ class UnitAdamW:
                     weight_decay=self.weight_decay if decays else 0.0, eps=self.eps, maximize=False,
                 )  # fmt: skip
 
-    @torch.no_grad()
-    def drift(self, layers: Iterable[tuple[UnitLayer, BoolArray]], lr: float) -> None:
-        """Let units repeat the direction of their last update at the present learning rate (multirate).
+    def direction(self, slot: Slot, rows: Tensor) -> Tensor:
+        """``m / (sqrt(v) + eps)`` with bias correction."""
+        steps = slot.state["steps"][rows].clamp_min(1).view(-1, *[1] * (slot.parameter.dim() - 1))
+        numerator = slot.state["exp_avg"][rows] / (1 - self.betas[0] ** steps)
+        return numerator.div_((slot.state["exp_avg_sq"][rows] / (1 - self.betas[1] ** steps)).sqrt_().add_(self.eps))
 
-        The direction of AdamW is ``m / (sqrt(v) + eps)`` with bias correction, plus the decay; m and v stand since the
-        unit's last gradient. A unit that has had none does not move.
-
-        Args:
-            layers: Layers with the units that drift.
-            lr: Learning rate.
-        """
-        drifting = {id(layer): torch.from_numpy(np.flatnonzero(units)) for layer, units in layers}
-        for slot in self.slots:
-            rows = drifting.get(id(slot.layer))
-            if rows is None or len(rows) == 0:
-                continue
-            rows = rows.to(slot.parameter.device)
-            shape = (-1, *[1] * (slot.parameter.dim() - 1))
-            steps = slot.steps[rows].clamp_min(1).view(shape)
-            numerator = slot.exp_avg[rows] / (1 - self.betas[0] ** steps)
-            denominator = (slot.exp_avg_sq[rows] / (1 - self.betas[1] ** steps)).sqrt_().add_(self.eps)
-            moved = slot.parameter.detach()[rows]
-            if slot.decays:
-                moved.mul_(torch.where(slot.steps[rows].view(shape) > 0, 1 - lr * self.weight_decay, 1.0))
-            slot.parameter.detach().index_copy_(0, rows, moved.addcdiv_(numerator, denominator, value=-lr))
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """State by parameter name."""
-        return {s.name: {"exp_avg": s.exp_avg, "exp_avg_sq": s.exp_avg_sq, "steps": s.steps} for s in self.slots}
-
-    def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        for slot in self.slots:
-            for key, value in saved[slot.name].items():
-                getattr(slot, key).copy_(value)
+    def _drift_decay(self, slot: Slot, rows: Tensor, lr: float) -> Tensor:
+        trained = slot.state["steps"][rows].view(-1, *[1] * (slot.parameter.dim() - 1)) > 0
+        return torch.where(trained, 1 - lr * self.weight_decay, 1.0)
 
     def _unbind(self, slot: Slot, part: int, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views of a tensor's units; made once, as storage never moves."""
@@ -175,3 +208,50 @@ class UnitAdamW:
         if views is None or views[0].data_ptr() != tensor.data_ptr():
             views = self._views[slot.name, part] = tensor.unbind(0)
         return views
+
+
+class UnitSGD(UnitOptimiser):
+    """Stochastic gradient descent with momentum; decay is part of the gradient, as in torch.
+
+    Args:
+        model: The model.
+        momentum: Decay rate of the momentum.
+        weight_decay: Decay of matrices.
+    """
+
+    moments = ("momentum",)
+
+    def __init__(self, model: nn.Module, momentum: float, weight_decay: float) -> None:
+        super().__init__(model, weight_decay)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """See :meth:`UnitOptimiser.step`."""
+        for slot in self.slots:
+            gradient = slot.gradient()
+            if gradient is None:
+                continue
+            parameter, momentum = slot.parameter.detach(), slot.state["momentum"]
+            rows = None
+            if slot.layer is not None and slot.layer.n_active < slot.layer.n_units:
+                rows = slot.layer.active_index(parameter.device)
+                parameter, momentum = parameter[rows], momentum[rows]
+            if slot.decays:
+                gradient = gradient.add(parameter, alpha=self.weight_decay)
+            momentum.mul_(self.momentum).add_(gradient)
+            parameter.add_(momentum, alpha=-lr)
+            if rows is not None:
+                slot.parameter.detach().index_copy_(0, rows, parameter)
+                slot.state["momentum"].index_copy_(0, rows, momentum)
+
+    def direction(self, slot: Slot, rows: Tensor) -> Tensor:
+        """The momentum, which holds the decay."""
+        return slot.state["momentum"][rows]
+
+
+def build_optimiser(model: nn.Module, train: TrainConfig) -> UnitOptimiser:
+    """The optimiser that a recipe names."""
+    if train.optimiser == "sgd":
+        return UnitSGD(model, train.momentum, train.weight_decay)
+    return UnitAdamW(model, (train.betas[0], train.betas[1]), train.eps, train.weight_decay)

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
-from mat.config import INCIDENTAL, Config
+from mat.config import INCIDENTAL, Config, with_defaults
 from mat.errors import UserError
 
 LONGEST_NAME = 200  # bytes; file systems allow 255
@@ -187,7 +187,7 @@ def _science(config: Any) -> dict[str, Any]:
             flat[prefix] = value
 
     walk("", config)
-    return flat
+    return with_defaults(flat)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

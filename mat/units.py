@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mat.interface import Flops
+
 BackwardMode = Literal["cut", "exact"]
 UnitTensors = dict[str, Tensor]
 BoolArray = NDArray[np.bool_]
@@ -110,6 +112,29 @@ class UnitLayer(nn.Module):
     def inner_flops(self, tokens: int, length: int) -> int:
         """Forward FLOPs per unit of what lies between the products; its backward costs twice as much."""
         return 0
+
+    def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
+        """A training step's FLOPs of this layer (paper section 5).
+
+        Args:
+            samples: Samples in the batch.
+            length: Tokens per sample.
+            n_active: Units that are back-propagated.
+            mode: Backward mode.
+            padded: Count padding too; there is none in matrix products over tokens.
+
+        Returns:
+            FLOPs by column.
+        """
+        tokens = samples * length
+        products = sum(2 * tokens * p * q for p, q, _ in self.product_shapes())
+        inner = self.inner_flops(tokens, length)
+        propagated = n_active if mode == "cut" else self.n_units
+        return Flops(
+            forward=self.n_units * (products + inner),
+            input_grad=propagated * (products + 2 * inner),
+            weight_grad=n_active * products,
+        )
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
         """The gated parameters by name, each of shape (U, ...)."""

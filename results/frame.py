@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from mat.config import INCIDENTAL
+from mat.config import INCIDENTAL, with_defaults
 from mat.errors import UserError
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
@@ -195,7 +195,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _require_same(first: Run, other: Run, keys: Iterable[str], what: str) -> None:
     """Raise unless both runs agree on ``keys`` of their configurations (dotted)."""
-    one, two = _flat(first.config), _flat(other.config)
+    one, two = with_defaults(_flat(first.config)), with_defaults(_flat(other.config))
     for key in keys:
         if one.get(key) != two.get(key):
             raise ResultsError(

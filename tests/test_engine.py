@@ -215,7 +215,7 @@ def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 @pytest.mark.parametrize("method", ["baseline", "rand", "multirate", "mat", "gradnorm", "static"])
 def test_ledger_equals_what_a_counter_sees_over_a_run(method, mode, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(Training, "_loss_on", lambda self, split, samples: 1.0)  # evaluation is not counted
+    monkeypatch.setattr(Training, "_scores_on", lambda self, split, samples: {"loss": 1.0})  # evaluation is not counted
     given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2"]
     config = small(cache, *given, steps=16)
     training = Training(config, RunFolder(tmp_path / "run", config))
@@ -410,14 +410,14 @@ def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
     """The configuration does not tell other text below the same dataset.root; the probe does."""
     config = small(cache, "method=mat", steps=12)
     run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
-    load = engine.MaskedText.load
+    load = engine.datasets.load
 
     def other(dataset: Any, seed: int) -> Any:
         text = load(dataset, seed)
         text.sequences["train"] = text.sequences["train"][::-1]
         return text
 
-    monkeypatch.setattr(engine.MaskedText, "load", other)
+    monkeypatch.setattr(engine.datasets, "load", other)
     with pytest.raises(UserError, match=r"was begun on other data: .*dataset.root") as caught:
         engine.run(config, tmp_path / "run")
     assert one_sentence(str(caught.value)) and str(tmp_path) in str(caught.value)
@@ -500,7 +500,7 @@ def test_bad_data_marks_the_run_failed_until_a_new_try(cache, tmp_path, monkeypa
         raise UserError("the data: get them again.")
 
     with monkeypatch.context() as patched, pytest.raises(UserError):
-        patched.setattr(engine.MaskedText, "load", refuse)
+        patched.setattr(engine.datasets, "load", refuse)
         engine.run(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "failure.json").read_text()) == {"reason": "the data: get them again."}
     engine.run(config, tmp_path / "run")

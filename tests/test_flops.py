@@ -120,14 +120,14 @@ def test_attention_layer_by_hand() -> None:
         "exact": Flops(3 * (qkv + scores + output), 3 * (qkv + 2 * scores + output), qkv + output),
     }
     for mode, wanted in expected.items():
-        assert flops.layer_step(layer, tokens, 5, 1, mode) == wanted  # type: ignore[arg-type]
+        assert layer.step_flops(2, 5, 1, mode) == wanted  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode, share", [("cut", 1 / 3 + 2 / 3 / 3), ("exact", 2 / 3 + 1 / 3 / 3)])
 def test_a_third_active_costs_the_share_that_the_accounting_says(mode: Any, share: float) -> None:
     """``cut``: 1/3 + 2/3 r of a dense step; ``exact``: 2/3 + 1/3 r (products without weights aside)."""
     layer = FeedForward(12, 21, 3)
-    dense, gated = (flops.layer_step(layer, 10, 5, n, mode) for n in (3, 1))
+    dense, gated = (layer.step_flops(2, 5, n, mode) for n in (3, 1))
     assert gated.figure == pytest.approx(share * dense.figure, rel=1e-12)
     assert dense.input_grad == dense.weight_grad == dense.forward
 

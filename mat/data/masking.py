@@ -33,6 +33,16 @@ class MaskedBatch:
         """B."""
         return self.tokens.shape[0]
 
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.tokens.shape[1]
+
+    @property
+    def inputs(self) -> Tensor:
+        """The tokens."""
+        return self.tokens
+
     def to(self, device: torch.device) -> "MaskedBatch":
         """The same batch on a device."""
         return MaskedBatch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.positions, self.targets)))

@@ -121,11 +121,19 @@ class MaskedText:
             sequences[split] = ids[: count * config.length].reshape(count, config.length)
         return cls(config, seed, len(pieces), pieces["[MASK]"], sequences)
 
+    @property
+    def outputs(self) -> int:
+        """V."""
+        return self.vocabulary
+
+    def steps_per_epoch(self, batch: int) -> int:
+        """Batches of this size in an epoch, a short last one included."""
+        return -(-len(self.sequences["train"]) // batch)
+
     def train_batch(self, step: int, batch: int) -> tuple[MaskedBatch, int]:
         """The batch of a step and its epoch; every epoch is a new permutation, its last batch may be short."""
         count = len(self.sequences["train"])
-        steps = -(-count // batch)
-        epoch, within = divmod(step, steps)
+        epoch, within = divmod(step, self.steps_per_epoch(batch))
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, TRAIN, epoch]).permutation(count)
         rows = self._order[1][within * batch : (within + 1) * batch]
@@ -144,6 +152,10 @@ class MaskedText:
             raise UserError(f"selection.samples={samples} exceeds the {count} training sequences: choose fewer.")
         rows = np.sort(np.random.default_rng([self.seed, PROBE]).permutation(count)[:samples])
         return self._masked(self.sequences["train"][rows], [self.seed, PROBE, 1])
+
+    def facts(self) -> dict[str, float]:
+        """The unigram entropy of the validation split, in nats."""
+        return {"unigram_entropy": self.unigram_entropy()}
 
     def unigram_entropy(self, split: str = "validation") -> float:
         """Cross-entropy in nats of a split under its own piece frequencies: what ignoring the context achieves."""
