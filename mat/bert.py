@@ -63,11 +63,11 @@ class Attention(UnitLayer):
         y = F.linear(context.flatten(2), w["out_weight"].flatten(0, 1).T)
         return self.tap("out_weight", context, False, y)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """One dense forward, and a backward for the active heads (CPU)."""
+    def gated(self, x: Tensor) -> Tensor:
+        """One dense forward, and a backward of its own (CPU)."""
         if x.device.type != "cpu":
-            return super().cut(x)
-        y: Tensor = _CutAttention.apply(x, *self.active_leaves(), self)
+            return super().gated(x)
+        y: Tensor = _GatedAttention.apply(x, *self.active_leaves(), self)
         return y
 
     def inner_flops(self, tokens: int, length: int) -> int:
@@ -104,67 +104,81 @@ class FeedForward(UnitLayer):
         y = F.linear(hidden, w["out_weight"].flatten(0, 1).T)
         return self.tap("out_weight", hidden.view(batch, length, groups, self.group_width), False, y)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """One dense forward, and a backward for the active groups."""
-        y: Tensor = _CutFeedForward.apply(x, *self.active_leaves(), self)
+    def gated(self, x: Tensor) -> Tensor:
+        """One dense forward, and a backward of its own."""
+        y: Tensor = _GatedFeedForward.apply(x, *self.active_leaves(), self)
         return y
 
 
-class _CutAttention(torch.autograd.Function):
-    """All heads forward, active heads backward: keeps nothing of the frozen ones (design of ``cut``, paper section 5).
+class _GatedAttention(torch.autograd.Function):
+    """All heads forward; backward through the active heads (``cut``), or through all for the active heads' weights.
 
-    Inputs: x (B, T, D), the active heads' rows of qkv weight, qkv bias and output weight, the layer.
+    In ``cut`` nothing of the frozen heads is kept. Inputs: x (B, T, D), the active heads' rows of qkv weight, qkv bias
+    and output weight, the layer.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, qkv_a: Tensor, bias_a: Tensor, out_a: Tensor, layer: Attention) -> Tensor:
         qkv = F.linear(x, layer.qkv_weight.flatten(0, 1), layer.qkv_bias.flatten())
         qkv = qkv.view(*x.shape[:2], layer.n_units, 3, layer.head_width)
-        ctx.table = rotary_part(layer.rotary, qkv)
+        ctx.table, ctx.layer, ctx.exact = rotary_part(layer.rotary, qkv), layer, layer.mode == "exact"
         context, packed, probabilities = attend(qkv, ctx.table)
         active = layer.active_index(x.device)
-        ctx.save_for_backward(
-            x.to(qkv.dtype), context.index_select(2, active), packed.index_select(2, active),
-            probabilities.index_select(1, active), qkv_a, out_a,
-        )  # fmt: skip
+        if not ctx.exact:
+            packed, probabilities = packed.index_select(2, active), probabilities.index_select(1, active)
+        context_a = context.index_select(2, active)
+        ctx.save_for_backward(x.to(qkv.dtype), context_a, packed, probabilities, qkv_a, out_a, active)
         return F.linear(context.flatten(2), layer.out_weight.flatten(0, 1).T)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, context, packed, probabilities, qkv_a, out_a = ctx.saved_tensors
+        x, context_a, packed, probabilities, qkv_a, out_a, active = ctx.saved_tensors
+        qkv_weight, out_weight = (ctx.layer.qkv_weight, ctx.layer.out_weight) if ctx.exact else (qkv_a, out_a)
         g = gradient.to(x.dtype).flatten(0, 1)  # (B T, D)
-        d_context = (g @ out_a.flatten(0, 1).to(x.dtype).T).view_as(context)
+        d_context = (g @ out_weight.flatten(0, 1).to(x.dtype).T).view(*x.shape[:2], -1, context_a.shape[3])
         d_qkv = attend_backward(d_context, packed, probabilities, ctx.table).flatten(2).flatten(0, 1)  # (B T, h 3 K)
-        d_x = (d_qkv @ qkv_a.flatten(0, 1).to(x.dtype)).view_as(x)
+        d_x = (d_qkv @ qkv_weight.flatten(0, 1).to(x.dtype)).view_as(x)
+        if ctx.exact:
+            d_qkv = d_qkv.view(len(d_qkv), ctx.layer.n_units, -1).index_select(1, active).flatten(1)
         d_weight = d_qkv.T @ x.flatten(0, 1)
-        d_out = context.flatten(2).flatten(0, 1).T @ g
+        d_out = context_a.flatten(2).flatten(0, 1).T @ g
         d_bias = d_qkv.sum(0).view(qkv_a.shape[:2])
         return d_x, d_weight.view_as(qkv_a), d_bias, d_out.view_as(out_a), None
 
 
-class _CutFeedForward(torch.autograd.Function):
-    """All groups forward, active groups backward: keeps nothing of the frozen ones.
+class _GatedFeedForward(torch.autograd.Function):
+    """All groups forward; backward through the active groups (``cut``), or through all for the active groups' weights.
 
-    Inputs: x (B, T, D), the active groups' rows of input weight, input bias and output weight, the layer.
+    In ``cut`` nothing of the frozen groups is kept. Inputs: x (B, T, D), the active groups' rows of input weight,
+    input bias and output weight, the layer.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, in_a: Tensor, bias_a: Tensor, out_a: Tensor, layer: FeedForward) -> Tensor:
         z = F.linear(x, layer.in_weight.flatten(0, 1), layer.in_bias.flatten())
-        groups = z.view(*x.shape[:2], layer.n_units, layer.group_width)
-        z_a = groups.index_select(2, layer.active_index(x.device)).flatten(2)
-        ctx.save_for_backward(x.to(z.dtype), z_a, in_a, out_a)
+        ctx.layer, ctx.exact = layer, layer.mode == "exact"
+        active = layer.active_index(x.device)
+        kept = z if ctx.exact else _groups(z.flatten(0, 1), layer, active)
+        ctx.save_for_backward(x.to(z.dtype), kept, in_a, out_a, active)
         return F.linear(F.gelu(z), layer.out_weight.flatten(0, 1).T)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, in_a, out_a = ctx.saved_tensors
-        g, z = gradient.to(x.dtype).flatten(0, 1), z.flatten(0, 1)
-        d_z = torch.ops.aten.gelu_backward(g @ out_a.flatten(0, 1).to(x.dtype).T, z)  # (B T, g F / G)
-        d_x = (d_z @ in_a.flatten(0, 1).to(x.dtype)).view_as(x)
+        x, z, in_a, out_a, active = ctx.saved_tensors
+        in_weight, out_weight = (ctx.layer.in_weight, ctx.layer.out_weight) if ctx.exact else (in_a, out_a)
+        g, z = gradient.to(x.dtype).flatten(0, 1), z.view(-1, z.shape[-1])
+        d_z = torch.ops.aten.gelu_backward(g @ out_weight.flatten(0, 1).to(x.dtype).T, z)  # (B T, g F / G)
+        d_x = (d_z @ in_weight.flatten(0, 1).to(x.dtype)).view_as(x)
+        if ctx.exact:
+            d_z, z = _groups(d_z, ctx.layer, active), _groups(z, ctx.layer, active)
         d_weight = d_z.T @ x.flatten(0, 1)
         d_out = F.gelu(z).T @ g
         return d_x, d_weight.view_as(in_a), d_z.sum(0).view(in_a.shape[:2]), d_out.view_as(out_a), None
+
+
+def _groups(z: Tensor, layer: FeedForward, active: Tensor) -> Tensor:
+    """(B T, F) to the columns of the active groups, (B T, g F / G)."""
+    return z.view(-1, layer.n_units, layer.group_width).index_select(1, active).flatten(1)
 
 
 class Block(nn.Module):

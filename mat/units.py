@@ -170,7 +170,7 @@ class UnitLayer(nn.Module):
         """Gradient of the active units' rows of a parameter, (n_active, ...), or None if there is none."""
         if self.n_active == self.n_units:
             return self.get_parameter(name).grad
-        block = self._blocks.get((name, True))
+        block = self._blocks.get((name, True)) if self.n_active else None
         return None if block is None else block.rows.grad
 
     def clear_gradient(self) -> None:
@@ -187,19 +187,16 @@ class UnitLayer(nn.Module):
         if self.n_active == 0 and self.mode == "cut":
             with torch.no_grad():
                 return self.compute(x, dict(self.unit_parameters()))
-        if self.mode == "cut":
-            return self.cut(x)
-        y = self.compute(x, self._rows(False))
-        return y if self.n_active == 0 else y + self.compute(x, self._rows(True))
+        return self.gated(x)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """The forward in ``cut`` with some units active: here active and frozen units run apart and are added.
+    def gated(self, x: Tensor) -> Tensor:
+        """The forward with frozen units: here active and frozen units run apart and are added.
 
         A layer that runs all units at once and has a backward of its own for the active ones is faster.
         """
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.mode == "exact"):
             y = self.compute(x, self._rows(False))
-        return y + self.compute(x, self._rows(True))
+        return y if self.n_active == 0 else y + self.compute(x, self._rows(True))
 
     def active_leaves(self) -> list[Tensor]:
         """The active units' rows of every unit parameter, as leaves whose gradients the optimiser reads."""
