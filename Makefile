@@ -50,6 +50,7 @@ tables: $(VENV)/installed ## every table whose runs are there
 
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.gates
 
 clean: ## remove smoke runs and caches; results stay
 	rm -rf runs .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
