@@ -16,6 +16,7 @@ from mat.explain import explain
 
 register_schemas()
 exit_codes = [0]
+checking = False  # a sweep is composed and validated as a whole before its first run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -23,6 +24,8 @@ def main(composed: DictConfig) -> None:
     """One run: validate, then train; what is complete is skipped, what is not is resumed."""
     try:
         config = resolve(composed)
+        if checking:
+            return
         from mat import engine  # torch is slow to import: --help and typos should answer at once
         from mat.runs import folder_of
 
@@ -48,8 +51,14 @@ def main(composed: DictConfig) -> None:
 def cli() -> int:
     """Compose and run; what Hydra refuses becomes one sentence."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing in Hydra's own words
+    global checking
     try:
-        main()
+        checking = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+        if checking:
+            main()
+            checking = False
+        if max(exit_codes) == 0:
+            main()
     except Exception as error:
         sentence = explain(error)
         if sentence is None:

@@ -202,8 +202,24 @@ def test_failed_run_does_not_end_the_sweep(cache, launch, tmp_path):
     assert failed != done and failed.parent.parent == done.parent.parent
 
 
-def test_refused_run_does_not_end_the_sweep(cache, launch, tmp_path):
+def test_sweep_with_a_senseless_run_is_refused_before_its_first_run(cache, launch, tmp_path):
     command = small_overrides(cache, "method=baseline", steps=6)
-    code, out, err = launch("-m", *command, "model.heads=3,2")
-    assert code == 2 and err.startswith("error: model.heads=3 ") and one_sentence(err.removeprefix("error: ")), err
+    code, out, err = launch("-m", *command, "model.heads=2,3,5")
+    sentences = err.splitlines()
+    assert code == 2 and [s.partition(" does")[0] for s in sentences] == [
+        "error: model.heads=3",
+        "error: model.heads=5",
+    ]
+    assert all(one_sentence(sentence.removeprefix("error: ")) for sentence in sentences)
+    assert out == "" and not list(tmp_path.rglob("config.yaml"))
+
+
+def test_run_that_its_folder_refuses_does_not_end_the_sweep(cache, launch, tmp_path):
+    command = small_overrides(cache, "method=baseline", steps=6)
+    assert launch("-m", *command, "train.lr=1e-2")[0] == 0
+    (config,) = tmp_path.rglob("config.yaml")
+    config.write_text(config.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
+    (config.parent / "summary.json").unlink()
+    code, out, err = launch("-m", *command, "train.lr=1e-2,2e-2")
+    assert code == 2 and one_sentence(err.removeprefix("error: ")) and "train.weight_decay" in err, err
     assert len(out.splitlines()) == len(list(tmp_path.rglob("summary.json"))) == 1
