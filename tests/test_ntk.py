@@ -62,9 +62,14 @@ def weights(model: UnitModel, reduction: ntk.Reduction, projections: int, seed: 
         batch = tiny_batch(samples=SAMPLES)
         one_hot = torch.eye(VOCABULARY, dtype=torch.float64)[batch.targets]
         return ((torch.softmax(model(batch).detach(), -1) - one_hot) / len(one_hot)).view(1, SAMPLES, OUTPUTS)
-    random = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (projections, SAMPLES * MASKED, VOCABULARY), generator=random, dtype=torch.int8)
-    return (2.0 * signs.double() - 1).view(projections, SAMPLES, OUTPUTS)
+    return torch.stack([torch.stack([signs(seed, j, i) for i in range(SAMPLES)]) for j in range(projections)])
+
+
+def signs(seed: int, projection: int, sample: int) -> Tensor:
+    """(k,) random signs, the bits of a generator of their own."""
+    stream = np.random.default_rng([seed, projection, sample]).bytes(-(-OUTPUTS // 8))
+    bits = "".join(f"{byte:08b}" for byte in stream)[:OUTPUTS]
+    return torch.tensor([2.0 * int(bit) - 1 for bit in bits], dtype=torch.float64)
 
 
 def kernel(jacobian: Tensor, weight: Tensor) -> Tensor:
@@ -253,7 +258,7 @@ def test_both_contractions_equal_the_gram_matrix_of_naive_gradients(
     shared = torch.randn(n, t, q, generator=random, dtype=torch.float64)
     chunks = gram.Plan(contraction, 0, min(units, u), min(rows, p if contraction == "gradients" else n))
     monkeypatch.setattr(gram, "plan", lambda *args: chunks)
-    found = gram.unit_gram(per_unit, shared, bias, memory_bytes=0)
+    found = gram.unit_gram([(per_unit, shared)], bias, memory_bytes=0)
     for v in range(u):
         gradients = [(per_unit[i, :, v].T @ shared[i]).flatten() for i in range(n)]
         flat = torch.stack([torch.cat([g, per_unit[i, :, v].sum(0)]) if bias else g for i, g in enumerate(gradients)])
@@ -277,8 +282,8 @@ def test_gram_products_are_float32(sizes: tuple[int, ...], dtype: torch.dtype) -
     random = torch.Generator().manual_seed(0)
     per_unit = torch.randn(n, t, u, p, generator=random).to(dtype)
     shared = torch.randn(n, t, q, generator=random).to(dtype)
-    found = gram.unit_gram(per_unit, shared, True, memory_bytes=2**20)
-    expected = gram.unit_gram(per_unit.double(), shared.double(), True, memory_bytes=2**20)
+    found = gram.unit_gram([(per_unit, shared)], True, memory_bytes=2**20)
+    expected = gram.unit_gram([(per_unit.double(), shared.double())], True, memory_bytes=2**20)
     assert found.dtype == torch.float32
     formed_in_bf16 = dtype == torch.bfloat16 and gram.plan(*sizes, memory_bytes=2**20).contraction == "gradients"
     rtol = 2**-7 if formed_in_bf16 else 1e-5
@@ -317,7 +322,7 @@ def test_working_memory_stays_under_the_bound(sizes: tuple[int, ...], divisor: i
     beside = 4 * u * n * n + 2 * 4 * n * t * (u * p + q)
     per_unit, shared = torch.ones(n, t, u, p, dtype=dtype), torch.ones(n, t, q, dtype=dtype)
     with PeakMemory() as peak:
-        gram.unit_gram(per_unit, shared, False, memory_bytes)
+        gram.unit_gram([(per_unit, shared)], False, memory_bytes)
     used = peak.bytes - beside
     assert peak.bytes > 0 and used <= memory_bytes, f"{used / memory_bytes:.2f} of the bound"
 
