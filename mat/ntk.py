@@ -354,12 +354,15 @@ class _Products:
 
     def __init__(self, index: UnitIndex) -> None:
         self.index = index
-        self._layers = set(map(id, index.layers))
         self._factors: dict[tuple[int, str], list[list[tuple[Tensor, Tensor]]]] = {}  # [projection][batch]
 
     def measured(self, taps: Sequence[Tap]) -> list[Tap]:
         """The taps of measured layers."""
-        return [tap for tap in taps if id(tap.layer) in self._layers]
+        for layer in self.index.layers:
+            if not any(tap.layer is layer for tap in taps):
+                raise ValueError(f"a layer of {layer.kind} recorded no product: its compute must call tap()")
+        layers = set(map(id, self.index.layers))
+        return [tap for tap in taps if id(tap.layer) in layers]
 
     def add(self, taps: Sequence[Tap], gradients: Sequence[Sequence[Tensor]]) -> None:
         """Take in a batch: its measured taps and, for each, the gradients of its output by projection."""
@@ -376,17 +379,13 @@ class _Products:
     @torch.no_grad()
     def kernels(self, memory_bytes: int) -> Tensor:
         """(units, r, r) in the order of the index, projection-major; the factors are given up."""
-        layers = []
-        for layer, rows in self.index.slices():
-            weights = [name for name in layer.products if (id(layer), name) in self._factors]
-            if not weights:
-                raise ValueError(f"{layer.kind} {rows} recorded no product: the layer's compute must call tap()")
-            grams = []
-            for name in weights:
-                factors = [pair for slot in self._factors.pop((id(layer), name)) for pair in slot]
-                grams.append(gram.unit_gram(factors, layer.products[name] is not None, memory_bytes))
-            layers.append(sum(grams[1:], grams[0]))
-        return torch.cat(layers)
+        grams: dict[int, Tensor] = {}
+        layers = {id(layer): layer for layer in self.index.layers}
+        for layer, weight in list(self._factors):
+            factors = [pair for slot in self._factors.pop((layer, weight)) for pair in slot]
+            value = gram.unit_gram(factors, layers[layer].products[weight] is not None, memory_bytes)
+            grams[layer] = grams[layer].add_(value) if layer in grams else value
+        return torch.cat([grams[layer] for layer in layers])
 
 
 def _eigenvalues(
