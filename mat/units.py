@@ -58,6 +58,10 @@ class Tape:
 
     taps: list[Tap] = field(default_factory=list)
 
+    def record(self, tap: Tap) -> None:
+        """Take in one product."""
+        self.taps.append(tap)
+
 
 @dataclass
 class _Block:
@@ -218,7 +222,7 @@ class UnitLayer(nn.Module):
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.tape.taps.append(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output))
+        self.tape.record(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output))
         return output
 
     def _rows(self, active: bool) -> UnitTensors:
