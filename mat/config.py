@@ -46,18 +46,39 @@ class BertConfig(ModelConfig):
 
 @dataclass
 class DatasetConfig:
-    """A text corpus for masked language modelling."""
+    """Where a dataset comes from: the hub, local files, or, with neither hub_path nor local_folder, a package."""
 
     name: str = MISSING
-    modality: str = "text"
+    modality: str = MISSING
     hub_path: str | None = None  # datasets.load_dataset(hub_path, hub_name)
     hub_name: str | None = None
     root: str | None = None  # folder that holds local_folder; its Parquet files are used instead of the hub
     local_folder: str | None = None
-    cache: str = ".cache/mat"  # tokenizer and tokens
+    cache: str = ".cache/mat"  # what is made of the data once: tokenizer and tokens, decoded images
+
+
+@dataclass
+class TextConfig(DatasetConfig):
+    """A text corpus for masked language modelling."""
+
+    modality: str = "text"
     vocabulary: int = MISSING  # word pieces
     length: int = MISSING  # tokens per sequence
     mask_share: float = 0.15  # share of the tokens that are predicted
+
+
+@dataclass
+class ImageConfig(DatasetConfig):
+    """Labelled square images for classification."""
+
+    modality: str = "image"
+    source_size: int = MISSING  # pixels a side in the data
+    size: int = MISSING  # pixels a side that the model reads: resized (bilinear) when the cache is made
+    channels: int = 3  # 3, or 1 for grey; what is stored otherwise is converted
+    classes: int = MISSING
+    validation: int = MISSING  # images held out of the training split, the same for all seeds
+    padding: int = 4  # training images move up to so many pixels each way, black coming in
+    flip: bool = True  # every other training image is mirrored
 
 
 @dataclass
@@ -170,7 +191,7 @@ INCIDENTAL = (
 
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
     "model": (("bert", BertConfig),),
-    "dataset": (("text", DatasetConfig),),
+    "dataset": (("text", TextConfig), ("image", ImageConfig)),
     "method": (("method", MethodConfig),),
     "selection": (("selection", SelectionConfig),),
     "hardware": (("hardware", HardwareConfig),),
@@ -260,7 +281,7 @@ def validate(config: Config) -> None:
         )
     if isinstance(model, BertConfig):
         _validate_bert(model)
-    _validate_text(config.dataset)
+    _validate_dataset(config.dataset)
 
     inf = float("inf")
     _between("seed", config.seed, 0, 2**31 - 1)
@@ -357,16 +378,26 @@ def _validate_bert(model: BertConfig) -> None:
         )
 
 
-def _validate_text(dataset: DatasetConfig) -> None:
-    _between("dataset.length", dataset.length, 2, float("inf"))
-    _between("dataset.vocabulary", dataset.vocabulary, 64, 2**16)  # tokens are stored in 16 bits
-    _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
-    if dataset.root is not None and dataset.hub_path is not None and dataset.local_folder is None:
+def _validate_dataset(dataset: DatasetConfig) -> None:
+    inf = float("inf")
+    if isinstance(dataset, TextConfig):
+        _between("dataset.length", dataset.length, 2, inf)
+        _between("dataset.vocabulary", dataset.vocabulary, 64, 2**16)  # tokens are stored in 16 bits
+        _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
+    elif isinstance(dataset, ImageConfig):
+        for key in ("source_size", "size", "validation"):
+            _between(f"dataset.{key}", getattr(dataset, key), 1, inf)
+        _between("dataset.classes", dataset.classes, 2, inf)
+        _between("dataset.padding", dataset.padding, 0, dataset.size)
+        if dataset.channels not in (1, 3):
+            raise UserError(f"dataset.channels={dataset.channels} is no kind of image: set 3, or 1 for grey.")
+    if dataset.hub_path is not None and dataset.root is not None and dataset.local_folder is None:
         raise UserError("dataset.local_folder=null names no folder below dataset.root: set one of the two.")
     if dataset.root is not None and not Path(dataset.root).expanduser().is_dir():
+        otherwise = f"set it to null to load {dataset.name} from the hub" if dataset.hub_path else "set it to null"
         raise UserError(
             f"dataset.root={dataset.root} is not a folder: point it (or MAT_DATA) at the folder that holds "
-            f"{dataset.local_folder}/, or set it to null to load {dataset.name} from the hub."
+            f"{dataset.local_folder}/, or {otherwise}."
         )
 
 

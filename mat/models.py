@@ -1,7 +1,7 @@
 """From a model's configuration to the model."""
 
 from mat.bert import Bert
-from mat.config import BertConfig, DatasetConfig, ModelConfig
+from mat.config import BertConfig, DatasetConfig, ModelConfig, TextConfig
 from mat.interface import UnitModel
 
 
@@ -16,5 +16,5 @@ def build(model: ModelConfig, dataset: DatasetConfig, outputs: int) -> UnitModel
     Returns:
         The model, on the CPU.
     """
-    assert isinstance(model, BertConfig)
+    assert isinstance(model, BertConfig) and isinstance(dataset, TextConfig)
     return Bert(model, outputs, dataset.length)
