@@ -23,7 +23,7 @@ from mat.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CACHE_FORMAT = 1
-TRAIN, EVALUATION, PROBE = 0, 1, 2  # streams of randomness, see MaskedText.key
+TRAIN, EVALUATION, PROBE, FEW = 0, 1, 2, 3  # streams of randomness, see MaskedText.key
 
 
 def encode(config: DatasetConfig, splits: Splits, folder: Path) -> None:
@@ -119,6 +119,12 @@ class MaskedText:
                     f"({len(ids)} tokens): choose a smaller dataset.length."
                 )
             sequences[split] = ids[: count * config.length].reshape(count, config.length)
+        few, count = config.train_sequences, len(sequences["train"])
+        if few is not None:
+            if few > count:
+                raise UserError(f"dataset.train_sequences={few} exceeds the {count} there are: choose fewer, or null.")
+            rows = np.random.default_rng([seed, FEW]).permutation(count)[:few]
+            sequences["train"] = sequences["train"][np.sort(rows)]
         return cls(config, seed, len(pieces), pieces["[MASK]"], sequences)
 
     @property
