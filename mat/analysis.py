@@ -1,8 +1,8 @@
 """What the paper's figures look at inside a run: observers that measure a copy of the model at every selection.
 
 ``analysis=[attention,kernels,descent]`` in the configuration names them; each writes one tidy table into the run
-folder. They get a copy of the model in float64, in eval mode and with open gates, and the probe batch, so that a run
-gives the same numbers with and without them. They are no part of a method: their FLOPs and seconds are not counted.
+folder. They get a copy of the model in eval mode, with open gates and without autocast, and the probe batch, so that a
+run gives the same numbers with and without them. They are no part of a method: their FLOPs and seconds are not counted.
 
 ``attention``  effective rank of every head's attention matrix (Figure 1);
 ``kernels``    top eigenvalue of every unit's mNTK; whole spectrum of every layer's mNTK (all its parameters, its units'
@@ -15,7 +15,7 @@ unbiased, their top eigenvalue too large by a factor that the units share.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from mat import gram
 from mat.interface import Batch, UnitModel
 from mat.units import Tape, UnitIndex, UnitLayer, UnitTensors, unit_layers
 
+SAMPLES = 4  # descent: of the probe, as every unit costs a forward pass
 STEP = 1e-4  # descent: share of the loss that the step is to take off, to first order and over all units
 
 
@@ -36,7 +37,7 @@ class Scene:
     """What an observer sees.
 
     Attributes:
-        model: A copy of the model: float64, eval mode, gates open.
+        model: A copy of the model: eval mode, gates open.
         probe: The probe batch, n samples.
         projections: m.
         seed: Seed of the projections; the same at every selection.
@@ -52,7 +53,7 @@ class Scene:
 
 def scene(model: UnitModel, probe: Batch, projections: int, seed: int, memory_bytes: int) -> Scene:
     """A scene of a model in training, which is left alone."""
-    seen = copy.deepcopy(model).to(torch.float64).eval()
+    seen = copy.deepcopy(model).eval()
     for layer in unit_layers(seen):
         layer.set_active(np.ones(layer.n_units, dtype=bool))
         layer.clear_gradient()
@@ -211,7 +212,7 @@ def kernels(seen: Scene) -> pd.DataFrame:
     tables = [_unit_rows(list(found.units), eigenvalue=top, trace=trace).assign(scope="unit", rank=1)]
     scopes = [("layer", i, kernel) for i, kernel in enumerate(found.layers)]
     for scope, i, kernel in (*scopes, ("network", -1, found.layers.sum(0))):
-        values = torch.linalg.eigvalsh(kernel).clamp_min(0).flip(0).cpu().numpy()
+        values = torch.linalg.eigvalsh(kernel.double()).clamp_min(0).flip(0).cpu().numpy()
         rank = np.arange(1, len(values) + 1)
         tables.append(pd.DataFrame({"scope": scope, "kind": "all", "layer": i, "unit": -1, "rank": rank,
                                     "eigenvalue": values, "trace": values.sum()}))  # fmt: skip
@@ -222,7 +223,7 @@ def kernels(seen: Scene) -> pd.DataFrame:
 
 
 def descent(seen: Scene) -> pd.DataFrame:
-    """Eq. (2) by unit: what one gradient step of size eta on the unit alone takes off the probe's loss, over eta.
+    """Eq. (2) by unit: the loss drop of a gradient step of size eta on the unit alone, over eta, in float64.
 
     To first order that is ||g||² = sum_i lambda_i (u_i . r)² with g the unit's loss gradient, lambda_i and u_i the
     eigenpairs of its mNTK and r the gradient of the loss with respect to the outputs (for cross-entropy the softmax
@@ -232,7 +233,8 @@ def descent(seen: Scene) -> pd.DataFrame:
     Returns:
         Columns kind, layer, unit, lambda_max, predicted, first_order (||g||²), measured, eta.
     """
-    model, probe = seen.model, seen.probe
+    model, probe = copy.deepcopy(seen.model).double(), seen.probe.split(-(-seen.probe.samples // SAMPLES))[0]
+    seen = replace(seen, model=model, probe=probe)
     random = projections(seen)
     outputs = model(probe)
     loss = model.loss_of_outputs(outputs, probe)
