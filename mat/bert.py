@@ -70,6 +70,12 @@ class Attention(UnitLayer):
         y: Tensor = _GatedAttention.apply(x, *self.active_leaves(), self)
         return y
 
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Attention matrices (B, H, T, T) of an input (B, T, D)."""
+        qkv = F.linear(x, self.qkv_weight.flatten(0, 1), self.qkv_bias.flatten())
+        qkv = qkv.view(*x.shape[:2], self.n_units, 3, self.head_width)
+        return attend(qkv, rotary_part(self.rotary, qkv))[2]
+
     def inner_flops(self, tokens: int, length: int) -> int:
         """Scores and context: two products of T x T x K per head and sequence."""
         return 4 * tokens * length * self.head_width

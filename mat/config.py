@@ -64,6 +64,7 @@ class TextConfig(DatasetConfig):
     modality: str = "text"
     vocabulary: int = MISSING  # word pieces
     length: int = MISSING  # tokens per sequence
+    train_sequences: int | None = None  # only so many training sequences, drawn by the seed; all when null
     mask_share: float = 0.15  # share of the tokens that are predicted
 
 
@@ -165,6 +166,7 @@ class Config:
     name: str = "smoke"  # first folder below ``runs``; experiments set it
     seed: int = 0
     runs: str = "runs"
+    analysis: list[str] = field(default_factory=list)  # observers at selections: attention | kernels | descent
     model: Any = MISSING
     dataset: Any = MISSING
     method: MethodConfig = MISSING
@@ -179,6 +181,7 @@ INCIDENTAL = (
     "seed",
     "runs",
     "name",
+    "analysis",
     "tracking",
     "dataset.root",
     "dataset.cache",
@@ -244,6 +247,7 @@ def describe_groups(conf: Path) -> str:
     return "\n".join(lines).replace("$", "$$")  # Hydra takes the text for a template
 
 
+ANALYSES = ("attention", "kernels", "descent")  # mat/analysis.py
 KINDS = {"bert": ("heads", "ffn")}
 MODALITY = {"bert": "text"}
 
@@ -282,6 +286,11 @@ def validate(config: Config) -> None:
     if isinstance(model, BertConfig):
         _validate_bert(model)
     _validate_dataset(config.dataset)
+
+    for name in config.analysis:
+        _one_of("analysis", name, ANALYSES)
+        if name == "attention" and "heads" not in KINDS[model.family]:
+            raise UserError(f"analysis=[attention] needs a model with heads: leave it out for model={model.family}.")
 
     inf = float("inf")
     _between("seed", config.seed, 0, 2**31 - 1)
@@ -382,6 +391,8 @@ def _validate_dataset(dataset: DatasetConfig) -> None:
     inf = float("inf")
     if isinstance(dataset, TextConfig):
         _between("dataset.length", dataset.length, 2, inf)
+        if dataset.train_sequences is not None:
+            _between("dataset.train_sequences", dataset.train_sequences, 1, inf)
         _between("dataset.vocabulary", dataset.vocabulary, 64, 2**16)  # tokens are stored in 16 bits
         _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
     elif isinstance(dataset, ImageConfig):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from mat.errors import UserError
 
 Rows = NDArray[np.int64]
-TRAIN, EVALUATION, PROBE = 0, 1, 2  # streams of randomness; keys begin with the seed unless all share it
+TRAIN, EVALUATION, PROBE, FEW = 0, 1, 2, 3  # streams of randomness; keys begin with the seed unless all share it
 
 
 @dataclass

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mat.config import TextConfig
 from mat.data.cache import cached, progress, save_rows
 from mat.data.masking import MaskedBatch, mask
-from mat.data.order import EVALUATION, PROBE, Order, entropy, spaced
+from mat.data.order import EVALUATION, FEW, PROBE, Order, entropy, spaced
 from mat.data.sources import origin
 from mat.data.text import SPLITS, Lines, open_text, text_key
 from mat.errors import UserError
@@ -152,6 +152,12 @@ class MaskedText:
                     f"({len(ids)} tokens): choose a smaller dataset.length."
                 )
             sequences[split] = ids[: count * config.length].reshape(count, config.length)
+        few, count = config.train_sequences, len(sequences["train"])
+        if few is not None:
+            if few > count:
+                raise UserError(f"dataset.train_sequences={few} exceeds the {count} there are: choose fewer, or null.")
+            rows = np.random.default_rng([seed, FEW]).permutation(count)[:few]
+            sequences["train"] = sequences["train"][np.sort(rows)]
         return cls(config, seed, len(pieces), pieces["[MASK]"], sequences)
 
     @property
