@@ -50,7 +50,7 @@ class SwitchConfig(BertConfig):
 
     family: str = "switch"
     experts: int = MISSING  # per switch layer, each with ffn_hidden neurons
-    capacity_factor: float = 1.25  # an expert takes at most this many times its even share of a training batch's tokens
+    capacity_factor: float = 1.0  # an expert takes at most this many times its even share of a training batch's tokens
     switch_every: int = 1  # every so manieth feed-forward layer is a switch layer
     balance_loss: float = 0.01  # coefficient of the load-balancing loss, added up over the switch layers
     z_loss: float = 0.001  # coefficient of the router z-loss, likewise

@@ -13,8 +13,10 @@ Shapes: B sequences, T tokens, N = B * T, D width, F hidden neurons, E experts, 
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from mat.config import SwitchConfig
 from mat.interface import Flops
 from mat.units import BackwardMode, UnitLayer
 
+CACHE_BYTES = 4 * 2**20  # of one weight of the experts that a CPU computes at once
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -32,35 +36,18 @@ class Slots:
     Attributes:
         token: (E, C) number of the slot's token; at an empty slot that of any token.
         filled: (E, C) whether the slot has a token.
-        expert: (N,) the token's expert.
-        place: (N,) the token's place among its expert's tokens, in token order; it is dropped from place C on.
+        row: (N,) number of the token's slot in the flattened E * C; 0 for a dropped token.
+        kept: (N,) whether the token has a slot.
     """
 
     token: Tensor
     filled: Tensor
-    expert: Tensor
-    place: Tensor
-
-    def rows(self, among: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Where each token stands in the slots of some experts (all when None), flattened, and whether it does.
-
-        Args:
-            among: (a,) numbers of the experts.
-
-        Returns:
-            Two of (N,); the first is 0 where the second is false.
-        """
-        experts, capacity = self.token.shape
-        position = self.expert
-        if among is not None:
-            numbers = torch.arange(len(among), device=among.device)
-            position = torch.full((experts,), -1, device=among.device).index_copy(0, among, numbers)[self.expert]
-        stands = (position >= 0) & (self.place < capacity)
-        return torch.where(stands, position * capacity + self.place, 0), stands
+    row: Tensor
+    kept: Tensor
 
 
 def fill_slots(expert: Tensor, load: Tensor, capacity: int) -> Slots:
-    """Tokens take the slots of their experts in token order.
+    """Tokens take the slots of their experts in token order; no operation waits for the device.
 
     Args:
         expert: (N,) every token's expert.
@@ -68,16 +55,17 @@ def fill_slots(expert: Tensor, load: Tensor, capacity: int) -> Slots:
         capacity: C.
 
     Returns:
-        The slots; no operation waits for the device.
+        The slots.
     """
-    tokens, device = len(expert), expert.device
+    tokens = torch.arange(len(expert), device=expert.device)
     order = expert.argsort(stable=True)
     start = load.cumsum(0) - load
-    column = torch.arange(capacity, device=device)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(tokens, device=device) - start[expert[order]]
-    token = order[(start[:, None] + column).clamp(max=tokens - 1)]
-    return Slots(token, column < load[:, None], expert, place)
+    place = torch.empty_like(order)  # among the tokens of the same expert
+    place[order] = tokens - start[expert[order]]
+    column = torch.arange(capacity, device=expert.device)
+    token = order[(start[:, None] + column).clamp(max=len(tokens) - 1)]
+    kept = place < capacity
+    return Slots(token, column < load[:, None], torch.where(kept, expert * capacity + place, 0), kept)
 
 
 class Experts(UnitLayer):
@@ -121,8 +109,22 @@ class Experts(UnitLayer):
         capacity = self.capacity(len(flat)) if self.training else int(load.max())
         dense = self.n_active == self.n_units
         leaves = list(self.unit_parameters().values()) if dense else self.active_leaves()
-        y: Tensor = _Experts.apply(flat, gate, self, fill_slots(expert, load, capacity), *leaves)
+        order = np.argsort(~self.active, kind="stable")  # active experts first
+        if not dense:
+            renamed = torch.from_numpy(order.argsort()).to(x.device)
+            expert, load = renamed[expert], load[torch.from_numpy(order).to(x.device)]
+        y: Tensor = _Experts.apply(flat, gate, self, order.tolist(), fill_slots(expert, load, capacity), *leaves)
         return y.view_as(x)
+
+    def chunks(self, order: list[int], device: torch.device) -> list[slice]:
+        """Experts that are computed at once, as places in ``order``, active and frozen ones apart.
+
+        All at once on a GPU; on a CPU so many that their weights and activations stay in its cache.
+        """
+        bytes_per_expert = 2 * self.config.width * self.config.ffn_hidden
+        most = self.n_units if device.type == "cuda" else max(1, CACHE_BYTES // bytes_per_expert)
+        bounds = [*range(0, self.n_active, most), *range(self.n_active, self.n_units, most), self.n_units]
+        return [slice(start, end) for start, end in pairwise(bounds)]
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Probability of each token's expert (N,), the expert (N,) and the experts' loads (E,), in float32."""
@@ -200,52 +202,75 @@ class Experts(UnitLayer):
 class _Experts(torch.autograd.Function):
     """All experts forward; backward for the active ones (``cut``) or, but for weights, for all (``exact``).
 
-    Batched products over the slots. In ``cut`` nothing of a frozen expert is kept but its output, for the router.
-    Inputs: x (N, D), gate (N,), the layer, the slots, the active experts' rows of all four parameters.
+    Products over the slots of a few experts at a time. In ``cut`` nothing of a frozen expert is kept but its output,
+    for the router. Inputs: x (N, D), gate (N,), the layer, its experts with the active ones first, their slots in
+    that order, the active experts' rows of all four parameters.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, layer: Experts, slots: Slots, *leaves: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, layer: Experts, order: list[int], slots: Slots, *leaves: Tensor
+    ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w_in, w_out = layer.in_weight.to(dtype), layer.out_weight.to(dtype)
-        rows = x.to(dtype).index_select(0, slots.token.flatten()).view(*slots.token.shape, -1)  # (E, C, D)
-        z = torch.bmm(rows, w_in.mT).add_(layer.in_bias[:, None])
-        out = torch.bmm(F.gelu(z), w_out.mT).add_(layer.out_bias[:, None])
-        row, stands = slots.rows(None)
-        y = out.flatten(0, 1).index_select(0, row).mul_((gate * stands)[:, None])  # (N, D)
-
-        active = layer.active_index(x.device) if layer.n_active < layer.n_units else None
-        propagated = active if layer.mode == "cut" else None
-        ctx.active = active if propagated is None else None  # rows of what is propagated that are active
-        ctx.n_active, ctx.dtypes = layer.n_active, (x.dtype, [leaf.dtype for leaf in leaves])
-        token, filled = _take(slots.token, propagated), _take(slots.filled, propagated)
-        ctx.save_for_backward(
-            gate, y, token, filled, *slots.rows(propagated),
-            _take(rows, active), _take(z, propagated), _take(w_in, propagated), _take(w_out, propagated),
-        )  # fmt: skip
+        chunks = layer.chunks(order, x.device)
+        x = x.to(dtype)
+        out = x.new_empty(*slots.token.shape, x.shape[1])  # (E, C, D)
+        kept: list[Tensor] = []  # of every chunk that is propagated: pre-activations, weights, inputs of both if active
+        for chunk in chunks:
+            w_in, b_in, w_out, b_out = (_rows(p, order[chunk], dtype) for p in layer.unit_parameters().values())
+            rows = _gather(x, slots.token[chunk])
+            z = torch.bmm(rows, w_in.mT).add_(b_in[:, None])
+            hidden = F.gelu(z)
+            out[chunk] = torch.bmm(hidden, w_out.mT).add_(b_out[:, None])
+            if chunk.start < layer.n_active:
+                kept += z, w_in, w_out, rows, hidden
+            elif layer.mode == "exact":
+                kept += z, w_in, w_out
+        y = out.flatten(0, 1).index_select(0, slots.row).mul_((gate * slots.kept)[:, None])  # (N, D)
+        ctx.chunks, ctx.n_active, ctx.mode, ctx.slots = chunks, layer.n_active, layer.mode, slots
+        ctx.leaves = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        ctx.save_for_backward(gate, y, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gate, y, token, filled, row, stands, rows, z, w_in, w_out = ctx.saved_tensors
+        gate, y, *kept = ctx.saved_tensors
+        slots: Slots = ctx.slots
         d_gate = gradient.to(gate.dtype).mul(y).sum(-1).div_(gate)  # y is the expert's output times the gate
-        if len(token) == 0:
-            return None, d_gate, *[None] * 6
-        g = gradient.to(z.dtype).index_select(0, token.flatten()).view(*token.shape, -1)
-        g.mul_((gate[token] * filled)[..., None])  # (p, C, D), zero at empty slots
-        d_z = torch.ops.aten.gelu_backward(torch.bmm(g, w_out), z)
-        d_x = torch.bmm(d_z, w_in).flatten(0, 1).index_select(0, row).mul_(stands[:, None])
-        if ctx.n_active == 0:
-            return d_x, d_gate, *[None] * 6
-        g, d_z, hidden = (_take(t, ctx.active) for t in (g, d_z, z))
-        d_in, d_out = torch.bmm(d_z.mT, rows), torch.bmm(g.mT, F.gelu(hidden))
-        return d_x, d_gate, None, None, d_in, d_z.sum(1), d_out, g.sum(1)
+        if not kept:
+            return None, d_gate, *[None] * 7
+        gradient = gradient.to(y.dtype)
+        propagated = ctx.n_active if ctx.mode == "cut" else len(slots.token)
+        d_rows = y.new_empty(propagated, slots.token.shape[1], y.shape[1])
+        d_leaves = [y.new_empty(shape, dtype=dtype) for shape, dtype in ctx.leaves]
+        saved = iter(kept)
+        for chunk in ctx.chunks:
+            if chunk.start >= propagated:
+                break
+            z, w_in, w_out = next(saved), next(saved), next(saved)
+            g = _gather(gradient, slots.token[chunk])
+            g.mul_((gate[slots.token[chunk]] * slots.filled[chunk])[..., None])  # (c, C, D), zero at empty slots
+            d_z = torch.ops.aten.gelu_backward(torch.bmm(g, w_out), z)
+            d_rows[chunk] = torch.bmm(d_z, w_in)
+            if chunk.start < ctx.n_active:
+                found = torch.bmm(d_z.mT, next(saved)), d_z.sum(1), torch.bmm(g.mT, next(saved)), g.sum(1)
+                for leaf, value in zip(d_leaves, found, strict=True):
+                    leaf[chunk] = value
+        stands = slots.kept & (slots.row < propagated * slots.token.shape[1])
+        d_x = d_rows.flatten(0, 1).index_select(0, slots.row.where(stands, 0)).mul_(stands[:, None])
+        return d_x, d_gate, None, None, None, *(d_leaves if ctx.n_active else [None] * 4)
 
 
-def _take(tensor: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of a tensor, or the tensor itself."""
-    return tensor if index is None else tensor.index_select(0, index)
+def _gather(x: Tensor, token: Tensor) -> Tensor:
+    """Rows of x (N, D) by number (c, C), as (c, C, D)."""
+    return x.index_select(0, token.flatten()).view(*token.shape, -1)
+
+
+def _rows(parameter: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
+    """Rows of a parameter, without a copy if they follow one another and have the right type."""
+    first, last = experts[0], experts[-1] + 1
+    return (parameter[first:last] if last - first == len(experts) else parameter[experts]).to(dtype)
 
 
 class Switch(MaskedEncoder):
