@@ -45,6 +45,18 @@ class BertConfig(ModelConfig):
 
 
 @dataclass
+class SwitchConfig(BertConfig):
+    """Switch Transformer (``mat/switch.py``). Units: attention heads, experts, groups of plain feed-forward layers."""
+
+    family: str = "switch"
+    experts: int = MISSING  # per switch layer, each with ffn_hidden neurons
+    capacity_factor: float = 1.0  # an expert takes at most this many times its even share of a training batch's tokens
+    switch_every: int = 1  # every so manieth feed-forward layer is a switch layer
+    balance_loss: float = 0.01  # coefficient of the load-balancing loss, added up over the switch layers
+    z_loss: float = 0.001  # coefficient of the router z-loss, likewise
+
+
+@dataclass
 class DatasetConfig:
     """Where a dataset comes from: the hub, local files, or, with neither hub_path nor local_folder, a package."""
 
@@ -193,7 +205,7 @@ INCIDENTAL = (
 )
 
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
-    "model": (("bert", BertConfig),),
+    "model": (("bert", BertConfig), ("switch", SwitchConfig)),
     "dataset": (("text", TextConfig), ("image", ImageConfig)),
     "method": (("method", MethodConfig),),
     "selection": (("selection", SelectionConfig),),
@@ -248,8 +260,8 @@ def describe_groups(conf: Path) -> str:
 
 
 ANALYSES = ("attention", "kernels", "descent")  # mat/analysis.py
-KINDS = {"bert": ("heads", "ffn")}
-MODALITY = {"bert": "text"}
+KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn")}
+MODALITY = {"bert": "text", "switch": "text"}
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -285,6 +297,8 @@ def validate(config: Config) -> None:
         )
     if isinstance(model, BertConfig):
         _validate_bert(model)
+    if isinstance(model, SwitchConfig):
+        _validate_switch(model, selection.units)
     _validate_dataset(config.dataset)
 
     for name in config.analysis:
@@ -384,6 +398,19 @@ def _validate_bert(model: BertConfig) -> None:
         raise UserError(
             f"model.ffn_groups={model.ffn_groups} does not divide model.ffn_hidden={model.ffn_hidden}: "
             "choose a divisor."
+        )
+
+
+def _validate_switch(model: SwitchConfig, units: list[str]) -> None:
+    _between("model.experts", model.experts, 1, float("inf"))
+    _between("model.capacity_factor", model.capacity_factor, 0, model.experts, open_low=True)
+    _between("model.switch_every", model.switch_every, 1, model.layers)
+    _between("model.balance_loss", model.balance_loss, 0, float("inf"))
+    _between("model.z_loss", model.z_loss, 0, float("inf"))
+    if model.switch_every == 1 and units == ["ffn"]:
+        raise UserError(
+            "selection.units=[ffn] names no unit of a model whose every layer is a switch layer: choose heads or "
+            "experts, or set model.switch_every=2."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mat import ntk
+from mat import gram, ntk
 from mat.interface import Flops, UnitModel
 from mat.units import UnitLayer, unit_layers
 
@@ -53,14 +53,17 @@ def estimate(
     passes = {"random": projections, "full": model.outputs_per_sample(batch)}.get(reduction, 1)
     forward, backward, reached = rest.forward, rest.input_grad, False
     for layer in unit_layers(model):
-        step = layer.step_flops(samples, length, layer.n_units, "cut")
-        forward += step.forward
+        up, down = layer.probe_flops(samples, length, first=layer is gated[0])
+        forward += up
         reached |= layer is gated[0]
-        backward += step.input_grad if reached else 0
-    p, q, _ = gated[0].product_shapes()[0]  # nothing before the first product wants a gradient
-    backward -= gated[0].n_units * 2 * samples * length * p * q
-    taps = [(length, layer.n_units, *shape) for layer in gated for shape in layer.product_shapes()]
-    overhead = forward + passes * backward + ntk.flops(taps, samples * passes, memory_bytes)
+        backward += down if reached else 0
+    overhead = forward + passes * backward
+    for layer in gated:
+        taps = [(length, layer.n_units, *shape) for shape in layer.product_shapes()]
+        if layer.routed:
+            overhead += sum(gram.routed_flops(samples * passes, *tap) for tap in taps)
+        else:
+            overhead += ntk.flops(taps, samples * passes, memory_bytes)
     return Flops(overhead=overhead, vocabulary=rest.vocabulary // 3 * (1 + passes))
 
 

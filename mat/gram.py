@@ -9,6 +9,7 @@ For one weight of a unit layer the gradient of sample i and unit u is ``A[i, :, 
 On a CUDA device ``gradients`` runs in a Triton kernel that never writes a gradient (``mat.gram_triton``).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Factors = Sequence[tuple[Tensor, Tensor]]
+Factors = Sequence[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,45 @@ def _by_pairs(gram: Tensor, factors: Factors, chosen: Plan) -> None:
             pair_a = torch.bmm(a[:, i : i + chosen.rows].flatten(1, 2), flat_a.transpose(1, 2))
             products = (pair_a * pair_b).view(a.shape[0], -1, tokens, samples, tokens)
             gram[u : u + chosen.units, i : i + chosen.rows] += products.sum((2, 4))
+
+
+def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
+    """The same for a layer that sends every position to one unit: nothing is formed for the other units.
+
+    Args:
+        factors: Triples of A (P, p), B (P, q) and sizes (U, n), one for every batch and projection: how many of the P
+            positions each unit has in each sample. A and B are sorted by unit, then by sample.
+        bias: As in :func:`unit_gram`.
+        memory_bytes: Bound on working memory.
+
+    Returns:
+        As :func:`unit_gram`; zero for a unit without positions.
+    """
+    (a, b, sizes), units, p, q = factors[0], len(factors[0][2]), factors[0][0].shape[1], factors[0][1].shape[1]
+    dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
+    exact = torch.float64 if a.dtype == torch.float64 else torch.float32
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(units)]  # of every unit, by row of the kernel
+    for a, b, sizes in factors:
+        counts = sizes.flatten().tolist()
+        pairs = list(zip(torch.split(a.to(dtype), counts), torch.split(b.to(dtype), counts), strict=True))
+        for u, part in enumerate(parts):
+            part += pairs[u * sizes.shape[1] : (u + 1) * sizes.shape[1]]
+    samples = len(parts[0])
+    gram = torch.zeros(units, samples, samples, dtype=exact, device=a.device)
+    chunk = max(1, min(p, memory_bytes // (samples * q * exact.itemsize)))
+    with torch.autocast(a.device.type, enabled=False):
+        for u, r in itertools.product(range(units), range(0, p, chunk)):
+            gradients = gram.new_empty(samples, min(chunk, p - r), q)
+            for row, (left, right) in zip(gradients, parts[u], strict=True):
+                row.copy_(left[:, r : r + chunk].T @ right)
+            flat = gradients.flatten(1)
+            gram[u] += flat @ flat.T
+        if bias:
+            summed = torch.stack([torch.stack([left.sum(0, dtype=exact) for left, _ in part]) for part in parts])
+            gram.baddbmm_(summed, summed.transpose(1, 2))
+    return gram
+
+
+def routed_flops(samples: int, tokens: int, units: int, p: int, q: int, bias: bool) -> int:
+    """FLOPs of :func:`routed_gram`, wherever the positions went: m n samples of T tokens each, stacked."""
+    return 2 * samples * tokens * p * q + 2 * samples * samples * units * p * (q + bias)

@@ -1,8 +1,9 @@
 """From a model's configuration to the model."""
 
 from mat.bert import Bert
-from mat.config import BertConfig, DatasetConfig, ModelConfig, TextConfig
+from mat.config import BertConfig, DatasetConfig, ModelConfig, SwitchConfig, TextConfig
 from mat.interface import UnitModel
+from mat.switch import Switch
 
 
 def build(model: ModelConfig, dataset: DatasetConfig, outputs: int) -> UnitModel:
@@ -17,4 +18,6 @@ def build(model: ModelConfig, dataset: DatasetConfig, outputs: int) -> UnitModel
         The model, on the CPU.
     """
     assert isinstance(model, BertConfig) and isinstance(dataset, TextConfig)
+    if isinstance(model, SwitchConfig):
+        return Switch(model, outputs, dataset.length)
     return Bert(model, outputs, dataset.length)

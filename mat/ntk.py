@@ -354,7 +354,7 @@ class _Products:
 
     def __init__(self, index: UnitIndex) -> None:
         self.index = index
-        self._factors: dict[tuple[int, str], list[list[tuple[Tensor, Tensor]]]] = {}  # [projection][batch]
+        self._factors: dict[tuple[int, str], list[list[tuple[Tensor, ...]]]] = {}  # [projection][batch]
 
     def measured(self, taps: Sequence[Tap]) -> list[Tap]:
         """The taps of measured layers."""
@@ -366,15 +366,18 @@ class _Products:
 
     def add(self, taps: Sequence[Tap], gradients: Sequence[Sequence[Tensor]]) -> None:
         """Take in a batch: its measured taps and, for each, the gradients of its output by projection."""
-        uses: dict[tuple[int, str], list[list[tuple[Tensor, Tensor]]]] = {}
+        uses: dict[tuple[int, str], list[list[tuple[Tensor, ...]]]] = {}
         for tap, found in zip(taps, gradients, strict=True):
-            pairs = [(g, tap.known) if tap.known_is_shared else (tap.known, g) for g in found]
+            sizes = () if tap.sizes is None else (tap.sizes,)
+            pairs = [(*((g, tap.known) if tap.known_is_shared else (tap.known, g)), *sizes) for g in found]
             uses.setdefault((id(tap.layer), tap.weight), []).append(pairs)
         for key, several in uses.items():
             slots = self._factors.setdefault(key, [[] for _ in several[0]])
             for slot, same in zip(slots, zip(*several, strict=True), strict=True):
-                a, b = zip(*same, strict=True)  # a layer used twice adds up over its positions
-                slot.append((a[0], b[0]) if len(same) == 1 else (torch.cat(a, 1), torch.cat(b, 1)))
+                if len(same) > 1 and len(same[0]) == 3:
+                    raise ValueError("a layer with a router can be measured if it is used once in a forward pass")
+                factors = zip(*same, strict=True)  # a layer used twice adds up over its positions
+                slot.append(same[0] if len(same) == 1 else tuple(torch.cat(side, 1) for side in factors))
 
     @torch.no_grad()
     def kernels(self, memory_bytes: int) -> Tensor:
@@ -383,7 +386,8 @@ class _Products:
         layers = {id(layer): layer for layer in self.index.layers}
         for layer, weight in list(self._factors):
             factors = [pair for slot in self._factors.pop((layer, weight)) for pair in slot]
-            value = gram.unit_gram(factors, layers[layer].products[weight] is not None, memory_bytes)
+            contract = gram.routed_gram if layers[layer].routed else gram.unit_gram
+            value = contract(factors, layers[layer].products[weight] is not None, memory_bytes)
             grams[layer] = grams[layer].add_(value) if layer in grams else value
         return torch.cat([grams[layer] for layer in layers])
 

@@ -42,6 +42,8 @@ class Tap:
         known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p).
         known_is_shared: Which of the two factors ``known`` is.
         output: Tensor whose gradient is the other factor.
+        sizes: (U, n) positions of each unit in each sample, for layers that send every position to one unit; else
+            None. The factors are then (N, q) and (N, p) of all N = n T positions, sorted by unit, then by sample.
     """
 
     layer: "UnitLayer"
@@ -50,6 +52,7 @@ class Tap:
     known: Tensor
     known_is_shared: bool
     output: Tensor
+    sizes: Tensor | None = None
 
 
 @dataclass
@@ -81,6 +84,8 @@ class UnitLayer(nn.Module):
         kind: Plural name of the units (``heads``, ``ffn``, ...), the key of ``selection.units``.
         n_units: Number of units U.
     """
+
+    routed = False  # whether each position goes to one unit (see Tap.sizes)
 
     def __init__(self, kind: str, n_units: int) -> None:
         super().__init__()
@@ -139,6 +144,21 @@ class UnitLayer(nn.Module):
             input_grad=propagated * (products + 2 * inner),
             weight_grad=n_active * products,
         )
+
+    def probe_flops(self, samples: int, length: int, first: bool) -> tuple[int, int]:
+        """FLOPs of this layer under the estimator's tape.
+
+        Args:
+            samples: Samples in the probe.
+            length: Tokens per sample.
+            first: Nothing below its first product wants a gradient.
+
+        Returns:
+            Of the forward pass, and of one backward pass without weight gradients.
+        """
+        step = self.step_flops(samples, length, self.n_units, "cut")
+        p, q, _ = self.product_shapes()[0]
+        return step.forward, step.input_grad - (self.n_units * 2 * samples * length * p * q if first else 0)
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
         """The gated parameters by name, each of shape (U, ...)."""
@@ -216,13 +236,16 @@ class UnitLayer(nn.Module):
         """Contribution of the units whose rows are in ``w``, added up."""
         raise NotImplementedError
 
-    def tap(self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor) -> Tensor:
+    def tap(
+        self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor, sizes: Tensor | None = None
+    ) -> Tensor:
         """Record one product for the estimator (see :class:`Tap`) and return the tensor to go on with."""
         if self.tape is None:
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.tape.record(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output))
+        bias = self.products[weight]
+        self.tape.record(Tap(self, weight, bias, known.detach(), known_is_shared, output, sizes))
         return output
 
     def _rows(self, active: bool) -> UnitTensors:
