@@ -120,7 +120,7 @@ def test_help_describes_every_option():
 # --- what composes but makes no sense
 
 REFUSED = [  # overrides, a part of the sentence
-    ("model.family=vgg", "model.family=vgg"),
+    ("model.family=resnet", "model.family=resnet"),
     ("model.family=brt", "did you mean bert?"),
     ("dataset.modality=image", "dataset=pydocs"),
     ("seed=-1", "seed=-1"),
