@@ -60,9 +60,8 @@ table3: $(VENV)/installed ## train VGG16 on CIFAR-10 with the four methods, then
 tables: $(VENV)/installed ## every table whose runs are there
 	$(RUN) -m results.tables all --runs $(RUNS)
 
-figures: table1 ## the runs behind Figures 1 to 5, then the figures (SCALE=mini or full)
-	$(RUN) launch.py -m +experiment=figure1$(SUFFIX) runs=$(RUNS)
-	$(RUN) launch.py -m +experiment=figure4$(SUFFIX) runs=$(RUNS)
+figures: $(VENV)/installed ## the runs behind Figures 1 to 5 (complete ones are skipped), then the figures (SCALE=mini or full)
+	for n in 1 2 3 4 5; do $(RUN) launch.py -m +experiment=figure$$n$(SUFFIX) runs=$(RUNS) || exit; done
 	$(RUN) -m results.figures all --suffix=$(SUFFIX) --runs $(RUNS)
 
 report: $(VENV)/installed ## results/report.html: every run in one page that opens without a network
