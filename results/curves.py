@@ -42,9 +42,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def band(
-    runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: int = 400
-) -> tuple[Array, Array, Array]:
+def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
     """Mean and spread of the validation score over seeds.
 
     Args:
