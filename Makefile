@@ -11,7 +11,7 @@ endif
 SHALLOW := bert$(SUFFIX)_shallow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1 table1-controls table2 table3 tables bench clean
+.PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -59,6 +59,13 @@ table3: $(VENV)/installed ## train VGG16 on CIFAR-10 with the four methods, then
 
 tables: $(VENV)/installed ## every table whose runs are there
 	$(RUN) -m results.tables all --runs $(RUNS)
+
+figures: $(VENV)/installed ## the runs behind Figures 1 to 5 (complete ones are skipped), then the figures (SCALE=mini or full)
+	for n in 1 2 3 4 5; do $(RUN) launch.py -m +experiment=figure$$n$(SUFFIX) runs=$(RUNS) || exit; done
+	$(RUN) -m results.figures all --suffix=$(SUFFIX) --runs $(RUNS)
+
+report: $(VENV)/installed ## results/report.html: every run in one page that opens without a network
+	$(RUN) -m results.report --runs $(RUNS)
 
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mat import gram
+from mat import ntk
 from mat.interface import Batch, UnitModel
-from mat.units import Tape, UnitIndex, UnitLayer, UnitTensors, unit_layers
+from mat.units import UnitIndex, UnitLayer, UnitTensors, unit_layers
 
 SAMPLES = 4  # descent: of the probe, as every unit costs a forward pass
 STEP = 1e-4  # descent: share of the loss that the step is to take off, to first order and over all units
@@ -117,19 +117,6 @@ def attention(seen: Scene) -> pd.DataFrame:
 # --- Figures 1, 3, 4, 5: kernels of units and layers
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Gram matrices over r rows; rows are projection-major (projection j, then sample i).
-
-    Attributes:
-        units: By unit layer, (U, r, r).
-        layers: Of each of the model's layers (:func:`layers_of`), all parameters, (L, r, r).
-    """
-
-    units: dict[UnitLayer, Tensor]
-    layers: Tensor
-
-
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The model's layers in the sense of Figure 3: entries of its list of blocks, or else its unit layers."""
     for module in model.modules():
@@ -138,65 +125,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(unit_layers(model))
 
 
-def kernels_of(seen: Scene, cotangents: Sequence[Tensor]) -> Kernels:
-    """Kernels of all units and layers, one sample at a time.
-
-    Args:
-        seen: Model and probe of n samples.
-        cotangents: m tensors of the outputs' shape (P, ...), by which the outputs are reduced.
-
-    Returns:
-        Kernels over r = m n rows.
-    """
-    model, samples = seen.model, seen.probe.samples
-    units, layers = unit_layers(model), layers_of(model)
-    gated = {id(p) for layer in units for p in layer.parameters()}
-    rest = [[p for p in layer.parameters() if id(p) not in gated] for layer in layers]
-    ends = np.cumsum([len(p) for p in rest]).tolist()
-    flat = [p for parameters in rest for p in parameters]
-    parts = [c.view(samples, -1, *c.shape[1:]) for c in cotangents]  # (n, P / n, ...)
-    tape = Tape()
-    known: list[list[Tensor]] = []  # by tap and sample
-    found: list[list[list[Tensor]]] = []  # by sample, projection, and tap or parameter of the rest
-    try:
-        for layer in units:
-            layer.tape = tape
-        for i, sample in enumerate(seen.probe.split(samples)):
-            tape.taps.clear()
-            outputs = model(sample)
-            wanted = [*(tap.output for tap in tape.taps), *flat]
-            found.append([list(torch.autograd.grad(outputs, wanted, p[i], retain_graph=True)) for p in parts])
-            known.append([tap.known for tap in tape.taps])
-    finally:
-        for layer in units:
-            layer.tape = None
-    taps, count = list(tape.taps), len(tape.taps)
-    rows = [found[i][j] for j in range(len(parts)) for i in range(samples)]
-    by_unit: dict[UnitLayer, Tensor] = {}
-    with torch.no_grad():
-        for k, tap in enumerate(taps):
-            gradient = torch.cat([row[k] for row in rows])
-            forward = torch.cat([known[i][k] for i in range(samples)] * len(parts))
-            factors = (gradient, forward) if tap.known_is_shared else (forward, gradient)
-            value = gram.unit_gram(*factors, tap.bias is not None, seen.memory_bytes)
-            by_unit[tap.layer] = by_unit[tap.layer] + value if tap.layer in by_unit else value
-        whole = []
-        for block, end, parameters in zip(layers, ends, rest, strict=True):
-            total = torch.stack([by_unit[layer].sum(0) for layer in unit_layers(block)]).sum(0)
-            for k in range(count + end - len(parameters), count + end):
-                gradient = torch.stack([row[k].flatten() for row in rows])
-                total = total + gradient @ gradient.T
-            whole.append(total)
-    return Kernels(by_unit, torch.stack(whole))
-
-
-def projections(seen: Scene) -> list[Tensor]:
-    """As many tensors of random signs over sqrt(m), of the outputs' shape; the trace stays unbiased."""
-    with torch.no_grad():
-        outputs = seen.model(seen.probe)
-    generator = torch.Generator().manual_seed(seen.seed)  # on the CPU, so that every device sees the same signs
-    signs = torch.randint(0, 2, (seen.projections, *outputs.shape), generator=generator).mul_(2).sub_(1)
-    return list(signs.to(outputs.device).to(outputs.dtype) / seen.projections**0.5)
+def _estimate(seen: Scene, rest: bool) -> ntk.Mntk:
+    return ntk.estimate(
+        seen.model, seen.probe, reduction="random", projections=seen.projections, seed=seen.seed,
+        memory_bytes=seen.memory_bytes, kernels=True, rest=rest,
+    )  # fmt: skip
 
 
 def kernels(seen: Scene) -> pd.DataFrame:
@@ -205,14 +138,15 @@ def kernels(seen: Scene) -> pd.DataFrame:
     Rows are, by scope: ``unit``: the top eigenvalue (rank 1) of each unit's kernel; ``layer``: all eigenvalues of each
     layer's; ``network``: all of the layers' sum, which leaves out embeddings and output head.
     """
-    found = kernels_of(seen, projections(seen))
-    stacked = torch.cat(list(found.units.values()))
-    top = torch.linalg.eigvalsh(stacked)[:, -1]
-    trace = stacked.diagonal(dim1=1, dim2=2).sum(1)
-    tables = [_unit_rows(list(found.units), eigenvalue=top, trace=trace).assign(scope="unit", rank=1)]
-    scopes = [("layer", i, kernel) for i, kernel in enumerate(found.layers)]
-    for scope, i, kernel in (*scopes, ("network", -1, found.layers.sum(0))):
-        values = torch.linalg.eigvalsh(kernel.double()).clamp_min(0).flip(0).cpu().numpy()
+    found = _estimate(seen, rest=True)
+    assert found.kernels is not None
+    trace = found.kernels.diagonal(dim1=1, dim2=2).sum(1)
+    units = _unit_rows(unit_layers(seen.model), eigenvalue=torch.from_numpy(found.lambda_max), trace=trace)
+    tables = [units.assign(scope="unit", rank=1)]
+    layers = [found.kernel_of(seen.model, layer).detach().double() for layer in layers_of(seen.model)]
+    scopes = [("layer", i, kernel) for i, kernel in enumerate(layers)]
+    for scope, i, kernel in (*scopes, ("network", -1, torch.stack(layers).sum(0))):
+        values = torch.linalg.eigvalsh(kernel).clamp_min(0).flip(0).cpu().numpy()
         rank = np.arange(1, len(values) + 1)
         tables.append(pd.DataFrame({"scope": scope, "kind": "all", "layer": i, "unit": -1, "rank": rank,
                                     "eigenvalue": values, "trace": values.sum()}))  # fmt: skip
@@ -228,42 +162,47 @@ def descent(seen: Scene) -> pd.DataFrame:
     To first order that is ||g||² = sum_i lambda_i (u_i . r)² with g the unit's loss gradient, lambda_i and u_i the
     eigenpairs of its mNTK and r the gradient of the loss with respect to the outputs (for cross-entropy the softmax
     minus the targets, in the place of eq. (2)'s y). ``predicted`` is the sum's first term, computed as (v . g)² with v
-    the top right singular vector of the unit's projected Jacobian.
+    the top right singular vector of the unit's projected Jacobian A: v . g = u . A g / sqrt(lambda), and A g is how the
+    step changes the projected outputs.
 
     Returns:
         Columns kind, layer, unit, lambda_max, predicted, first_order (||g||²), measured, eta.
     """
-    model, probe = copy.deepcopy(seen.model).double(), seen.probe.split(-(-seen.probe.samples // SAMPLES))[0]
-    seen = replace(seen, model=model, probe=probe)
-    random = projections(seen)
+    probe = seen.probe.split(-(-seen.probe.samples // SAMPLES))[0]
+    seen = replace(seen, model=copy.deepcopy(seen.model).double(), probe=probe)
+    model, layers = seen.model, unit_layers(seen.model)
     outputs = model(probe)
     loss = model.loss_of_outputs(outputs, probe)
-    residual = torch.autograd.grad(loss, outputs, retain_graph=True)
-    layers = unit_layers(model)
-    names = [(layer, name) for layer in layers for name in layer.unit_parameters()]
-    gradients = torch.autograd.grad(loss, [layer.get_parameter(name) for layer, name in names])
-    found = kernels_of(seen, [*random, *residual])
-    stacked = torch.cat(list(found.units.values()))
-    r = stacked.shape[1] - probe.samples
-    top, vectors = torch.linalg.eigh(stacked[:, :r, :r])
-    along = (vectors[:, :, -1] * stacked[:, :r, r:].sum(2)).sum(1)  # u . A g, with A the projected Jacobian
-    first_order = stacked[:, r:, r:].sum((1, 2))
+    parameters = [p for layer in layers for p in layer.unit_parameters().values()]
+    gradient = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters), strict=True))
+    squares = [[g.flatten(1).square().sum(1) for g in (gradient[id(p)] for p in layer.unit_parameters().values())]
+               for layer in layers]  # fmt: skip
+    first_order = torch.cat([torch.stack(of_layer).sum(0) for of_layer in squares])
     eta = float(STEP * loss.detach() / first_order.sum())
+    found = _estimate(seen, rest=False).kernels
+    assert found is not None
+    top, vectors = torch.linalg.eigh(found)
+    reducer = ntk.Reducer("random", seen.projections, seen.seed, probe.samples)
+    signs = torch.stack([c for c, _ in reducer.cotangents(model, probe, outputs, 0)]) / seen.projections**0.5
+    signs = signs.view(seen.projections, probe.samples, -1)  # (m, n, k)
     measured: list[Tensor] = []
+    along: list[Tensor] = []
     with torch.no_grad():
         for layer in layers:
-            own = [(name, g) for (of, name), g in zip(names, gradients, strict=True) if of is layer]
-            mine = [(layer.get_parameter(name), g) for name, g in own]
+            mine = list(layer.unit_parameters().values())
             for unit in range(layer.n_units):
-                before = [parameter[unit].clone() for parameter, _ in mine]
-                for parameter, gradient in mine:
-                    parameter[unit] -= eta * gradient[unit]
-                measured.append((loss - model.loss(probe)) / eta)
-                for (parameter, _), value in zip(mine, before, strict=True):
+                before = [parameter[unit].clone() for parameter in mine]
+                for parameter in mine:
+                    parameter[unit] -= eta * gradient[id(parameter)][unit]
+                after = model(probe)
+                measured.append((loss - model.loss_of_outputs(after, probe)) / eta)
+                changed = (signs * ((outputs - after) / eta).view(probe.samples, -1)).sum(2).flatten()  # A g
+                along.append(vectors[len(along), :, -1] @ changed)
+                for parameter, value in zip(mine, before, strict=True):
                     parameter[unit] = value
     return _unit_rows(
-        layers, lambda_max=top[:, -1], predicted=along.square() / top[:, -1].clamp_min(1e-300),
-        first_order=first_order, measured=torch.stack(measured), eta=torch.full_like(along, eta),
+        layers, lambda_max=top[:, -1], predicted=torch.stack(along).square() / top[:, -1].clamp_min(1e-300),
+        first_order=first_order, measured=torch.stack(measured), eta=torch.full_like(first_order, eta),
     )  # fmt: skip
 
 

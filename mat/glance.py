@@ -45,6 +45,11 @@ class Glance:
         found = (e[key] for e in reversed(self.events) if event in (None, e["event"]) and e.get(key) is not None)
         return next(found, None)
 
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """The evaluations on the validation split, in the order they were made."""
+        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation"])
+
     @property
     def best(self) -> float | None:
         """The lowest validation loss so far."""

@@ -145,7 +145,7 @@ def estimate(
     """
     index = _checked(UnitIndex(unit_layers(model)) if index is None else index)
     batches = list(batch) if isinstance(batch, Sequence) else [batch]
-    reducer = _Reducer(reduction, projections, seed, sum(part.samples for part in batches))
+    reducer = Reducer(reduction, projections, seed, sum(part.samples for part in batches))
     products, of_rest = _Products(index), None
     with _probing(model) as tape:
         first = 0
@@ -299,7 +299,7 @@ def _probing(model: nn.Module) -> Iterator[Tape]:
 
 
 @dataclass(frozen=True)
-class _Reducer:
+class Reducer:
     """How outputs become what is differentiated; ``samples`` is n of the whole probe."""
 
     reduction: Reduction
@@ -415,7 +415,7 @@ def _eigenvalues(
 
 
 def _rest_kernels(
-    model: UnitModel, batches: Sequence[Any], index: UnitIndex, tape: Tape, reducer: _Reducer
+    model: UnitModel, batches: Sequence[Any], index: UnitIndex, tape: Tape, reducer: Reducer
 ) -> dict[str, Tensor]:
     """Kernel (r, r) of every parameter that is no measured unit's, one sample and one projection at a time."""
     measured = {id(p) for layer in index.layers for p in layer.unit_parameters().values()}

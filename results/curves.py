@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mat.errors import UserError
+from mat.glance import Glance
 from results.frame import Key, Run
 from results.measures import LOSS, Score
 from results.specs import SPECS, Row, TableSpec
@@ -41,12 +42,12 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def band(runs: Sequence[Run], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
+def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
     """Mean and spread of the validation score over seeds.
 
     Args:
         runs: The runs of one row.
-        axis: What the score is read against: "pflops" or "seconds".
+        axis: What the score is read against: "pflops", "seconds" or "step".
         score: Which one.
         points: Size of the grid.
 

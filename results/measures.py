@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mat.glance import Glance
 from results.frame import Key, ResultsError, Run
 
 
@@ -33,7 +34,7 @@ class Score:
     sign: int
     shown: float = 1.0
 
-    def values(self, run: Run) -> "pd.Series[float]":
+    def values(self, run: Run | Glance) -> "pd.Series[float]":
         """The score at every evaluation.
 
         Raises:

@@ -1,8 +1,9 @@
-"""One table in three formats: Markdown, LaTeX, terminal. Knows texts only, nothing of runs or statistics."""
+"""One table in four formats: Markdown, LaTeX, HTML, terminal. Knows texts only, nothing of runs or statistics."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape as escape_html
 
 from rich.console import Console
 from rich.markup import escape
@@ -78,6 +79,14 @@ def to_latex(title: str, command: str, sections: Sequence[Section], footer: Sequ
                   *(" & ".join(row) + r" \\" for row in section.rows(latex_escape, r"\textbf{{{}}}")),
                   r"\bottomrule", r"\end{tabular}}"]  # fmt: skip
     return "\n".join([*lines, r"\par\medskip\footnotesize", *map(latex_escape, footer), r"\end{table}"]) + "\n"
+
+
+def to_html(section: Section) -> str:
+    """One block as an HTML table under its title."""
+    head = "".join(f"<th>{escape_html(column.header)}</th>" for column in section.columns)
+    rows = (f"<tr>{''.join(f'<td>{text}</td>' for text in row)}</tr>" for row in section.rows(escape_html, "<b>{}</b>"))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h4>{escape_html(section.title)}</h4><div class='scroll'>{table}</div>"
 
 
 def show(title: str, sections: Sequence[Section], footer: Sequence[str], console: Console) -> None:

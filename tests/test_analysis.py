@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mat import analysis, engine
-from mat.analysis import OBSERVERS, Scene, effective_rank, kernels_of, layers_of, projections, scene
+from mat import analysis, engine, ntk
+from mat.analysis import OBSERVERS, Scene, effective_rank, layers_of, scene
 from mat.config import ANALYSES
 from mat.data import load
 from mat.data.tokens import MaskedText
@@ -73,43 +73,40 @@ def test_attention_matrices_are_those_of_the_model(config: dict[str, str]) -> No
 # --- kernels
 
 
+def reduction(view: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random projections (m n, k) of the estimate over sqrt(m), projection-major, and each row's sample."""
+    m, n = view.projections, view.probe.samples
+    with torch.no_grad():
+        outputs = view.model(view.probe)
+    cotangents = ntk.Reducer("random", m, view.seed, n).cotangents(view.model, view.probe, outputs, 0)
+    return torch.cat([c.view(n, -1) for c, _ in cotangents]) / m**0.5, torch.arange(n).repeat(m)
+
+
 @pytest.mark.parametrize("config", [{}, {"positions": "learned", "norm": "post", "layers": 1}])
-def test_kernels_of_units_and_layers(config: dict[str, object]) -> None:
+def test_kernel_table_against_explicit_jacobians(config: dict[str, object]) -> None:
     view = seen(**config)
-    cotangents = projections(view)
-    found, exact = kernels_of(view, cotangents), jacobian(view.model, view.probe)  # (n, k, ...)
-    reduce = torch.cat([c.view(4, -1) for c in cotangents])  # (m n, k), projection-major
-    samples = torch.arange(4).repeat(3)
+    table, exact = OBSERVERS["kernels"](view), jacobian(view.model, view.probe)  # (n, k, ...)
+    reduce, samples = reduction(view)
 
-    def kernel(columns: torch.Tensor) -> torch.Tensor:
+    def eigenvalues(columns: torch.Tensor) -> list[float]:
         rows = torch.einsum("rk,rkp->rp", reduce, columns[samples])
-        return rows @ rows.T
+        return torch.linalg.eigvalsh(rows @ rows.T).flip(0).tolist()
 
-    for name, layer in view.model.named_modules():
-        if layer in found.units:
-            for u in range(layer.n_units):
-                torch.testing.assert_close(found.units[layer][u], kernel(unit_jacobian(exact, name, u)))
-    assert len(found.layers) == len(layers_of(view.model)) == len(view.model.blocks)
-    for i, whole in enumerate(found.layers):  # the units' and the block's own norms and biases
-        columns = torch.cat([j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1)
-        torch.testing.assert_close(whole, kernel(columns))
-
-
-def test_kernel_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = seen()
-    table, found = OBSERVERS["kernels"](view), kernels_of(view, projections(view))
-    units, layers, network = (table[table["scope"] == scope] for scope in ("unit", "layer", "network"))
-    assert len(units) == 12 and len(layers) == 2 * 12 and len(network) == 12
-    tops = [torch.linalg.eigvalsh(k)[-1].item() for kernels in found.units.values() for k in kernels]
-    assert units["eigenvalue"].tolist() == pytest.approx(tops)
-    for i, whole in enumerate(found.layers):
-        mine = layers[layers["layer"] == i]
-        assert mine["rank"].tolist() == list(range(1, 13)) and mine["eigenvalue"].is_monotonic_decreasing
-        assert mine["eigenvalue"].sum() == pytest.approx(whole.trace().item()) == mine["trace"].iloc[0]
-    assert network["trace"].iloc[0] == pytest.approx(layers.groupby("layer")["trace"].first().sum())
-    assert (
-        layers["eigenvalue"].max() <= network["eigenvalue"].max() <= layers.groupby("layer")["eigenvalue"].max().sum()
-    )
+    tops = [eigenvalues(unit_jacobian(exact, name, u))[0] for name, layer in view.model.named_modules()
+            if layer in unit_layers(view.model) for u in range(layer.n_units)]  # fmt: skip
+    scopes = {scope: rows for scope, rows in table.groupby("scope")}
+    assert scopes["unit"]["eigenvalue"].tolist() == pytest.approx(tops)
+    blocks = [torch.cat([j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1)
+              for i in range(len(view.model.blocks))]  # units, and the block's own norms and biases  # fmt: skip
+    assert len(layers_of(view.model)) == len(blocks) == scopes["layer"]["layer"].nunique()
+    for i, columns in enumerate(blocks):
+        mine = scopes["layer"][scopes["layer"]["layer"] == i]
+        assert mine["rank"].tolist() == list(range(1, 13))
+        assert mine["eigenvalue"].tolist() == pytest.approx(
+            eigenvalues(columns), rel=1e-6, abs=1e-9 * mine["trace"].max()
+        )
+        assert mine["eigenvalue"].sum() == pytest.approx(mine["trace"].iloc[0])
+    assert scopes["network"]["eigenvalue"].tolist() == pytest.approx(eigenvalues(torch.cat(blocks, -1)))
 
 
 # --- eq. (2)
@@ -119,8 +116,7 @@ def test_descent_against_explicit_gradients() -> None:
     view = seen(projections=4)
     table = OBSERVERS["descent"](view)
     exact, loss_gradient = jacobian(view.model, view.probe), gradients(view.model, view.probe)
-    reduce = torch.cat([c.view(4, -1) for c in projections(view)])
-    samples = torch.arange(4).repeat(4)
+    reduce, samples = reduction(view)
     row = 0
     for name, layer in view.model.named_modules():
         if layer not in unit_layers(view.model):
@@ -132,8 +128,11 @@ def test_descent_against_explicit_gradients() -> None:
             line = table.iloc[row]
             assert line["lambda_max"] == pytest.approx(s[0].item() ** 2)
             assert line["first_order"] == pytest.approx(g.square().sum().item())
-            assert line["predicted"] == pytest.approx((v[0] @ g).square().item())
-            assert line["predicted"] <= line["first_order"] * (1 + 1e-9)
+            # A g is read from a step of finite size
+            assert line["predicted"] == pytest.approx(
+                (v[0] @ g).square().item(), rel=0.02, abs=1e-4 * line["first_order"]
+            )
+            assert line["predicted"] <= line["first_order"] * (1 + 1e-2)
             row += 1
     assert row == len(table) == 12
     assert table["measured"].to_numpy() == pytest.approx(table["first_order"].to_numpy(), rel=0.01)

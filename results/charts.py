@@ -1,0 +1,187 @@
+"""The report's interactive charts (plotly), each made from run folders in whatever state they are.
+
+Every chart has a title, axis labels and units. Colours are Okabe and Ito's (``results.curves``); what must be told
+apart is also told by dashes or by position.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mat.glance import Glance
+from results.curves import LINES, OTHER_MODEL, band
+
+COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
+LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
+DASHES = ("solid", "dot", "dash", "dashdot")
+FROZEN, ACTIVE, STOPPED = "#E3E3E3", "#0072B2", "#E69F00"
+ALONE = "no run had the machine to itself"
+MANY = 200  # units beyond which a chart shows layers instead
+
+
+def row_name(run: Glance) -> str:
+    """What runs that differ in their seed alone have in common."""
+    return f"{run.config['method']['name']}, {run.config['model']['name']}"
+
+
+def style_of(run: Glance, base: str) -> tuple[str, str]:
+    """Colour and dash of a run's row; a model other than ``base`` is grey."""
+    colour, dash = LINES.get(run.config["method"]["name"], (OTHER_MODEL, ":"))
+    return (
+        colour if run.config["model"]["name"] == base else OTHER_MODEL,
+        {"-": "solid", "--": "dash"}.get(dash, "dot"),
+    )
+
+
+def _layout(figure: go.Figure, title: str, height: int) -> go.Figure:
+    figure.update_layout(
+        title={"text": title, "x": 0, "font": {"size": 16}}, height=height, template="plotly_white",
+        margin={"l": 70, "r": 20, "t": 60, "b": 110}, font={"family": "system-ui, sans-serif", "size": 12},
+        hoverlabel={"font": {"size": 12}}, legend={"orientation": "h", "y": -55 / (height - 170), "yanchor": "top"},
+    )  # fmt: skip
+    return figure
+
+
+def _fade(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.16)"
+
+
+def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
+    """Validation loss against PFLOPs, seconds and steps: mean over seeds, band of one sample standard deviation."""
+    axes = {"pflops": "PFLOPs executed", "seconds": "seconds (training, selections, estimator)", "step": "steps"}
+    titles = ("against compute", "against time (runs alone on their machine)", "against steps")
+    figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    low, high = np.inf, -np.inf
+    for column, (axis, label) in enumerate(axes.items(), start=1):
+        figure.update_xaxes(title_text=label, rangemode="tozero", tickformat=".3~g", col=column)
+        for name, runs in rows.items():
+            seen = [r for r in runs if len(r.evaluations) and (axis != "seconds" or r.environment.get("exclusive"))]
+            if not seen:
+                continue
+            grid, mean, spread = band(seen, axis, points=150)
+            colour, dash = style_of(seen[0], base)
+            low, high = min(low, (mean - spread).min()), max(high, float(np.interp(grid[-1] / 10, grid, mean + spread)))
+            edge = {"x": [*grid, *grid[::-1]], "y": [*(mean + spread), *(mean - spread)[::-1]]}
+            common = {"legendgroup": name, "name": f"{name} (n = {len(seen)})"}
+            figure.add_scatter(
+                **edge, **common, fill="toself", fillcolor=_fade(colour), line={"width": 0}, mode="lines",
+                showlegend=False, hoverinfo="skip", row=1, col=column,
+            )  # fmt: skip
+            figure.add_scatter(
+                x=grid, y=mean, customdata=spread, **common, mode="lines" if grid[0] < grid[-1] else "markers",
+                line={"color": colour, "dash": dash},
+                showlegend=axis == "pflops", row=1, col=column,
+                hovertemplate=f"%{{y:.4f}} ± %{{customdata:.4f}} nats at %{{x:.5g}}<extra>{name}</extra>",
+            )  # fmt: skip
+    if low < high:
+        figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
+    if not any(run.environment.get("exclusive") for runs in rows.values() for run in runs):
+        figure.add_annotation(text=ALONE, xref="x2 domain", yref="y2 domain", x=0.5, y=0.5, showarrow=False)
+    figure.update_yaxes(title_text="validation loss (nats)", col=1)
+    return _layout(figure, "Validation loss, mean over seeds ± 1 sd", 460)
+
+
+def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:
+    """PFLOPs needed and executed (by column) and seconds, side by side; means over the runs so far."""
+    titles = ("PFLOPs needed by formula", "PFLOPs executed", "seconds (runs alone on their machine)")
+    figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    names = list(rows)
+
+    def mean(key: str, timed: bool = False) -> list[float | None]:
+        kept = [[r for r in runs if not timed or r.environment.get("exclusive")] for runs in rows.values()]
+        values = [[value for r in runs if (value := r.last(key)) is not None] for runs in kept]
+        return [float(np.mean(v)) if v else None for v in values]
+
+    def bar(values: list[float | None], name: str, colour: str, column: int, unit: str) -> None:
+        figure.add_bar(
+            y=names, x=values, name=name, orientation="h", marker={"color": colour}, row=1, col=column,
+            hovertemplate=f"%{{x:.4g}} {unit}<extra>{name}</extra>",
+        )  # fmt: skip
+
+    bar(mean("pflops_needed"), "needed", "#009E73", 1, "PFLOPs")
+    for key, colour in COLUMNS.items():
+        bar(mean(f"pflops_{key}"), key.replace("_", " "), colour, 2, "PFLOPs")
+    bar(mean("seconds", timed=True), "seconds", "#8A8A8A", 3, "s")
+    for column, label in enumerate(("PFLOPs", "PFLOPs", "seconds"), start=1):
+        figure.update_xaxes(title_text=label, tickformat=".3~g", nticks=6, col=column)
+    figure.update_yaxes(title_text="method, model", autorange="reversed", col=1)
+    figure.update_layout(barmode="stack")
+    return _layout(figure, "FLOPs ledger: needed, executed, and seconds; mean over runs", 230 + 36 * len(names))
+
+
+def _folded(units: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """Rows to show, and whether they are layers: of many units a layer's share and median eigenvalue."""
+    score = "lambda_max" if "lambda_max" in units else "gradnorm"
+    units = units.rename(columns={score: "score"})
+    if len(units[units["t"] == 0]) <= MANY:
+        where = zip(units["kind"], units["layer"], units["unit"], strict=True)
+        return units.assign(name=[f"{kind} {layer}.{unit}" for kind, layer, unit in where]), False
+    keys = ["t", "step", "pflops", "kind", "layer"]
+    by = units.groupby(keys, sort=False)
+    rows = by.agg(score=("score", "median"), threshold=("threshold", "first"), active=("active", "mean"),
+                  stopped=("stopped", "mean")).reset_index()  # fmt: skip
+    return rows.assign(name=[f"{kind} {layer}" for kind, layer in zip(rows["kind"], rows["layer"], strict=True)]), True
+
+
+def active_set(run: Glance) -> go.Figure:
+    """Heat-map of the active set, units by time, with the eigenvalue on hover."""
+    assert run.units is not None
+    rows, layers = _folded(run.units)
+    names, times = list(dict.fromkeys(rows["name"])), rows.drop_duplicates("t")
+
+    def matrix(values: pd.Series) -> pd.DataFrame:
+        wide = pd.DataFrame({"name": rows["name"], "t": rows["t"], "value": values.astype(float)})
+        return wide.pivot(index="name", columns="t", values="value").loc[names]
+
+    state = rows["active"].astype(float) if layers else rows["active"].astype(float).where(~rows["stopped"], -1.0)
+    hover = [matrix(rows[column]) for column in ("score", "threshold")]
+    hover += [pd.DataFrame(np.tile(times[c], (len(names), 1))) for c in ("step", "pflops")]
+    scale = [[0, FROZEN], [1, ACTIVE]]
+    bar: dict[str, object] = {"title": {"text": "active share"}}
+    if not layers:
+        scale = [[0, STOPPED], [1 / 3, STOPPED], [1 / 3, FROZEN], [2 / 3, FROZEN], [2 / 3, ACTIVE], [1, ACTIVE]]
+        bar = {"tickvals": [-2 / 3, 0, 2 / 3], "ticktext": ["stopped", "frozen", "active"]}
+    figure = go.Figure(go.Heatmap(
+        z=matrix(state), x=times["t"], y=names, zmin=0 if layers else -1, zmax=1, colorscale=scale, colorbar=bar,
+        xgap=1, ygap=1, customdata=np.stack(hover, axis=-1), hovertemplate="%{y}, t = %{x}, step %{customdata[2]}, "
+        "%{customdata[3]:.4g} PFLOPs<br>lambda_max %{customdata[0]:.4g}<br>threshold %{customdata[1]:.4g}"
+        "<extra></extra>",
+    ))  # fmt: skip
+    figure.update_xaxes(title_text=f"selection t (one per {run.config['selection']['interval']:.3g} of the PFLOPs)")
+    figure.update_yaxes(title_text="layer" if layers else "unit (kind layer.unit)", autorange="reversed", dtick=1,
+                        tickfont={"size": 9}, showgrid=False)  # fmt: skip
+    return _layout(figure, "Active set" + (", share by layer" if layers else ""), 200 + 13 * len(names))
+
+
+def eigenvalues(run: Glance) -> go.Figure:
+    """Courses of the units' scores (medians of layers where units are many) and the moving threshold."""
+    assert run.units is not None
+    rows, layers = _folded(run.units)
+    gradnorm = "gradnorm" in run.units
+    figure = go.Figure()
+    kinds = list(dict.fromkeys(rows["kind"]))
+    for name, one in rows.groupby("name", sort=False):
+        first = one.iloc[0]
+        dash = DASHES[kinds.index(first["kind"]) % len(DASHES)]
+        line = {"color": LAYERS[int(first["layer"]) % len(LAYERS)], "dash": dash, "width": 1.2}
+        key = f"{first['kind']} {first['layer']}"
+        figure.add_scatter(
+            x=one["pflops"], y=one["score"], mode="lines", line=line, opacity=0.75, legendgroup=key, name=key,
+            showlegend=not any(t.name == key for t in figure.data), hovertemplate=f"{name}: %{{y:.4g}}<extra></extra>",
+        )  # fmt: skip
+    for kind in kinds:
+        level = rows[rows["kind"] == kind].drop_duplicates("t")
+        if level["threshold"].notna().any():
+            figure.add_scatter(
+                x=level["pflops"], y=level["threshold"], mode="lines+markers", name=f"threshold, {kind}",
+                line={"color": "#000000", "width": 3, "dash": DASHES[kinds.index(kind) % len(DASHES)]},
+            )  # fmt: skip
+    figure.update_xaxes(title_text="PFLOPs executed", rangemode="tozero")
+    label = "gradient norm" if gradnorm else "lambda_max of the mNTK"
+    figure.update_yaxes(title_text=label, type="log", dtick=1, exponentformat="power")
+    title = "Gradient norms" if gradnorm else "Top eigenvalues and the moving threshold (eq. 4)"
+    return _layout(figure, title + (", medians of layers" if layers else ""), 520)

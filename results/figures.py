@@ -1,0 +1,359 @@
+"""Figures 1 to 5 of the paper, eqs. (2) and (3) as plots, and the active set's heat-map: from run folders alone.
+
+    python -m results.figures all --suffix _mini       # results/figures/figure1_mini.{png,svg}, ...
+
+Each figure prints the numbers that ``results/LOG.md`` judges the paper's claims by. What a run lacks ends its figure
+with one sentence; the others are still made.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from mat.errors import UserError
+from results.curves import LINES, STYLE, band
+from results.observed import Source, border, gap_opens, losses, rank_correlation
+
+LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A", "#000000")
+STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
+KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
+ALONG = "PFLOPs executed"
+
+
+# --- figures: each returns the drawing and what it says in numbers
+
+
+def _courses(axes: Axes, rows: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "unit")) -> None:
+    for _, one in rows.groupby(list(by), sort=False):
+        layer = int(one["layer"].iloc[0])
+        axes.plot(one["pflops"], one[value], color=LAYERS[layer % len(LAYERS)], linewidth=1.3, alpha=0.85)
+
+
+def _tidy(figure: Figure) -> None:
+    """Few ticks, in plain numbers."""
+    for axes in figure.axes:
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            if axis.get_scale() == "log":
+                axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+                axis.set_major_formatter("{x:.3g}")
+                axis.set_minor_formatter(NullFormatter())
+        if axes.get_xlabel() == ALONG and axes.lines:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _layer_legend(figure: Figure, layers: Sequence[int]) -> None:
+    handles = [Line2D([], [], color=LAYERS[n % len(LAYERS)], label=f"layer {n}") for n in layers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8)
+
+
+def figure1(source: Source) -> tuple[Figure, str]:
+    """Effective rank of every head's attention matrix and lambda_max of its mNTK."""
+    rank = source.table("figure1", "baseline", "attention")
+    kernels = source.table("figure1", "baseline", "kernels")
+    top = kernels[(kernels["scope"] == "unit") & (kernels["kind"] == "heads")]
+    both = rank.merge(top[["t", "layer", "unit", "eigenvalue"]], on=["t", "layer", "unit"])
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _courses(left, both, "effective_rank")
+    left.set(title="Effective rank of attention", xlabel=ALONG, ylabel="effective rank (of T tokens)", yscale="log")
+    _courses(middle, both, "eigenvalue")
+    middle.set(title="Top eigenvalue of the mNTK", xlabel=ALONG, ylabel="lambda_max", yscale="log")
+    right.scatter(both["effective_rank"], both["eigenvalue"], c=both["t"], cmap="viridis", s=14)
+    right.set(title="Jointly (dark: early, bright: late)", xlabel="effective rank", ylabel="lambda_max", xscale="log",
+              yscale="log")  # fmt: skip
+    figure.suptitle("Figure 1: heads of BERT on WikiText-2", x=0.01, ha="left")
+    _layer_legend(figure, sorted(both["layer"].unique()))
+    end = both[both["t"] == both["t"].max()]
+    by_t = both.groupby("t").apply(lambda g: rank_correlation(g["effective_rank"], g["eigenvalue"]))
+    rank_end, top_end = end["effective_rank"], end["eigenvalue"]
+    return figure, (
+        f"effective rank of heads {both[both['t'] == 0]['effective_rank'].mean():.1f} at the start, "
+        f"{rank_end.min():.1f} to {rank_end.max():.1f} at the end; lambda_max differs by a factor "
+        f"{top_end.max() / top_end.min():.0f} between heads there; Spearman of the two over heads "
+        f"{by_t.iloc[1:].mean():+.2f} (mean), {by_t.iloc[-1]:+.2f} (end)"
+    )
+
+
+def figure2(source: Source) -> tuple[Figure, str]:
+    """The moving threshold over the units' eigenvalues, and validation loss against FLOPs (Table 1's runs)."""
+    runs = {method: source.runs("table1", method) for method in ("baseline", "mat")}
+    units = source.table("table1", "mat", "units")
+    state = np.where(units["stopped"], "stopped", np.where(units["active"], "active", "frozen"))
+    kinds = list(dict.fromkeys(units["kind"]))
+    figure = Figure(figsize=(4.1 * (len(kinds) + 1), 4.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(kinds) + 1))
+    for axes, kind in zip(panels, kinds, strict=False):
+        for name, colour in STATES.items():
+            some = units[(units["kind"] == kind) & (state == name)]
+            axes.scatter(some["pflops"], some["lambda_max"], s=9, color=colour, label=name)
+        level = units[units["kind"] == kind].drop_duplicates("t")
+        axes.plot(level["pflops"], level["threshold"], color="black", linewidth=1.8, label="threshold (eq. 4)")
+        axes.set(title=f"Units: {kind}", xlabel=ALONG, ylabel="lambda_max", yscale="log")
+    panels[0].legend(fontsize=8)
+    final = {}
+    for method, label in (("baseline", "BERT"), ("mat", "MAT")):
+        grid, mean, spread = band(runs[method], "pflops")
+        colour = LINES[method][0]
+        panels[-1].fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+        panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
+        final[method] = mean[-1]
+    panels[-1].legend(fontsize=8)
+    panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
+    seed = runs["mat"][0].config["seed"]
+    figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seed}), and what it costs", x=0.01, ha="left")
+    changes = units.groupby(["kind", "layer", "unit"])["active"].agg(lambda a: int((a.diff() != 0)[2:].sum()))
+    stopped = units[units["t"] == units["t"].max()]["stopped"].sum()
+    return figure, (
+        f"active share {units[units['t'] > 0]['active'].mean():.2f} after the first interval; "
+        f"{(changes > 0).mean():.0%} of the units change after t = 1, {changes.mean():.1f} times on average; "
+        f"{stopped} of {len(changes)} stop; final validation loss {final['mat']:.3f} (MAT) and "
+        f"{final['baseline']:.3f} (BERT)"
+    )
+
+
+def figure3(source: Source) -> tuple[Figure, str]:
+    """Layer-wise mNTK: spectrum, principal eigenvalue, and the share of the trace that it holds."""
+    kernels = source.table("figure1", "baseline", "kernels")
+    layers = kernels[kernels["scope"] == "layer"]
+    top = layers[layers["rank"] == 1].assign(share=lambda f: f["eigenvalue"] / f["trace"])
+    last = layers[layers["t"] == layers["t"].max()]
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for layer, one in last.groupby("layer"):
+        left.plot(one["rank"], one["eigenvalue"] / one["eigenvalue"].max(), ".-", markersize=4,
+                  color=LAYERS[int(layer) % len(LAYERS)], linewidth=1)  # fmt: skip
+    left.set(title="Spectrum at the last selection", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
+             xscale="log", ylim=(1e-4, 1.5))  # fmt: skip
+    _courses(middle, top, "eigenvalue", ("layer",))
+    middle.set(title="Principal eigenvalue", xlabel=ALONG, ylabel="lambda_1 of the layer's mNTK", yscale="log")
+    _courses(right, top, "share", ("layer",))
+    right.set(title="Share of the trace", xlabel=ALONG, ylabel="lambda_1 / trace", ylim=(0, 1))
+    figure.suptitle("Figure 3: layer-wise mNTK of BERT (all parameters of a layer)", x=0.01, ha="left")
+    _layer_legend(figure, sorted(top["layer"].unique()))
+    later = top[top["t"] > 0]
+    second = last[last["rank"] <= 2].groupby("layer")["eigenvalue"].agg(lambda v: v.iloc[0] / v.iloc[1])
+    end = top[top["t"] == top["t"].max()]
+    share, start = later["share"], top[top["t"] == 0]["share"].mean()
+    return figure, (
+        f"lambda_1 holds {share.mean():.2f} of a layer's trace on average ({share.min():.2f} to {share.max():.2f}; "
+        f"{start:.2f} at the start) with {layers['rank'].max()} eigenvalues; lambda_1 / lambda_2 {second.min():.1f} to "
+        f"{second.max():.1f} and a factor {end['eigenvalue'].max() / end['eigenvalue'].min():.1f} between layers at "
+        "the end"
+    )
+
+
+def figure4(source: Source) -> tuple[Figure, str]:
+    """Overfitting: lambda_max beside training and validation loss."""
+    figure, said = Figure(figsize=(10, 6.2), layout="constrained"), []
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    for column, (method, label) in enumerate((("baseline", "BERT"), ("mat", "MAT"))):
+        run = source.runs("figure4", method)[0]
+        x, validation, train = losses(run)
+        opened = gap_opens(validation - train)
+        upper, lower = panels[:, column]
+        upper.plot(x, validation, color="#D55E00", label="validation")
+        upper.plot(x, train, color="#0072B2", label="training")
+        upper.set(title=f"{label}: loss", ylabel="nats per masked token" if column == 0 else None)
+        kernels = source.table("figure4", method, "kernels")
+        units = kernels[kernels["scope"] == "unit"]
+        for kind, colour in KINDS.items():
+            some = units[units["kind"] == kind]
+            for _, one in some.groupby(["layer", "unit"]):
+                lower.plot(one["pflops"], one["eigenvalue"], color=colour, linewidth=0.6, alpha=0.4)
+            if len(some):
+                median = some.groupby("pflops")["eigenvalue"].median()
+                lower.plot(median.index, median, color=colour, linewidth=2.4, label=f"{kind}, median and each")
+        lower.set(title=f"{label}: top eigenvalues", xlabel=ALONG, ylabel="lambda_max" if column == 0 else None,
+                  yscale="log")  # fmt: skip
+        if opened is not None:
+            for axes in (upper, lower):
+                axes.axvline(x[opened], color="black", linestyle="--", linewidth=1.2)
+            upper.annotate("gap opens", (x[opened], validation.max()), xytext=(4, -4), textcoords="offset points")
+            course = units.groupby("pflops")["eigenvalue"].median()
+            there = float(np.interp(x[opened], course.index, course))
+            said.append(
+                f"{label}: gap opens at {x[opened]:.4g} PFLOPs (best validation {validation.min():.3f} at "
+                f"{x[validation.argmin()]:.4g}), {validation[-1] - train[-1]:.2f} nats at the end; median lambda_max "
+                f"{there:.3g} there, {course.iloc[-1]:.3g} at the end"
+            )
+        else:
+            said.append(f"{label}: the gap does not open (at most {(validation - train).max():.2f} nats)")
+    panels[0, 0].legend(fontsize=8)
+    panels[1, 0].legend(fontsize=8)
+    figure.suptitle("Figure 4: overfitting of a 4-layer BERT on few sequences of 64 tokens", x=0.01, ha="left")
+    return figure, "; ".join(said)
+
+
+def figure5(source: Source) -> tuple[Figure, str]:
+    """Normalised eigen-spectrum, with the border between information and nuisance space."""
+    kernels = source.table("figure1", "baseline", "kernels")
+    network = kernels[kernels["scope"] == "network"]
+    times = sorted(network["t"].unique())
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for t, colour in zip((times[0], times[len(times) // 2], times[-1]), ("#8A8A8A", "#56B4E9", "#0072B2"), strict=True):
+        one = network[network["t"] == t]
+        values = one["eigenvalue"].to_numpy(float)
+        left.plot(one["rank"], values / values[0], ".-", markersize=4, linewidth=1, color=colour, label=f"t = {t}")
+        left.axvline(border(values) + 0.5, color=colour, linestyle="--", linewidth=1)
+    left.annotate("information | nuisance", (0.5, 0.03), xycoords="axes fraction", ha="center", fontsize=8.5)
+    left.legend(fontsize=8)
+    left.set(title="All layers (dashed: border)", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
+             ylim=(1e-4, 1.5))  # fmt: skip
+    spectra = kernels[kernels["scope"] != "unit"].groupby(["layer", "t", "pflops"])["eigenvalue"]
+    found = spectra.apply(lambda v: border(v.to_numpy(float))).rename("count").reset_index()
+    held = spectra.apply(lambda v: v.nlargest(border(v.to_numpy(float))).sum() / v.sum()).rename("held").reset_index()
+    for axes, frame, value in ((middle, found, "count"), (right, held, "held")):
+        _courses(axes, frame[frame["layer"] >= 0], value, ("layer",))
+        whole = frame[frame["layer"] < 0]
+        axes.plot(whole["pflops"], whole[value], color="black", linewidth=2, linestyle="--")
+    middle.set(title="Size of the information space", xlabel=ALONG, ylabel=f"eigenvalues of {network['rank'].max()}")
+    right.set(title="Share of the trace it holds", xlabel=ALONG, ylabel="share", ylim=(0, 1))
+    figure.suptitle("Figure 5: information and nuisance space (black dashed: all layers)", x=0.01, ha="left")
+    _layer_legend(figure, sorted(found[found["layer"] >= 0]["layer"].unique()))
+    count, share = (frame[frame["layer"] < 0][name] for frame, name in ((found, "count"), (held, "held")))
+    return figure, (
+        f"information space of all layers: {count.iloc[0]} of {network['rank'].max()} eigenvalues at the start, "
+        f"{count.iloc[-1]} at the end, with {share.iloc[0]:.2f} and {share.iloc[-1]:.2f} of the trace"
+    )
+
+
+def equation2(source: Source) -> tuple[Figure, str]:
+    """Eq. (2): what the top eigenvalue predicts of the loss drop of one small step of one unit."""
+    rows = source.table("figure1", "baseline", "descent")
+    rows = rows.assign(ratio=rows["predicted"] / rows["measured"])
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind, some in rows.groupby("kind", sort=False):
+        colour = KINDS.get(str(kind), "#8A8A8A")
+        left.scatter(some["measured"], some["predicted"], s=8, color=colour, alpha=0.6, label=str(kind))
+        middle = some.groupby("pflops")["ratio"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
+        right.fill_between(middle.index, middle[0.25], middle[0.75], color=colour, alpha=0.2, linewidth=0)
+        right.plot(middle.index, middle[0.5], color=colour, label=f"{kind}, median and quartiles")
+    ends = [rows["measured"].min(), rows["measured"].max()]
+    left.plot(ends, ends, color="black", linewidth=1)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    left.set(title="Loss drop over step size, one point per unit and selection", xscale="log", yscale="log",
+             xlabel="measured (nats)", ylabel="predicted from the top eigenpair (nats)")  # fmt: skip
+    right.set(title="Predicted / measured", xlabel=ALONG, ylabel="ratio", ylim=(0, 1.05))
+    figure.suptitle("Eq. (2): trainability", x=0.01, ha="left")
+    by_t = rows.groupby("t").apply(lambda g: rank_correlation(g["lambda_max"], g["measured"])).iloc[1:]
+    ratio, start = rows[rows["t"] > 0]["ratio"], rows[rows["t"] == 0]["ratio"]
+    return figure, (
+        f"the top eigenpair predicts {ratio.median():.2f} of the measured drop (median; {start.median():.2f} at the "
+        f"start); Spearman with the measured drop {rank_correlation(rows['predicted'], rows['measured']):+.2f} of the "
+        f"prediction, {by_t.mean():+.2f} of lambda_max alone (mean over selections)"
+    )
+
+
+def equation3(source: Source) -> tuple[Figure, str]:
+    """Eq. (3): distance from initialisation against lambda_max and freezing, beside the generalisation gap."""
+    figure, said = Figure(figsize=(12, 4.2), layout="constrained"), []
+    left, middle, right = figure.subplots(1, 3)
+    for method, label, marker in (("baseline", "BERT", "o"), ("mat", "MAT", "^")):
+        run = source.runs("figure4", method)[0]
+        keys = ["kind", "layer", "unit"]
+        units, kernels = source.table("figure4", method, "units"), source.table("figure4", method, "kernels")
+        top = kernels[kernels["scope"] == "unit"].groupby(keys)["eigenvalue"].mean()
+        each = units.groupby(keys).agg(distance=("distance", "last"), active=("active", "mean")).join(top)
+        for kind, some in each.groupby("kind", sort=False):
+            style = {"s": 22, "marker": marker, "color": KINDS.get(str(kind), "#8A8A8A"), "alpha": 0.75}
+            left.scatter(some["eigenvalue"], some["distance"], label=f"{label}, {kind}", **style)
+            middle.scatter(some["active"], some["distance"], **style)
+        x, validation, train = losses(run)
+        mean = units.groupby("pflops")["distance"].mean()
+        right.plot(np.interp(x, mean.index, mean), validation - train, color=LINES[method][0], label=label)
+        rho = [(kind, rank_correlation(some["eigenvalue"], some["distance"])) for kind, some in each.groupby("kind")]
+        low = each["active"] < 0.5
+        moved = (f", mean distance {each[low]['distance'].mean():.2f} (frozen most of the time) and "
+                 f"{each[~low]['distance'].mean():.2f}") if low.any() else ""  # fmt: skip
+        said.append(f"{label}: Spearman of lambda_max and distance " + ", ".join(f"{v:+.2f} ({k!s})" for k, v in rho)
+                    + f"{moved}, gap at the end {validation[-1] - train[-1]:.2f} nats")  # fmt: skip
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    left.set(
+        title="By eigenvalue",
+        xlabel="lambda_max, mean over the run",
+        xscale="log",
+        ylabel="distance ||theta - theta_0||",
+    )
+    middle.set(title="By freezing", xlabel="share of selections active", ylabel="distance ||theta - theta_0||")
+    right.set(
+        title="Generalisation gap", xlabel="mean distance of the units", ylabel="validation - training loss (nats)"
+    )
+    figure.suptitle("Eq. (3): distance from initialisation, in the runs of Figure 4", x=0.01, ha="left")
+    return figure, "; ".join(said)
+
+
+def active_set(source: Source) -> tuple[Figure, str]:
+    """Heat-map of the active set of Table 1's first MAT run, units by time."""
+    units = source.table("table1", "mat", "units")
+    state = np.where(units["stopped"], 2, units["active"].astype(int))
+    wide = units.assign(state=state).pivot_table(index=["kind", "layer", "unit"], columns="pflops", values="state",
+                                                 sort=False)  # fmt: skip
+    figure = Figure(figsize=(10, 1 + 0.09 * len(wide)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(
+        wide, aspect="auto", cmap=ListedColormap(list(STATES.values())), vmin=0, vmax=2, interpolation="nearest"
+    )
+    groups = [(kind, layer) for kind, layer, _ in wide.index]
+    starts = [i for i, key in enumerate(groups) if i == 0 or groups[i - 1] != key]
+    for start in starts[1:]:
+        axes.axhline(start - 0.5, color="white", linewidth=1.5)
+    axes.set_yticks([(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(wide)], strict=True)],
+                    [f"{kind}, layer {layer}" for kind, layer in (groups[i] for i in starts)], fontsize=8)  # fmt: skip
+    shown = range(0, wide.shape[1], max(1, wide.shape[1] // 8))
+    axes.set_xticks(list(shown), [f"{wide.columns[i]:.3g}" for i in shown])
+    axes.grid(False)
+    axes.set(title="MAT: which units train (a row is a unit)", xlabel=ALONG)
+    figure.legend(handles=[Line2D([], [], marker="s", linestyle="", color=c, label=n) for n, c in STATES.items()],
+                  loc="outside lower center", ncols=3)  # fmt: skip
+    return figure, f"active share {units[units['t'] > 0]['active'].mean():.2f} after the first interval"
+
+
+FIGURES: dict[str, Callable[[Source], tuple[Figure, str]]] = {
+    "figure1": figure1, "figure2": figure2, "figure3": figure3, "figure4": figure4, "figure5": figure5,
+    "equation2": equation2, "equation3": equation3, "active_set": active_set,
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, or 2 when a figure could not be made (the others still are)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m results.figures", description="Draw the paper's figures from runs."
+    )
+    parser.add_argument("figure", choices=[*FIGURES, "all"], help="which figure")
+    parser.add_argument("--suffix", default="", help="_mini for the mini runs")
+    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder for the files (%(default)s)")
+    chosen = parser.parse_args(arguments)
+    code = 0
+    for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
+        try:
+            with matplotlib.rc_context(STYLE):
+                figure, said = FIGURES[name](Source(chosen.runs, chosen.suffix))
+                chosen.out.mkdir(parents=True, exist_ok=True)
+                _tidy(figure)
+                stem = chosen.out / f"{name}{chosen.suffix}"
+                figure.savefig(f"{stem}.png", dpi=160)
+                figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same runs make the same file
+            print(f"wrote {stem}.png and .svg: {said}.")
+        except UserError as error:
+            print(f"no {name}: {error}", file=sys.stderr)
+            code = 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

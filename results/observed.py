@@ -1,0 +1,90 @@
+"""What the figures read of the runs, and the rules by which they mark something, each stated and tested."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mat.glance import Glance, look, runs_below
+from results.frame import ResultsError
+
+Array = npt.NDArray[np.float64]
+NOISE = 1e-6  # eigenvalues below this share of the largest are rounding
+LEAST_GAP = 0.1  # nats
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a figure's runs are.
+
+    Attributes:
+        root: Folder of all runs.
+        suffix: ``_mini`` or nothing.
+    """
+
+    root: Path
+    suffix: str
+
+    def runs(self, experiment: str, method: str) -> list[Glance]:
+        """The complete runs of a method, of the model that has most of them.
+
+        Raises:
+            ResultsError: If there is none.
+        """
+        folder = self.root / f"{experiment}{self.suffix}"
+        seen = [look(path) for path in runs_below(folder)]
+        found = [run for run in seen if run.config["method"]["name"] == method and run.status == "complete"]
+        if not found:
+            raise ResultsError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")
+        model = min(found, key=lambda run: len(run.config["model"]["name"])).config["model"]["name"]
+        return [run for run in found if run.config["model"]["name"] == model]
+
+    def table(self, experiment: str, method: str, name: str) -> pd.DataFrame:
+        """A table of the first of these runs, ``<name>.parquet``."""
+        run = self.runs(experiment, method)[0]
+        path = run.path / f"{name}.parquet"
+        if not path.is_file():
+            raise ResultsError(f"{path} is missing: remove that run folder and run make figures again.")
+        return pd.read_parquet(path)
+
+
+def border(eigenvalues: Array) -> int:
+    """How many eigenvalues belong to the information space; the others span the nuisance space.
+
+    The rule: of all cuts of the descending log eigenvalues into two groups, the one with the least squared deviation
+    within the groups (Otsu 1979; two means in one dimension, exactly). Eigenvalues below 1e-6 of the largest are
+    rounding and stay outside.
+    """
+    values = np.sort(eigenvalues)[::-1]
+    logs = np.log10(values[values > NOISE * values[0]])
+    n = len(logs)
+    if n < 2:
+        return n
+    k = np.arange(1, n)
+    means = np.cumsum(logs)[:-1] / k, (logs.sum() - np.cumsum(logs)[:-1]) / (n - k)
+    return int(k[np.argmax(k * (n - k) * (means[0] - means[1]) ** 2)])
+
+
+def gap_opens(gap: Array) -> int | None:
+    """Where the generalisation gap opens.
+
+    The rule: the first evaluation from which on validation minus training loss stays above 0.1 nats and above a tenth
+    of its largest value, to the end; None if there is none.
+    """
+    below = np.flatnonzero(gap <= max(LEAST_GAP, gap.max() / 10))
+    first = int(below[-1]) + 1 if len(below) else 0
+    return first if first < len(gap) else None
+
+
+def losses(run: Glance) -> tuple[Array, Array, Array]:
+    """PFLOPs, validation and training loss (mean since the last logged one, interpolated) at the evaluations."""
+    train = pd.DataFrame([e for e in run.events if e["event"] == "train"])
+    x = run.evaluations["pflops"].to_numpy(float)
+    return x, run.evaluations["loss"].to_numpy(float), np.interp(x, train["pflops"], train["loss"])
+
+
+def rank_correlation(one: pd.Series, other: pd.Series) -> float:
+    """Spearman's."""
+    return float(one.rank().corr(other.rank()))

@@ -1,0 +1,135 @@
+"""Figures: the rules that mark something, and every figure drawn from small made-up runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mat.glance import look
+from results import figures
+from results.frame import ResultsError
+from results.observed import Source, border, gap_opens, losses, rank_correlation
+from tests.short_runs import one_sentence
+from tests.test_results import write_run
+
+# --- rules
+
+
+@given(many=st.integers(1, 20), few=st.integers(1, 20), seed=st.integers(0, 99))
+def test_border_is_between_two_plateaus(many: int, few: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    plateaus = np.concatenate([random.uniform(90, 110, many), random.uniform(0.09, 0.11, few)])
+    assert border(random.permutation(plateaus)) == many
+    assert border(1e9 * plateaus) == many  # the unit does not matter
+    assert border(np.concatenate([plateaus, [1e-6, 0, -1e-9]])) == many  # rounding stays outside
+
+
+def test_border_by_hand() -> None:
+    assert border(np.array([1000.0, 100, 1])) == 2  # logs 3, 2 | 0: squares 1/2 within; 3 | 2, 0 has 2
+    assert border(np.array([1000.0, 10, 1])) == 1
+    assert border(np.array([5.0])) == 1
+
+
+def test_gap_opens_where_it_stays_open() -> None:
+    assert gap_opens(np.array([0.0, 0.5, 0.0, 0.3, 0.6, 2.0])) == 3  # 0.5 closed again; 0.3 is above 0.2
+    assert gap_opens(np.array([0.0, 0.15, 0.3, 5.0])) == 3  # 0.3 is below a tenth of 5
+    assert gap_opens(np.array([0.0, 0.05, 0.08])) is None  # never above 0.1 nats
+    assert gap_opens(np.array([0.0, 2.0, 0.05])) is None  # closes in the end
+    assert gap_opens(np.array([0.5, 0.6])) == 0
+
+
+def test_losses_are_read_at_the_evaluations(tmp_path: Path) -> None:
+    run = look(write_run(tmp_path, "mat", 0, [9, 8, 5, 2]))
+    x, validation, train = losses(run)
+    assert x.tolist() == [1, 2, 3, 4] and validation.tolist() == [9, 8, 5, 2] and train.tolist() == [9.5, 8.5, 5.5, 2.5]
+
+
+def test_rank_correlation() -> None:
+    a = pd.Series([1.0, 10, 100, 1000])
+    assert rank_correlation(a, a**2) == pytest.approx(1) and rank_correlation(a, -a) == pytest.approx(-1)
+
+
+# --- drawings
+
+
+def observed(path: Path, rng: np.random.Generator) -> None:
+    """Four selections of two layers with two heads and three groups each."""
+    units = [(kind, layer, unit) for layer in (0, 1) for kind, n in (("heads", 2), ("ffn", 3)) for unit in range(n)]
+    rows = pd.DataFrame([(t, 10 * t, 0.9 * t, *u) for t in range(4) for u in units],
+                        columns=["t", "step", "pflops", "kind", "layer", "unit"])  # fmt: skip
+    n = len(rows)
+    score = rng.uniform(1, 100, n)
+    rows.assign(lambda_max=score, delta=1.0, threshold=50.0, active=(score > 50) | (rows["t"] == 0),
+                stopped=(score < 10) & (rows["t"] > 1), distance=rows["t"] * rng.uniform(0.5, 1, n)
+                ).to_parquet(path / "units.parquet")  # fmt: skip
+    rows[rows["kind"] == "heads"].assign(effective_rank=lambda f: rng.uniform(1, 9, len(f))).to_parquet(
+        path / "attention.parquet"
+    )
+    rows.assign(lambda_max=score, predicted=score / 3, first_order=score, measured=score, eta=1e-3).to_parquet(
+        path / "descent.parquet"
+    )
+    tables = [rows.assign(scope="unit", rank=1, eigenvalue=score, trace=2 * score)]
+    for t in range(4):
+        for scope, layer in (("layer", 0), ("layer", 1), ("network", -1)):
+            values = np.sort(10.0 ** rng.uniform(-2, 2, 6))[::-1]
+            tables.append(pd.DataFrame({
+                "t": t, "step": 10 * t, "pflops": 0.9 * t, "scope": scope, "kind": "all", "layer": layer, "unit": -1,
+                "rank": np.arange(1, 7), "eigenvalue": values, "trace": values.sum(),
+            }))  # fmt: skip
+    pd.concat(tables).to_parquet(path / "kernels.parquet")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Complete runs for every figure; a shallow model's run beside Table 1's must not be taken."""
+    runs, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
+    for name in ("table1_mini", "figure1_mini", "figure4_mini"):
+        for method in ("baseline", "mat"):
+            observed(write_run(runs, method, 0, [9, 8, 5, 4.5 if name[0] == "t" else 9], name=name), rng)
+    write_run(runs, "baseline", 0, [9, 1], model="bert_mini_shallow", name="table1_mini")
+    return runs
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_is_drawn_with_titles_and_labels(name: str, root: Path, tmp_path: Path) -> None:
+    figure, said = figures.FIGURES[name](Source(root, "_mini"))
+    assert said and "nan" not in said
+    for axes in figure.axes:
+        assert axes.get_title(loc="left") or axes.get_title()
+        shared_x = name == "figure4" and axes in figure.axes[:2]
+        shared_y = (name == "figure4" and axes in figure.axes[1::2]) or name == "active_set"
+        assert (axes.get_xlabel() or shared_x) and (axes.get_ylabel() or shared_y)
+
+
+def test_numbers_of_figure_3(root: Path) -> None:
+    kernels = pd.read_parquet(next(root.glob("figure1_mini/method=baseline*/seed=0/kernels.parquet")))
+    later = kernels[(kernels["scope"] == "layer") & (kernels["t"] > 0)].groupby(["t", "layer"])["eigenvalue"]
+    share = (later.max() / later.sum()).mean()
+    assert f"lambda_1 holds {share:.2f} of a layer's trace" in figures.figure3(Source(root, "_mini"))[1]
+
+
+def test_command_line_writes_files_and_names_what_is_missing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--suffix", "_mini", "--runs", str(root), "--out", str(tmp_path)]
+    assert figures.main(["equation2", *arguments]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"equation2_mini.png", "equation2_mini.svg"}
+    before = (tmp_path / "equation2_mini.svg").read_bytes()
+    assert figures.main(["equation2", *arguments]) == 0 and (tmp_path / "equation2_mini.svg").read_bytes() == before
+    capsys.readouterr()
+    assert figures.main(["figure1", "--runs", str(root), "--out", str(tmp_path)]) == 2  # the full runs are not there
+    assert one_sentence(capsys.readouterr().err.partition(": ")[2])
+
+
+def test_incomplete_runs_and_missing_tables_are_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "baseline", 0, [9, 8], name="figure1")
+    with pytest.raises(ResultsError, match=r"attention\.parquet is missing"):
+        figures.figure1(Source(tmp_path, ""))
+    (path / "summary.json").unlink()
+    (path / "failure.json").write_text(json.dumps({"reason": "x"}))
+    with pytest.raises(ResultsError, match="no complete run"):
+        figures.figure1(Source(tmp_path, ""))

@@ -1,0 +1,173 @@
+"""The report: what it says of whole, running and failed sweeps, and that a real browser draws it without a network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mat.glance import look
+from results import charts, report
+from tests.short_runs import one_sentence
+from tests.test_results import write_run
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def add_units(path: Path, layers: int = 2, units: int = 3) -> None:
+    """Three selections; unit 0 trains, unit 1 is frozen from t = 1 on, unit 2 has stopped at t = 2."""
+    rows = [{"t": t, "step": 10 * t, "pflops": float(t + 1), "kind": "heads", "layer": layer, "unit": unit,
+             "lambda_max": 10.0 ** unit, "delta": 1.0, "threshold": 50.0, "active": t == 0 or unit == 0,
+             "stopped": t == 2 and unit == 2}
+            for t in range(3) for layer in range(layers) for unit in range(units)]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(path / "units.parquet")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Table 1's rows with three seeds, but one MAT run is still running, one failed, and one is missing."""
+    runs = tmp_path / "runs"
+    extra = {"method__policy": "threshold", "selection__interval": 0.04, "dataset__name": "wikitext2"}
+    for seed in range(3):
+        write_run(runs, "baseline", seed, [9, 8, 5, 2 + seed], name="table1_mini", **extra | {"method__policy": "all"})
+        write_run(runs, "rand", seed, [9, 8, 5, 4 + seed], name="table1_mini", exclusive=False, **extra)
+    for seed in range(2):
+        path = write_run(runs, "mat", seed, [9, 7, 4], name="table1_mini", speed=0.5, **extra)
+        add_units(path)
+        (path / "summary.json").unlink()
+    (path / "failure.json").write_text(json.dumps({"reason": "training diverged at step 7 </script>."}))
+    environment = json.loads((path / "environment.json").read_text())
+    command = "python launch.py +experiment=table1_mini method=mat seed=1"
+    (path / "environment.json").write_text(json.dumps(environment | {"command": command}))
+    return runs
+
+
+def text_of(page: str) -> str:
+    """The page without scripts and tags."""
+    return re.sub(
+        r"\s+", " ", re.sub(r"<[^>]*>", " ", re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.S))
+    )
+
+
+def test_says_what_is_missing_and_shows_the_rest(root: Path) -> None:
+    page = text_of(report.build(root))
+    assert "8 runs: 6 complete , 1 failed , 1 running ." in page
+    assert "mat,model=bert_mini/seed=0 is running, 38% done" in page
+    assert "seed=1 failed at 38% done: training diverged at step 7" in page
+    assert "mat, bert_mini has no run of seed 2." in page
+    assert "No table1_mini: " in page and "is incomplete" in page
+    for heading in ("Curves and ledger", "Inside a run", "Environment", "Commands"):
+        assert heading in page
+
+
+def test_table_of_a_whole_sweep(root: Path) -> None:
+    shutil.rmtree(root / "table1_mini" / "method=mat,model=bert_mini")
+    for method in ("multirate", "mat"):
+        for seed in range(3):
+            write_run(root, method, seed, [9, 3], name="table1_mini", method__policy="all", selection__interval=0.04,
+                      dataset__name="wikitext2")  # fmt: skip
+    for seed in range(3):
+        write_run(root, "baseline", seed, [9, 3], model="bert_mini_shallow", name="table1_mini", method__policy="all",
+                  selection__interval=0.04, dataset__name="wikitext2")  # fmt: skip
+    page = text_of(report.build(root))
+    assert "Loss (nats per masked token)" in page and "No table1_mini" not in page and "15 complete" in page
+
+
+def test_commands_are_exact(root: Path) -> None:
+    runs = {(run.config["method"]["name"], run.config["seed"]): run for run in map(look, report.runs_below(root))}
+    assert report.command_of(runs["mat", 1]) == ("python launch.py +experiment=table1_mini method=mat seed=1", True)
+    made_up = "python launch.py +experiment=table1_mini method=mat model=bert_mini seed=0"
+    assert report.command_of(runs["mat", 0]) == (made_up, False)
+
+
+def test_every_chart_has_title_and_axis_labels(root: Path) -> None:
+    runs = [look(path) for path in report.runs_below(root)]
+    rows = {charts.row_name(run): [run] for run in runs}
+    run = next(run for run in runs if run.units is not None)
+    figures = [charts.curves(rows, "bert_mini"), charts.ledger(rows), charts.active_set(run), charts.eigenvalues(run)]
+    for figure in figures:
+        assert figure.layout.title.text
+        axes = list(figure.select_xaxes()) + [axis for axis in figure.select_yaxes() if not axis.matches]
+        assert all(axis.title.text for axis in axes)
+
+
+def test_heat_map_shows_state_and_eigenvalue(root: Path) -> None:
+    run = next(run for run in map(look, report.runs_below(root)) if run.units is not None)
+    (heat,) = charts.active_set(run).data
+    assert heat.y[:3] == ("heads 0.0", "heads 0.1", "heads 0.2") and list(heat.x) == [0, 1, 2]
+    assert heat.z[:3].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, -1]]
+    assert heat.customdata[:3, 0, 0].tolist() == [1, 10, 100] and heat.customdata[0, :, 2].tolist() == [0, 10, 20]
+
+
+def test_many_units_are_shown_by_layer(root: Path) -> None:
+    path = next(run.path for run in map(look, report.runs_below(root)) if run.units is not None)
+    add_units(path, layers=2, units=charts.MANY)
+    (heat,) = charts.active_set(look(path)).data
+    assert heat.y == ("heads 0", "heads 1") and heat.z[0].tolist() == [1, 1 / charts.MANY, 1 / charts.MANY]
+
+
+def test_without_runs_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert one_sentence(capsys.readouterr().err.removeprefix("error: ")) and not (tmp_path / "x.html").exists()
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """A real browser (.ci/run installs Debian's chromium where it can)."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    return found
+
+
+def test_in_a_browser(root: Path, tmp_path: Path, browser: str) -> None:
+    """The page's policy turns every request into a console error, so no error means no request too."""
+    out = tmp_path / "report.html"
+    assert report.main(["--runs", str(root), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "default-src 'none'" in page and not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=['\"]?http", page)
+    # Choosing another run draws it too.
+    probe = """<script>addEventListener('load', async () => {
+      const select = document.querySelector('select'), last = select.options.length - 1;
+      select.value = select.options[last].value; select.onchange();
+      document.title = 'chosen ' + select.value;
+    });</script></body>"""
+    out.write_text(page.replace("</body>", probe))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
+         "--window-size=1300,3000", "--dump-dom", f"file://{out}"],
+        capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []
+    drawn = re.findall(r'class="[^"]*js-plotly-plot', done.stdout)
+    assert 'data-ready="' in done.stdout and len(drawn) == 6  # curves, ledger, and two charts of each chosen run
+    for title in ("Validation loss, mean over seeds", "FLOPs ledger", "Active set", "Top eigenvalues"):
+        assert re.search(rf'class="gtitle"[^>]*>{title}', done.stdout), title
+    assert "<title>chosen method=mat,model=bert_mini/seed=1" in done.stdout
+
+
+def test_the_browser_test_would_see_a_request(tmp_path: Path, browser: str) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(f'<meta http-equiv="Content-Security-Policy" content="{report.POLICY}">'
+                    "<script src='http://127.0.0.1:9/x.js'></script>")  # fmt: skip
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--dump-dom", f"file://{page}"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert any("CONSOLE" in line and "Content Security Policy" in line for line in done.stderr.splitlines())
+
+
+def test_ages_do_not_matter_to_the_page(root: Path) -> None:
+    for path in report.runs_below(root):
+        for file in path.iterdir():
+            os.utime(file, (time.time() - 86400,) * 2)
+    assert "is interrupted" in text_of(report.build(root))
