@@ -45,6 +45,14 @@ class BertConfig(ModelConfig):
 
 
 @dataclass
+class VggConfig(ModelConfig):
+    """VGG with batch norm (``mat/vgg.py``). Units: filters."""
+
+    family: str = "vgg"
+    stages: list[list[int]] = MISSING  # filters of the layers of every stage; a max pool ends a stage
+
+
+@dataclass
 class DatasetConfig:
     """A text corpus for masked language modelling."""
 
@@ -97,6 +105,8 @@ class HardwareConfig:
     device: str = MISSING  # cpu | cuda
     precision: str = MISSING  # float32 | bfloat16 (autocast)
     threads: int | None = None  # CPU threads; all when null
+    gather_block: int = 16  # convolutions: the channels that a gated backward gathers are padded to multiples of this
+    gather_share: float = 0.75  # and are gathered up to this share of a layer's; beyond it the backward is dense
     estimator_bytes: int = 512 * 2**20  # bound on the estimator's working memory
     exclusive: bool = True  # false: the machine is shared with other work, so tables leave this run's seconds out
 
@@ -169,7 +179,7 @@ INCIDENTAL = (
 )
 
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
-    "model": (("bert", BertConfig),),
+    "model": (("bert", BertConfig), ("vgg", VggConfig)),
     "dataset": (("text", DatasetConfig),),
     "method": (("method", MethodConfig),),
     "selection": (("selection", SelectionConfig),),
@@ -223,8 +233,9 @@ def describe_groups(conf: Path) -> str:
     return "\n".join(lines).replace("$", "$$")  # Hydra takes the text for a template
 
 
-KINDS = {"bert": ("heads", "ffn")}
-MODALITY = {"bert": "text"}
+KINDS = {"bert": ("heads", "ffn"), "vgg": ("filters",)}
+MODALITY = {"bert": "text", "vgg": "image"}
+MODES = {"bert": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -260,6 +271,8 @@ def validate(config: Config) -> None:
         )
     if isinstance(model, BertConfig):
         _validate_bert(model)
+    if isinstance(model, VggConfig):
+        _validate_vgg(model)
     _validate_text(config.dataset)
 
     inf = float("inf")
@@ -295,7 +308,7 @@ def validate(config: Config) -> None:
         _one_of("selection.units", kind, KINDS[model.family])
     if not selection.units:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
-    _one_of("selection.mode", selection.mode, ("cut", "exact"))
+    _one_of("selection.mode", selection.mode, MODES[model.family])
     _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
     _one_of("selection.reduction", selection.reduction, ("random", "sum", "full"))
     _between("selection.interval", selection.interval, 0, 0.05, open_low=True)
@@ -334,6 +347,8 @@ def validate(config: Config) -> None:
     _one_of("hardware.precision", config.hardware.precision, ("float32", "bfloat16"))
     if config.hardware.threads is not None:
         _between("hardware.threads", config.hardware.threads, 1, os.cpu_count() or 1)
+    _between("hardware.gather_block", config.hardware.gather_block, 1, inf)
+    _between("hardware.gather_share", config.hardware.gather_share, 0, 1)
     _between("hardware.estimator_bytes", config.hardware.estimator_bytes, 2**20, inf)
 
 
@@ -355,6 +370,13 @@ def _validate_bert(model: BertConfig) -> None:
             f"model.ffn_groups={model.ffn_groups} does not divide model.ffn_hidden={model.ffn_hidden}: "
             "choose a divisor."
         )
+
+
+def _validate_vgg(model: VggConfig) -> None:
+    if not model.stages or not all(model.stages):
+        raise UserError(f"model.stages={model.stages} has an empty stage: give the filters of at least one layer each.")
+    for filters in (count for stage in model.stages for count in stage):
+        _between("model.stages", filters, 1, float("inf"))
 
 
 def _validate_text(dataset: DatasetConfig) -> None:

@@ -51,15 +51,15 @@ def estimate(
     samples, length = batch.samples, batch.length
     rest = model.rest_flops(batch)
     passes = {"random": projections, "full": model.outputs_per_sample(batch)}.get(reduction, 1)
-    forward, backward, reached = rest.forward, rest.input_grad, False
+    forward = backward = rest.forward  # matrix products: an input gradient costs what the forward does
+    reached = False
     for layer in unit_layers(model):
-        step = layer.step_flops(samples, length, layer.n_units, "cut")
-        forward += step.forward
-        reached |= layer is gated[0]
-        backward += step.input_grad if reached else 0
-    p, q, _ = gated[0].product_shapes()[0]  # nothing before the first product wants a gradient
-    backward -= gated[0].n_units * 2 * samples * length * p * q
-    taps = [(length, layer.n_units, *shape) for layer in gated for shape in layer.product_shapes()]
+        lowest = layer is gated[0]
+        reached |= lowest
+        ahead, back = layer.probe_flops(samples, length, lowest)
+        forward += ahead
+        backward += back if reached else 0
+    taps = [shape for layer in gated for shape in layer.tap_shapes(length)]
     overhead = forward + passes * backward + ntk.flops(taps, samples * passes, memory_bytes)
     return Flops(overhead=overhead, vocabulary=rest.vocabulary // 3 * (1 + passes))
 

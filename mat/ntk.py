@@ -197,6 +197,7 @@ def _cotangents(
 def _tap_gram(tap: Tap, gradients: list[Tensor], memory_bytes: int) -> Tensor:
     """Gram matrices of one product with all projections stacked, (U, N, N) with N = m n."""
     gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-    known = tap.known.repeat(len(gradients), *[1] * (tap.known.dim() - 1)) if len(gradients) > 1 else tap.known
+    known = tap.factor()
+    known = known.repeat(len(gradients), *[1] * (known.dim() - 1)) if len(gradients) > 1 else known
     per_unit, shared = (gradient, known) if tap.known_is_shared else (known, gradient)
     return gram.unit_gram(per_unit, shared, tap.bias is not None, memory_bytes)

@@ -12,9 +12,9 @@ Gradients of the active units land where the optimiser finds them (``UnitLayer.g
 units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mat.interface import Flops
 
-BackwardMode = Literal["cut", "exact"]
+BackwardMode = Literal["cut", "exact", "sampled"]
 UnitTensors = dict[str, Tensor]
 BoolArray = NDArray[np.bool_]
 
@@ -39,9 +39,10 @@ class Tap:
         layer: The layer that recorded it.
         weight: Name of the unit parameter, (U, p, q).
         bias: Name of the bias (U, p) whose gradient is ``per_unit`` summed over positions, if there is one.
-        known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p).
-        known_is_shared: Which of the two factors ``known`` is.
+        known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p); what ``unfold`` makes it from.
+        known_is_shared: Which of the two factors the known one is.
         output: Tensor whose gradient is the other factor.
+        unfold: Makes the forward factor when it is needed, if it is much larger than what it is made from.
     """
 
     layer: "UnitLayer"
@@ -50,6 +51,11 @@ class Tap:
     known: Tensor
     known_is_shared: bool
     output: Tensor
+    unfold: Callable[[Tensor], Tensor] | None = None
+
+    def factor(self) -> Tensor:
+        """The forward factor."""
+        return self.known if self.unfold is None else self.unfold(self.known)
 
 
 @dataclass
@@ -136,6 +142,22 @@ class UnitLayer(nn.Module):
             weight_grad=n_active * products,
         )
 
+    def tap_shapes(self, length: int) -> list[tuple[int, int, int, int, bool]]:
+        """(T, U, p, q, has a bias) of every :class:`Tap`, in forward order."""
+        return [(length, self.n_units, *shape) for shape in self.product_shapes()]
+
+    def probe_flops(self, samples: int, length: int, lowest: bool) -> tuple[int, int]:
+        """FLOPs of the estimator's forward pass and of each of its backward passes, whatever the gates.
+
+        Args:
+            samples: Samples in the probe.
+            length: Tokens per sample.
+            lowest: Nothing before the first product wants a gradient.
+        """
+        step = self.step_flops(samples, length, self.n_units, "cut")
+        p, q, _ = self.product_shapes()[0]
+        return step.forward, step.input_grad - lowest * self.n_units * 2 * samples * length * p * q
+
     def unit_parameters(self) -> dict[str, nn.Parameter]:
         """The gated parameters by name, each of shape (U, ...)."""
         return {name: self.get_parameter(name) for name in self._unit_names}
@@ -180,8 +202,8 @@ class UnitLayer(nn.Module):
             if (name, True) in self._blocks:
                 self._blocks[name, True].rows.grad = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sum of all units' contributions, differentiable through the active ones (see the module's docstring)."""
+    def forward(self, x: Any) -> Any:
+        """Sum of all units' contributions (or what the layer makes of them), differentiable through the active ones (see the module's docstring)."""
         if self.n_active == self.n_units or not torch.is_grad_enabled() or self.tape is not None:
             return self.compute(x, dict(self.unit_parameters()))
         if self.n_active == 0 and self.mode == "cut":
@@ -189,7 +211,7 @@ class UnitLayer(nn.Module):
                 return self.compute(x, dict(self.unit_parameters()))
         return self.gated(x)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated(self, x: Any) -> Any:
         """The forward with frozen units: here active and frozen units run apart and are added.
 
         A layer that runs all units at once and has a backward of its own for the active ones is faster.
@@ -208,17 +230,26 @@ class UnitLayer(nn.Module):
         assert index is not None
         return index.to(device)
 
-    def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
+    def compute(self, x: Any, w: UnitTensors) -> Any:
         """Contribution of the units whose rows are in ``w``, added up."""
         raise NotImplementedError
 
-    def tap(self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor) -> Tensor:
+    def tap(
+        self,
+        weight: str,
+        known: Tensor,
+        known_is_shared: bool,
+        output: Tensor,
+        unfold: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Record one product for the estimator (see :class:`Tap`) and return the tensor to go on with."""
         if self.tape is None:
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.tape.taps.append(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output))
+        self.tape.taps.append(
+            Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output, unfold)
+        )
         return output
 
     def _rows(self, active: bool) -> UnitTensors:
