@@ -72,9 +72,8 @@ class FilterLayer(UnitLayer):
     def __init__(self, below: "FilterLayer | int", filters: int, side: int, pool: bool, block: int, gather: float):
         super().__init__("filters", filters)
         inputs = below if isinstance(below, int) else below.n_units
-        weight = torch.empty(filters, inputs, 3, 3)
-        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-        self.add_unit_parameter("weight", weight)
+        weight = nn.init.kaiming_normal_(torch.empty(filters, inputs, 3, 3), mode="fan_out", nonlinearity="relu")
+        self.add_unit_parameter("weight", _channels_last(weight).contiguous())  # (C, 3, 3, I)
         self.add_unit_parameter("bias", torch.zeros(filters))
         self.add_unit_parameter("gain", torch.ones(filters))
         self.add_unit_parameter("shift", torch.zeros(filters))
@@ -93,7 +92,7 @@ class FilterLayer(UnitLayer):
         if self.tape is not None:
             return self._recorded(x.values)
         if x.channels is None:
-            z = F.conv2d(x.values, w["weight"], w["bias"], padding=1)
+            z = F.conv2d(x.values, _channels_first(w["weight"]), w["bias"], padding=1)
         else:
             z = _Convolution.apply(x.carrier, w["weight"], w["bias"], self, x, None, None)[0]
         y = self.activated(z, w["gain"], w["shift"], self.mean, self.variance)
@@ -156,7 +155,7 @@ class FilterLayer(UnitLayer):
 
     def _recorded(self, x: Tensor) -> Maps:
         """The estimator's pass: statistics of the probe, held fixed (paper section 5, batch norm)."""
-        z = F.conv2d(x, self.weight, self.bias, padding=1)
+        z = F.conv2d(x, _channels_first(self.weight), self.bias, padding=1)
         positions = z.flatten(2).transpose(1, 2).unsqueeze(3)  # (n, T, C, 1)
         recorded = self.tap("weight", x, True, positions, _patches)
         z = recorded.squeeze(3).transpose(1, 2).unflatten(2, z.shape[2:])
@@ -193,7 +192,7 @@ class FilterLayer(UnitLayer):
     def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
         """See :meth:`UnitLayer.step_flops`; the layers above and below count with their gates as they stand."""
         position = 2 * samples * self.side**2 * 9  # FLOPs per input channel and filter
-        inputs = self.weight.shape[1]
+        inputs = self.weight.shape[3]
         forward = position * self.n_units * inputs
         if not self._reached:
             return Flops(forward=forward)
@@ -204,7 +203,7 @@ class FilterLayer(UnitLayer):
 
     def tap_shapes(self, length: int) -> list[tuple[int, int, int, int, bool]]:
         """The convolution with its bias, and the affine pair."""
-        return [(self.side**2, self.n_units, 1, 9 * self.weight.shape[1], True), (1, self.n_units, 2, 1, False)]
+        return [(self.side**2, self.n_units, 1, 9 * self.weight.shape[3], True), (1, self.n_units, 2, 1, False)]
 
     def probe_flops(self, samples: int, length: int, lowest: bool) -> tuple[int, int]:
         """See :meth:`UnitLayer.probe_flops`."""
@@ -224,7 +223,7 @@ class _Convolution(torch.autograd.Function):
         ctx: Any, carrier: Tensor, weight: Tensor | None, bias: Tensor | None, layer: FilterLayer, x: Maps,
         rows: Tensor | None, scale: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        z = F.conv2d(x.values, layer.weight, layer.bias, padding=1)
+        z = F.conv2d(x.values, _channels_first(layer.weight), layer.bias, padding=1)
         ctx.layer, ctx.shape, ctx.channels, ctx.rows, ctx.scale = layer, x.carrier.shape, x.channels, rows, scale
         ctx.save_for_backward(None if weight is None else x.values.to(z.dtype))
         ctx.set_materialize_grads(False)
@@ -240,20 +239,22 @@ class _Convolution(torch.autograd.Function):
         d_x = d_weight = d_bias = None
         weight = layer.weight.detach()
         if ctx.needs_input_grad[0]:
-            w = weight if rows is None else weight[rows]
-            w = w if ctx.channels is None else w[:, ctx.channels]
+            w = weight if rows is None else weight.index_select(0, rows)
+            w = w if ctx.channels is None else _gather(w, ctx.channels)
             w = w if ctx.scale is None else w * ctx.scale.view(-1, 1, 1, 1)
             like = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
-            d_x = _convolution_backward(g, like, w.to(g.dtype), True)[0]
+            d_x = _convolution_backward(g, like, _channels_first(w.to(g.dtype)), True)[0]
         if x is not None:
             n, count = layer.n_active, layer.padded(layer.n_active)
             active = layer.active_index(g.device) if n < layer.n_units else None
             if rows is not None:
                 g, active = g[:, :count], None  # the active ones come first
             elif count < layer.n_units:
-                g, active = g[:, torch.cat([active, active[:1].expand(count - n)])], None
-            like = x.new_empty(g.shape[1], *weight.shape[1:])
+                rows = torch.cat([active, active[:1].expand(count - n)])
+                g, active = _channels_first(_gather(_channels_last(g), rows)), None
+            like = _channels_first(torch.empty_like(weight[: g.shape[1]], dtype=g.dtype))
             _, d_weight, d_bias = _convolution_backward(g, x, like, False)
+            d_weight = _channels_last(d_weight)
             d_weight, d_bias = (t[:n] if active is None else t[active] for t in (d_weight, d_bias))
         return d_x, d_weight, d_bias, None, None, None, None
 
@@ -271,7 +272,7 @@ class _Activation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.layer, ctx.rows = layer, rows
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z if rows is None else z[:, rows])
+        ctx.save_for_backward(z if rows is None else _channels_first(_gather(_channels_last(z), rows)))
         y = layer.activated(z, layer.gain, layer.shift, layer.mean, layer.variance)
         if rows is None:
             return y, None
@@ -304,6 +305,21 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient[:, ctx.channels], None, None
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    """(N, C, S, S) as (N, S, S, C): a view, contiguous as maps lie in memory."""
+    return maps.permute(0, 2, 3, 1)
+
+
+def _channels_first(stored: Tensor) -> Tensor:
+    """(N, S, S, C) as (N, C, S, S), and weights as they are stored (C, 3, 3, I) as (C, I, 3, 3): a view."""
+    return stored.permute(0, 3, 1, 2)
+
+
+def _gather(stored: Tensor, channels: Tensor) -> Tensor:
+    """Some channels of the last axis."""
+    return torch.gather(stored, 3, channels.expand(*stored.shape[:3], -1))
 
 
 def _stand_in(values: Tensor, rows: Tensor) -> Tensor:
@@ -397,7 +413,7 @@ class Vgg(UnitModel):
 
     def to_torchvision(self) -> dict[str, Tensor]:
         """The features' weights and statistics under the names of ``torchvision.models.vgg16_bn``."""
-        state = self.state_dict()
+        state = {ours: _channels_first(t) if t.dim() == 4 else t for ours, t in self.state_dict().items()}
         return {theirs: state[ours].clone() for ours, theirs in self._torchvision_names().items()}
 
     def load_torchvision(self, state: dict[str, Tensor]) -> None:
@@ -409,7 +425,7 @@ class Vgg(UnitModel):
         Raises:
             ValueError: If a key is missing or a shape differs.
         """
-        own = self.state_dict()
+        own = {ours: _channels_first(t) if t.dim() == 4 else t for ours, t in self.state_dict().items()}
         for ours, theirs in self._torchvision_names().items():
             if theirs not in state or state[theirs].shape != own[ours].shape:
                 raise ValueError(f"the state dict does not fit this model: {theirs} is missing or has another shape")
