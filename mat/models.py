@@ -18,6 +18,6 @@ def build(config: Config, outputs: int) -> UnitModel:
     """
     model, dataset = config.model, config.dataset
     if isinstance(model, VggConfig):
-        return Vgg(model, outputs, dataset.channels, dataset.side, config.hardware)
+        return Vgg(model, outputs, dataset.channels, dataset.size, config.hardware)
     assert isinstance(model, BertConfig)
     return Bert(model, outputs, dataset.length)

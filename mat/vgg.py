@@ -1,7 +1,7 @@
 """VGG with batch norm, unit-major: filters with their bias and batch-norm affine pair are the units (paper section 5).
 
 The features equal ``torchvision.models.vgg16_bn`` given the same weights (``load_torchvision``, ``to_torchvision``);
-one linear classifier follows. A stage ends in a 2 x 2 max pool, which is left out where the map has side 1 already,
+one linear classifier follows. A stage ends in a 2 x 2 max pool, which is left out where the map is 1 x 1 already,
 so that images of any size go in: 32 x 32 ends at 1 x 1, and so does 8 x 8 from the third stage on.
 
 Backward modes, beside ``mat.units``: without residual connections ``cut`` starves the lower layers. ``sampled`` lets
@@ -56,7 +56,7 @@ class FilterLayer(UnitLayer):
     Args:
         below: The layer that feeds this one, or the number of image channels I.
         filters: C.
-        side: S of the input maps.
+        size: S of the input maps.
         pool: Whether a 2 x 2 max pool follows.
         block: Gathered channels are padded to multiples of this.
         gather: Largest share of the channels, padding included, that is gathered; beyond it the backward is dense.
@@ -69,7 +69,7 @@ class FilterLayer(UnitLayer):
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, below: "FilterLayer | int", filters: int, side: int, pool: bool, block: int, gather: float):
+    def __init__(self, below: "FilterLayer | int", filters: int, size: int, pool: bool, block: int, gather: float):
         super().__init__("filters", filters)
         inputs = below if isinstance(below, int) else below.n_units
         weight = nn.init.kaiming_normal_(torch.empty(filters, inputs, 3, 3), mode="fan_out", nonlinearity="relu")
@@ -80,7 +80,7 @@ class FilterLayer(UnitLayer):
         self.register_buffer("mean", torch.zeros(filters))
         self.register_buffer("variance", torch.ones(filters))
         self.products = {"weight": "bias", "affine": None}
-        self.side, self.pool, self.block, self.gather = side, pool, block, gather
+        self.size, self.pool, self.block, self.gather = size, pool, block, gather
         # In tuples: neighbours are no submodules.
         self._below: tuple[FilterLayer, ...] = () if isinstance(below, int) else (below,)
         self._above: tuple[FilterLayer, ...] = ()
@@ -191,7 +191,7 @@ class FilterLayer(UnitLayer):
 
     def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
         """See :meth:`UnitLayer.step_flops`; the layers above and below count with their gates as they stand."""
-        position = 2 * samples * self.side**2 * 9  # FLOPs per input channel and filter
+        position = 2 * samples * self.size**2 * 9  # FLOPs per input channel and filter
         inputs = self.weight.shape[3]
         forward = position * self.n_units * inputs
         if not self._reached:
@@ -203,11 +203,11 @@ class FilterLayer(UnitLayer):
 
     def tap_shapes(self, length: int) -> list[tuple[int, int, int, int, bool]]:
         """The convolution with its bias, and the affine pair."""
-        return [(self.side**2, self.n_units, 1, 9 * self.weight.shape[3], True), (1, self.n_units, 2, 1, False)]
+        return [(self.size**2, self.n_units, 1, 9 * self.weight.shape[3], True), (1, self.n_units, 2, 1, False)]
 
     def probe_flops(self, samples: int, length: int, lowest: bool) -> tuple[int, int]:
         """See :meth:`UnitLayer.probe_flops`."""
-        forward = 2 * samples * self.side**2 * self.weight.numel()
+        forward = 2 * samples * self.size**2 * self.weight.numel()
         return forward, 0 if lowest else forward
 
 
@@ -346,22 +346,22 @@ class Vgg(UnitModel):
         config: The model's configuration.
         classes: Number of classes.
         channels: Channels of the images.
-        side: Their height and width.
+        size: Their height and width.
         hardware: When the gates gather.
     """
 
     best_by = "accuracy"
 
-    def __init__(self, config: VggConfig, classes: int, channels: int, side: int, hardware: HardwareConfig) -> None:
+    def __init__(self, config: VggConfig, classes: int, channels: int, size: int, hardware: HardwareConfig) -> None:
         super().__init__()
         below: FilterLayer | int = channels
         layers: list[FilterLayer] = []
         for stage in config.stages:
             for i, filters in enumerate(stage):
-                pool = i == len(stage) - 1 and side > 1
-                below = FilterLayer(below, filters, side, pool, hardware.gather_block, hardware.gather_share)
+                pool = i == len(stage) - 1 and size > 1
+                below = FilterLayer(below, filters, size, pool, hardware.gather_block, hardware.gather_share)
                 layers.append(below)
-            side = max(1, side // 2)
+            size = max(1, size // 2)
         self.stages = config.stages
         self.features = nn.ModuleList(layers)
         self.classifier = nn.Linear(layers[-1].n_units, classes)
@@ -369,7 +369,7 @@ class Vgg(UnitModel):
         nn.init.zeros_(self.classifier.bias)
 
     def maps(self, images: Tensor) -> Tensor:
-        """Images (N, channels, side, side) to the last stage's maps."""
+        """Images (N, channels, size, size) to the last stage's maps."""
         x = images.contiguous(memory_format=torch.channels_last)
         maps = Maps(x, x)
         for layer in self.features:
