@@ -6,7 +6,8 @@ A gate is a boolean vector over the layer's units and a backward mode (paper sec
 
 ``cut``    nothing flows back through a frozen unit: its part of the forward pass runs without gradients, keeps no
            activations and costs no backward at all;
-``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient.
+``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient;
+``sampled``  filters only (``mat/vgg.py``): the gradient also passes through some frozen units, drawn in every step.
 
 Gradients of the active units land where the optimiser finds them (``UnitLayer.gradient``): in ``p.grad`` when all
 units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
@@ -203,7 +204,7 @@ class UnitLayer(nn.Module):
                 self._blocks[name, True].rows.grad = None
 
     def forward(self, x: Any) -> Any:
-        """Sum of all units' contributions (or what the layer makes of them), differentiable through the active ones (see the module's docstring)."""
+        """The layer's output, differentiable through the active units (see the module's docstring)."""
         if self.n_active == self.n_units or not torch.is_grad_enabled() or self.tape is not None:
             return self.compute(x, dict(self.unit_parameters()))
         if self.n_active == 0 and self.mode == "cut":
@@ -247,9 +248,7 @@ class UnitLayer(nn.Module):
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.tape.taps.append(
-            Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output, unfold)
-        )
+        self.tape.taps.append(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output, unfold))
         return output
 
     def _rows(self, active: bool) -> UnitTensors:

@@ -12,6 +12,7 @@ All modes run the dense forward; frozen filters normalise with the batch and kee
 Shapes: N images, C filters, I input channels, S x S maps, P channels that carry a gradient (padding included).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -98,7 +99,14 @@ class FilterLayer(UnitLayer):
         y = self.activated(z, w["gain"], w["shift"], self.mean, self.variance)
         return Maps(y, y)
 
-    def exact(self, x: Maps) -> Maps:
+    def gated(self, x: Maps) -> Maps:
+        """One dense forward, and a backward by the mode."""
+        n, count = self.n_active, self.carrying()
+        if self.mode == "exact" or (self.mode == "sampled" and count == self.n_units):
+            return self._exact(x)
+        return self._carried(x, count, 0.0 if self.mode == "cut" else (self.n_units - n) / (count - n))
+
+    def _exact(self, x: Maps) -> Maps:
         """Dense gradients but for the weights of frozen filters."""
         weight, bias, gain, shift = self._leaves()
         z = _Convolution.apply(x.carrier, weight, bias, self, x, None, None)[0]
@@ -108,16 +116,6 @@ class FilterLayer(UnitLayer):
             gains, shifts = gains.index_copy(0, active, gain), shifts.index_copy(0, active, shift)
         y = self.activated(z, gains, shifts, self.mean, self.variance)
         return Maps(y, y)
-
-    def cut(self, x: Maps) -> Maps:
-        """Gradients of the active filters alone."""
-        return self._carried(x, self.padded(self.n_active), 0.0)
-
-    def sampled(self, x: Maps) -> Maps:
-        """Gradients of the active filters and of a random share of the frozen ones."""
-        frozen = self.n_units - self.n_active
-        count = self.padded(self.n_active + round(CARRYING * frozen))
-        return self.exact(x) if count == self.n_units else self._carried(x, count, frozen / (count - self.n_active))
 
     def _carried(self, x: Maps, count: int, factor: float) -> Maps:
         """``count`` filters pass the gradient on, first the active ones; the others of them times ``factor``."""
@@ -158,7 +156,7 @@ class FilterLayer(UnitLayer):
         z = F.conv2d(x, _channels_first(self.weight), self.bias, padding=1)
         positions = z.flatten(2).transpose(1, 2).unsqueeze(3)  # (n, T, C, 1)
         recorded = self.tap("weight", x, True, positions, _patches)
-        z = recorded.squeeze(3).transpose(1, 2).unflatten(2, z.shape[2:])
+        z = recorded.squeeze(3).transpose(1, 2).view(z.shape)
         variance, mean = torch.var_mean(z.detach().to(self.gain.dtype), (0, 2, 3), correction=0)
         normal = F.batch_norm(z, mean, variance, None, None, False, 0.0, EPS)
         # Every sample has a copy of the affine pair, whose gradient is the sample's: a product with 1.
@@ -186,7 +184,7 @@ class FilterLayer(UnitLayer):
         n, units = self.n_active, self.n_units
         if n == units or self.mode == "exact":
             return units
-        count = n if self.mode == "cut" else n + round(CARRYING * (units - n))
+        count = n if self.mode == "cut" else n + math.ceil(CARRYING * (units - n))
         return self.padded(count) if padded else count
 
     def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
@@ -236,27 +234,34 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,), layer, rows = ctx.saved_tensors, ctx.layer, ctx.rows
         g = dense if rows is None else compact
+        assert g is not None
         d_x = d_weight = d_bias = None
-        weight = layer.weight.detach()
         if ctx.needs_input_grad[0]:
-            w = weight if rows is None else weight.index_select(0, rows)
+            w = layer.weight.detach() if rows is None else layer.weight.detach().index_select(0, rows)
             w = w if ctx.channels is None else _gather(w, ctx.channels)
             w = w if ctx.scale is None else w * ctx.scale.view(-1, 1, 1, 1)
             like = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
             d_x = _convolution_backward(g, like, _channels_first(w.to(g.dtype)), True)[0]
         if x is not None:
-            n, count = layer.n_active, layer.padded(layer.n_active)
-            active = layer.active_index(g.device) if n < layer.n_units else None
-            if rows is not None:
-                g, active = g[:, :count], None  # the active ones come first
-            elif count < layer.n_units:
-                rows = torch.cat([active, active[:1].expand(count - n)])
-                g, active = _channels_first(_gather(_channels_last(g), rows)), None
-            like = _channels_first(torch.empty_like(weight[: g.shape[1]], dtype=g.dtype))
-            _, d_weight, d_bias = _convolution_backward(g, x, like, False)
-            d_weight = _channels_last(d_weight)
-            d_weight, d_bias = (t[:n] if active is None else t[active] for t in (d_weight, d_bias))
+            d_weight, d_bias = _Convolution.weight_gradient(layer, x, g, rows is not None)
         return d_x, d_weight, d_bias, None, None, None, None
+
+    @staticmethod
+    def weight_gradient(layer: FilterLayer, x: Tensor, g: Tensor, compact: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of the active filters' weights (n_active, 3, 3, I) and biases."""
+        n, count = layer.n_active, layer.padded(layer.n_active)
+        kept: slice | Tensor = slice(n)
+        active = layer.active_index(g.device) if n < layer.n_units else None
+        if compact:
+            g = g[:, :count]  # the active filters come first
+        elif active is not None and count < layer.n_units:
+            rows = torch.cat([active, active[:1].expand(count - n)])
+            g = _channels_first(_gather(_channels_last(g), rows))
+        elif active is not None:
+            kept = active
+        like = _channels_first(torch.empty_like(layer.weight[: g.shape[1]], dtype=g.dtype))
+        _, d_weight, d_bias = _convolution_backward(g, x, like, False)
+        return _channels_last(d_weight)[kept], d_bias[kept]
 
 
 class _Activation(torch.autograd.Function):
@@ -400,7 +405,8 @@ class Vgg(UnitModel):
 
     def _torchvision_names(self) -> dict[str, str]:
         """Our names of the features' tensors to torchvision's."""
-        names, position, layer = {}, 0, 0
+        names: dict[str, str] = {}
+        position = layer = 0
         ours, theirs = ("gain", "shift", "mean", "variance"), ("weight", "bias", "running_mean", "running_var")
         for stage in self.stages:
             for _ in stage:
