@@ -11,7 +11,7 @@ endif
 SHALLOW := bert$(SUFFIX)_shallow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1 table1-controls tables bench clean
+.PHONY: help demo test lint table1 table1-controls table2 table3 tables bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -33,6 +33,12 @@ lint: $(VENV)/installed ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+define train-and-show
+	$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS)
+	$(RUN) -m results.tables $(1) --runs $(RUNS)
+	$(RUN) -m results.curves $(1) --runs $(RUNS)
+endef
+
 table1: $(VENV)/installed ## train BERT on WikiText-2 with the four methods, then Table 1 (SCALE=mini or full)
 	$(RUN) launch.py -m +experiment=table1$(SUFFIX) runs=$(RUNS)
 	$(RUN) launch.py -m +experiment=table1$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=baseline
@@ -44,6 +50,12 @@ table1-controls: table1 ## the controls beside Table 1, then their table (SCALE=
 	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=fitted
 	$(RUN) -m results.tables table1_controls$(SUFFIX) --runs $(RUNS)
 	$(RUN) -m results.curves table1_controls$(SUFFIX) --runs $(RUNS)
+
+table2: $(VENV)/installed ## train Switch on WikiText-103 (mini: enwiki2015) with the four methods, then Table 2
+	$(call train-and-show,table2$(SUFFIX))
+
+table3: $(VENV)/installed ## train VGG16 on CIFAR-10 with the four methods, then Table 3
+	$(call train-and-show,table3$(SUFFIX))
 
 tables: $(VENV)/installed ## every table whose runs are there
 	$(RUN) -m results.tables all --runs $(RUNS)

@@ -84,7 +84,7 @@ def attend(qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if table is None:
             packed = qkv.permute(3, 0, 2, 1, 4).contiguous()
         else:
-            packed = torch.empty(3, batch, heads, length, width, dtype=qkv.dtype)
+            packed = qkv.new_empty(3, batch, heads, length, width)
             parts = qkv.permute(3, 0, 2, 1, 4)
             packed[:2] = _rotate(parts[:2], *table)
             packed[2] = parts[2]

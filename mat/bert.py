@@ -1,5 +1,7 @@
 """BERT with unit-major parameters: heads and feed-forward groups are the units (paper section 5).
 
+``MaskedEncoder`` is what every masked language model here shares; ``Bert`` is the one with plain feed-forward layers.
+
 With learned positions and post-norm the logits equal ``transformers.BertForMaskedLM`` given the same weights, which
 load from and save to that form (``load_transformers``, ``to_transformers``). Token type 0 is folded into the position
 embeddings: there is one segment only. ``positions="rotary"`` and ``norm="pre"`` make the mini model leave the
@@ -10,6 +12,8 @@ per sequence, P = B * M, V pieces in the vocabulary.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,7 +31,7 @@ def _embedding(*shape: int) -> Tensor:
     return torch.empty(*shape).normal_(0.0, 0.02)
 
 
-def _weight(*shape: int, width: int) -> Tensor:
+def initial_weight(*shape: int, width: int) -> Tensor:
     """BERT's 0.02 at its width of 768, scaled so that narrower models start with equally large products."""
     return torch.empty(*shape).normal_(0.0, 0.02 * math.sqrt(768 / width))
 
@@ -49,8 +53,8 @@ class Attention(UnitLayer):
     def __init__(self, width: int, heads: int, rotary: Tensor | None) -> None:
         super().__init__("heads", heads)
         self.head_width = width // heads
-        self.add_product("qkv_weight", _weight(heads, 3 * self.head_width, width, width=width), "qkv_bias")
-        self.add_product("out_weight", _weight(heads, self.head_width, width, width=width))
+        self.add_product("qkv_weight", initial_weight(heads, 3 * self.head_width, width, width=width), "qkv_bias")
+        self.add_product("out_weight", initial_weight(heads, self.head_width, width, width=width))
         self.register_buffer("rotary", rotary, persistent=False)
 
     def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
@@ -69,6 +73,12 @@ class Attention(UnitLayer):
             return cast(Tensor, super().gated(x))
         y: Tensor = _GatedAttention.apply(x, *self.active_leaves(), self)
         return y
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Attention matrices (B, H, T, T) of an input (B, T, D)."""
+        qkv = F.linear(x, self.qkv_weight.flatten(0, 1), self.qkv_bias.flatten())
+        qkv = qkv.view(*x.shape[:2], self.n_units, 3, self.head_width)
+        return attend(qkv, rotary_part(self.rotary, qkv))[2]
 
     def inner_flops(self, tokens: int, length: int) -> int:
         """Scores and context: two products of T x T x K per head and sequence."""
@@ -91,8 +101,8 @@ class FeedForward(UnitLayer):
     def __init__(self, width: int, hidden: int, groups: int) -> None:
         super().__init__("ffn", groups)
         self.group_width = hidden // groups
-        self.add_product("in_weight", _weight(groups, self.group_width, width, width=width), "in_bias")
-        self.add_product("out_weight", _weight(groups, self.group_width, width, width=width))
+        self.add_product("in_weight", initial_weight(groups, self.group_width, width, width=width), "in_bias")
+        self.add_product("out_weight", initial_weight(groups, self.group_width, width, width=width))
 
     def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
         """(B, T, D) to (B, T, D) for the groups in ``w``."""
@@ -187,16 +197,18 @@ class Block(nn.Module):
     Args:
         config: The model's configuration.
         rotary: Table for rotary positions or None.
+        feed_forward: Makes the second sublayer.
     """
 
-    def __init__(self, config: BertConfig, rotary: Tensor | None) -> None:
+    def __init__(self, config: BertConfig, rotary: Tensor | None, feed_forward: Callable[[], UnitLayer]) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.attention = Attention(config.width, config.heads, rotary)
         self.attention_bias = nn.Parameter(torch.zeros(config.width))
         self.attention_norm = nn.LayerNorm(config.width, eps=1e-12)
-        self.ffn = FeedForward(config.width, config.ffn_hidden, config.ffn_groups)
-        self.ffn_bias = nn.Parameter(torch.zeros(config.width))
+        self.ffn = feed_forward()
+        own_bias = "out_bias" in self.ffn.unit_parameters()
+        self.ffn_bias = None if own_bias else nn.Parameter(torch.zeros(config.width))
         self.ffn_norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -204,13 +216,17 @@ class Block(nn.Module):
         """(B, T, D) to (B, T, D)."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x)) + self.attention_bias)
-            return cast(Tensor, x + self.dropout(self.ffn(self.ffn_norm(x)) + self.ffn_bias))
+            return cast(Tensor, x + self.dropout(self._second(self.ffn_norm(x))))
         x = self.attention_norm(x + self.dropout(self.attention(x) + self.attention_bias))
-        return cast(Tensor, self.ffn_norm(x + self.dropout(self.ffn(x) + self.ffn_bias)))
+        return cast(Tensor, self.ffn_norm(x + self.dropout(self._second(x))))
+
+    def _second(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, self.ffn(x))
+        return y if self.ffn_bias is None else y + self.ffn_bias
 
 
-class Bert(UnitModel):
-    """BERT for masked language modelling; logits are computed at masked positions only.
+class MaskedEncoder(UnitModel):
+    """A Transformer encoder for masked language modelling; logits are computed at masked positions only.
 
     Args:
         config: The model's configuration.
@@ -227,9 +243,11 @@ class Bert(UnitModel):
         self.positions = nn.Parameter(_embedding(length, width)) if config.positions == "learned" else None
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, rotary) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, rotary, partial(self.feed_forward, layer)) for layer in range(config.layers)
+        )
         self.final_norm = nn.LayerNorm(width, eps=1e-12) if config.norm == "pre" else nn.Identity()
-        self.transform_weight = nn.Parameter(_weight(width, width, width=width))
+        self.transform_weight = nn.Parameter(initial_weight(width, width, width=width))
         self.transform_bias = nn.Parameter(torch.zeros(width))
         self.transform_norm = nn.LayerNorm(width, eps=1e-12)
         self.vocabulary_bias = nn.Parameter(torch.zeros(vocabulary))
@@ -237,6 +255,10 @@ class Bert(UnitModel):
             for name, parameter in self.named_parameters():
                 if name.endswith("out_weight"):
                     parameter.data.div_(math.sqrt(2 * config.layers))
+
+    def feed_forward(self, layer: int) -> UnitLayer:
+        """The second sublayer of block number ``layer``."""
+        return FeedForward(self.config.width, self.config.ffn_hidden, self.config.ffn_groups)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) to the last layer's output (B, T, D)."""
@@ -268,6 +290,16 @@ class Bert(UnitModel):
         """M * V."""
         return batch.positions.numel() // batch.samples * self.tokens.shape[0]
 
+
+class Bert(MaskedEncoder):
+    """BERT, and its ``transformers`` form.
+
+    Args:
+        config: The model's configuration.
+        vocabulary: V.
+        length: Longest sequence T.
+    """
+
     def to_transformers(self) -> dict[str, Tensor]:
         """The weights under the names and shapes of ``transformers.BertForMaskedLM`` (token type 0 is all zeros).
 
@@ -286,7 +318,7 @@ class Bert(UnitModel):
         state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, self.config.width)
         for i, block in enumerate(cast(list[Block], self.blocks)):
             prefix = f"bert.encoder.layer.{i}"
-            attention, ffn = block.attention, block.ffn
+            attention, ffn = block.attention, cast(FeedForward, block.ffn)
             weights = attention.qkv_weight.detach().chunk(3, dim=1)  # three of (H, K, D)
             biases = attention.qkv_bias.detach().chunk(3, dim=1)
             for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
@@ -322,7 +354,7 @@ class Bert(UnitModel):
         self.positions.add_(state["bert.embeddings.token_type_embeddings.weight"][0])
         for i, block in enumerate(cast(list[Block], self.blocks)):
             prefix = f"bert.encoder.layer.{i}"
-            attention, ffn = block.attention, block.ffn
+            attention, ffn = block.attention, cast(FeedForward, block.ffn)
             heads, width = attention.n_units, attention.head_width
             for part, name in enumerate(("query", "key", "value")):
                 rows = slice(part * width, (part + 1) * width)

@@ -45,6 +45,18 @@ class BertConfig(ModelConfig):
 
 
 @dataclass
+class SwitchConfig(BertConfig):
+    """Switch Transformer (``mat/switch.py``). Units: attention heads, experts, groups of plain feed-forward layers."""
+
+    family: str = "switch"
+    experts: int = MISSING  # per switch layer, each with ffn_hidden neurons
+    capacity_factor: float = 1.0  # an expert takes at most this many times its even share of a training batch's tokens
+    switch_every: int = 1  # every so manieth feed-forward layer is a switch layer
+    balance_loss: float = 0.01  # coefficient of the load-balancing loss, added up over the switch layers
+    z_loss: float = 0.001  # coefficient of the router z-loss, likewise
+
+
+@dataclass
 class VggConfig(ModelConfig):
     """VGG with batch norm (``mat/vgg.py``). Units: filters."""
 
@@ -54,18 +66,40 @@ class VggConfig(ModelConfig):
 
 @dataclass
 class DatasetConfig:
-    """A text corpus for masked language modelling."""
+    """Where a dataset comes from: the hub, local files, or, with neither hub_path nor local_folder, a package."""
 
     name: str = MISSING
-    modality: str = "text"
+    modality: str = MISSING
     hub_path: str | None = None  # datasets.load_dataset(hub_path, hub_name)
     hub_name: str | None = None
     root: str | None = None  # folder that holds local_folder; its Parquet files are used instead of the hub
     local_folder: str | None = None
-    cache: str = ".cache/mat"  # tokenizer and tokens
+    cache: str = ".cache/mat"  # what is made of the data once: tokenizer and tokens, decoded images
+
+
+@dataclass
+class TextConfig(DatasetConfig):
+    """A text corpus for masked language modelling."""
+
+    modality: str = "text"
     vocabulary: int = MISSING  # word pieces
     length: int = MISSING  # tokens per sequence
+    train_sequences: int | None = None  # only so many training sequences, drawn by the seed; all when null
     mask_share: float = 0.15  # share of the tokens that are predicted
+
+
+@dataclass
+class ImageConfig(DatasetConfig):
+    """Labelled square images for classification."""
+
+    modality: str = "image"
+    source_size: int = MISSING  # pixels a side in the data
+    size: int = MISSING  # pixels a side that the model reads: resized (bilinear) when the cache is made
+    channels: int = 3  # 3, or 1 for grey; what is stored otherwise is converted
+    classes: int = MISSING
+    validation: int = MISSING  # images held out of the training split, the same for all seeds
+    padding: int = 4  # training images move up to so many pixels each way, black coming in
+    flip: bool = True  # every other training image is mirrored
 
 
 @dataclass
@@ -154,6 +188,7 @@ class Config:
     name: str = "smoke"  # first folder below ``runs``; experiments set it
     seed: int = 0
     runs: str = "runs"
+    analysis: list[str] = field(default_factory=list)  # observers at selections: attention | kernels | descent
     model: Any = MISSING
     dataset: Any = MISSING
     method: MethodConfig = MISSING
@@ -168,6 +203,7 @@ INCIDENTAL = (
     "seed",
     "runs",
     "name",
+    "analysis",
     "tracking",
     "dataset.root",
     "dataset.cache",
@@ -179,8 +215,8 @@ INCIDENTAL = (
 )
 
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
-    "model": (("bert", BertConfig), ("vgg", VggConfig)),
-    "dataset": (("text", DatasetConfig),),
+    "model": (("bert", BertConfig), ("switch", SwitchConfig), ("vgg", VggConfig)),
+    "dataset": (("text", TextConfig), ("image", ImageConfig)),
     "method": (("method", MethodConfig),),
     "selection": (("selection", SelectionConfig),),
     "hardware": (("hardware", HardwareConfig),),
@@ -233,9 +269,10 @@ def describe_groups(conf: Path) -> str:
     return "\n".join(lines).replace("$", "$$")  # Hydra takes the text for a template
 
 
-KINDS = {"bert": ("heads", "ffn"), "vgg": ("filters",)}
-MODALITY = {"bert": "text", "vgg": "image"}
-MODES = {"bert": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
+ANALYSES = ("attention", "kernels", "descent")  # mat/analysis.py
+KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
+MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
+MODES = {"bert": ("cut", "exact"), "switch": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -271,9 +308,16 @@ def validate(config: Config) -> None:
         )
     if isinstance(model, BertConfig):
         _validate_bert(model)
+    if isinstance(model, SwitchConfig):
+        _validate_switch(model, selection.units)
     if isinstance(model, VggConfig):
         _validate_vgg(model)
-    _validate_text(config.dataset)
+    _validate_dataset(config.dataset)
+
+    for name in config.analysis:
+        _one_of("analysis", name, ANALYSES)
+        if name == "attention" and "heads" not in KINDS[model.family]:
+            raise UserError(f"analysis=[attention] needs a model with heads: leave it out for model={model.family}.")
 
     inf = float("inf")
     _between("seed", config.seed, 0, 2**31 - 1)
@@ -372,6 +416,19 @@ def _validate_bert(model: BertConfig) -> None:
         )
 
 
+def _validate_switch(model: SwitchConfig, units: list[str]) -> None:
+    _between("model.experts", model.experts, 1, float("inf"))
+    _between("model.capacity_factor", model.capacity_factor, 0, model.experts, open_low=True)
+    _between("model.switch_every", model.switch_every, 1, model.layers)
+    _between("model.balance_loss", model.balance_loss, 0, float("inf"))
+    _between("model.z_loss", model.z_loss, 0, float("inf"))
+    if model.switch_every == 1 and units == ["ffn"]:
+        raise UserError(
+            "selection.units=[ffn] names no unit of a model whose every layer is a switch layer: choose heads or "
+            "experts, or set model.switch_every=2."
+        )
+
+
 def _validate_vgg(model: VggConfig) -> None:
     if not model.stages or not all(model.stages):
         raise UserError(f"model.stages={model.stages} has an empty stage: give the filters of at least one layer each.")
@@ -379,16 +436,28 @@ def _validate_vgg(model: VggConfig) -> None:
         _between("model.stages", filters, 1, float("inf"))
 
 
-def _validate_text(dataset: DatasetConfig) -> None:
-    _between("dataset.length", dataset.length, 2, float("inf"))
-    _between("dataset.vocabulary", dataset.vocabulary, 64, 2**16)  # tokens are stored in 16 bits
-    _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
-    if dataset.root is not None and dataset.hub_path is not None and dataset.local_folder is None:
+def _validate_dataset(dataset: DatasetConfig) -> None:
+    inf = float("inf")
+    if isinstance(dataset, TextConfig):
+        _between("dataset.length", dataset.length, 2, inf)
+        if dataset.train_sequences is not None:
+            _between("dataset.train_sequences", dataset.train_sequences, 1, inf)
+        _between("dataset.vocabulary", dataset.vocabulary, 64, 2**16)  # tokens are stored in 16 bits
+        _between("dataset.mask_share", dataset.mask_share, 0, 0.9, open_low=True)
+    elif isinstance(dataset, ImageConfig):
+        for key in ("source_size", "size", "validation"):
+            _between(f"dataset.{key}", getattr(dataset, key), 1, inf)
+        _between("dataset.classes", dataset.classes, 2, inf)
+        _between("dataset.padding", dataset.padding, 0, dataset.size)
+        if dataset.channels not in (1, 3):
+            raise UserError(f"dataset.channels={dataset.channels} is no kind of image: set 3, or 1 for grey.")
+    if dataset.hub_path is not None and dataset.root is not None and dataset.local_folder is None:
         raise UserError("dataset.local_folder=null names no folder below dataset.root: set one of the two.")
     if dataset.root is not None and not Path(dataset.root).expanduser().is_dir():
+        otherwise = f"set it to null to load {dataset.name} from the hub" if dataset.hub_path else "set it to null"
         raise UserError(
             f"dataset.root={dataset.root} is not a folder: point it (or MAT_DATA) at the folder that holds "
-            f"{dataset.local_folder}/, or set it to null to load {dataset.name} from the hub."
+            f"{dataset.local_folder}/, or {otherwise}."
         )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mat import checkpoint, flops, ntk
+from mat import analysis, checkpoint, flops, ntk
 from mat import data as datasets
 from mat.config import Config
 from mat.errors import RunFailed, UserError
@@ -95,12 +95,15 @@ class Training:
         self.optimiser = build_optimiser(self.model, train)
         self.index = UnitIndex(unit_layers(self.model), config.selection.units)
         self.method = Method(config.method, config.selection, self.index, config.seed)
-        self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if self.method.selects else None
+        probing = self.method.selects or config.analysis
+        self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
+        self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
         self.mode = cast(BackwardMode, config.selection.mode)
         self.budget = train.pflops * config.method.budget * PFLOP
 
         self.step = 0
         self.epoch = 0
+        self.records = 0  # of the units; one per selection interval, whatever the method
         self.spent = Flops()  # executed
         self.needed = 0  # FLOPs of the figure without padding
         self.seconds = 0.0
@@ -127,12 +130,15 @@ class Training:
             self._event("start", "validation", **self.data.facts())
         with self._stopping_cleanly():
             while True:
-                if self.method.is_due(self.spent.figure / self.budget):
+                progress = self.spent.figure / self.budget
+                if selects := self.method.is_due(progress):
                     after = self.spent.figure + self._estimate_cost().figure
                     self._evaluate_until(after, points)
                     if after > self.budget:
                         break
                     self._select()
+                if progress >= self.records * self.config.selection.interval:
+                    self._record(selects)
                 start = time.perf_counter()
                 batch, self.epoch = self.data.train_batch(self.step, train.batch)
                 self.index.set_active(self.method.active_at(self.step), self.mode)
@@ -236,24 +242,35 @@ class Training:
         self.seconds += time.perf_counter() - start
         self.spent += cost
         self.needed += cost.figure
-        rows = pd.DataFrame(
-            {
-                "t": state.t,
-                "step": self.step,
-                "pflops": self.spent.figure / PFLOP,
-                "kind": self.index.kind,
-                "layer": self.index.layer,
-                "unit": self.index.unit,
-                "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score,
-                "delta": state.delta,
-                "threshold": state.threshold,
-                "active": state.active,
-                "stopped": state.stopped,
-            }
-        )
-        before = self.files.units()
-        self.files.write_units(rows if before is None else pd.concat([before, rows], ignore_index=True))
         self._event("selection", "train", active_now=float(state.active.mean()))
+
+    def _record(self, selected: bool) -> None:
+        """Write a row per unit and run the analysis; counted neither in FLOPs nor in seconds.
+
+        Args:
+            selected: Whether there was a selection just now; without one there are no scores.
+        """
+        state = self.method.state
+        units = {
+            "kind": self.index.kind,
+            "layer": self.index.layer,
+            "unit": self.index.unit,
+            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score if selected else np.nan,
+            "delta": state.delta if selected else np.nan,
+            "threshold": state.threshold if selected else np.nan,
+            "active": state.active,
+            "stopped": state.stopped,
+            "distance": analysis.distances(self.index, self.start),
+        }
+        where = {"t": self.records, "step": self.step, "pflops": self.spent.figure / PFLOP}
+        self.files.add_rows("units", pd.DataFrame({**where, **units}))
+        if self.config.analysis:
+            assert self.probe is not None
+            selection, memory = self.config.selection, self.config.hardware.estimator_bytes
+            seen = analysis.scene(self.model, self.probe, selection.projections, self.config.seed, memory)
+            for name in self.config.analysis:
+                self.files.add_rows(name, pd.DataFrame({**where, **analysis.OBSERVERS[name](seen)}))
+        self.records += 1
 
     def _reduction(self) -> ntk.Reduction:
         if self.config.method.score == "gradnorm":
@@ -413,7 +430,7 @@ class Training:
                 old.unlink()
 
     _SAVED = (
-        "step", "epoch", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
+        "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
         "recent", "evaluated_at", "best",
     )  # fmt: skip
 
@@ -423,7 +440,8 @@ class Training:
         if state is None:
             self.files.rewind(0, 0)
             return
-        if self.probe is not None and not torch.equal(self.probe.inputs, state["probe"]):
+        known = state["probe"]
+        if self.probe is not None and known is not None and not torch.equal(self.probe.inputs, known):
             raise UserError(
                 f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
                 "with, or remove that folder."
@@ -439,7 +457,7 @@ class Training:
             setattr(self, name, state[name])
         if math.isfinite(self.best["loss"]):
             self._best_weights()  # a damaged or missing file is better told now than at the run's end
-        self.files.rewind(state["lines"], self.method.state.t + 1)
+        self.files.rewind(state["lines"], self.records)
 
     # --- surroundings
 

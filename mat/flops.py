@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mat import ntk
+from mat import gram, ntk
 from mat.interface import Flops, UnitModel
 from mat.units import UnitLayer, unit_layers
 
@@ -54,13 +54,17 @@ def estimate(
     forward = backward = rest.forward  # matrix products: an input gradient costs what the forward does
     reached = False
     for layer in unit_layers(model):
-        lowest = layer is gated[0]
-        reached |= lowest
-        ahead, back = layer.probe_flops(samples, length, lowest)
-        forward += ahead
-        backward += back if reached else 0
-    taps = [shape for layer in gated for shape in layer.tap_shapes(length)]
-    overhead = forward + passes * backward + ntk.flops(taps, samples * passes, memory_bytes)
+        up, down = layer.probe_flops(samples, length, first=layer is gated[0])
+        forward += up
+        reached |= layer is gated[0]
+        backward += down if reached else 0
+    overhead = forward + passes * backward
+    for layer in gated:
+        taps = layer.tap_shapes(length)
+        if layer.routed:
+            overhead += sum(gram.routed_flops(samples * passes, *tap) for tap in taps)
+        else:
+            overhead += ntk.flops(taps, samples * passes, memory_bytes)
     return Flops(overhead=overhead, vocabulary=rest.vocabulary // 3 * (1 + passes))
 
 

@@ -5,13 +5,19 @@ For one weight of a unit layer the gradient of sample i and unit u is ``A[i, :, 
 
 ``gradients``  form the per-sample gradients, then multiply them: N U p q (T + N) multiply-adds;
 ``pairs``      contract token pairs without forming gradients: N² T² (U p + q + U) multiply-adds.
+
+On a CUDA device ``gradients`` runs in a Triton kernel that never writes a gradient (``mat.gram_triton``).
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+Factors = Sequence[tuple[Tensor, ...]]
 
 
 ELEMENTWISE = 200  # matrix-product FLOPs that take as long as multiplying and adding up one token pair (measured)
@@ -64,51 +70,57 @@ def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: in
     return Plan("pairs", pairs - shared + shared * -(-units // unit_chunk), unit_chunk, chunk)
 
 
-def unit_gram(per_unit: Tensor, shared: Tensor, bias: bool, memory_bytes: int) -> Tensor:
+def unit_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     """Gram matrices of the per-sample gradients of one weight, and of its bias if it has one.
 
     Args:
-        per_unit: A, (N, T, U, p).
-        shared: B, (N, T, q).
+        factors: Pairs of A (n, T, U, p) and B (n, T, q), one for every batch and projection; the kernel's rows are
+            theirs one after the other, N in all.
         bias: Add the Gram matrices of A summed over tokens (the gradient of a bias (U, p)).
         memory_bytes: Bound on working memory.
 
     Returns:
         (U, N, N), float32 (float64 for float64 factors); products of gradients accumulate in that precision.
     """
-    samples, tokens, units, p = per_unit.shape
-    q = shared.shape[2]
+    per_unit, shared = factors[0]
+    _, tokens, units, p = per_unit.shape
+    samples, q = sum(len(a) for a, _ in factors), shared.shape[2]
     exact = torch.float64 if per_unit.dtype == torch.float64 else torch.float32
     gram = torch.zeros(units, samples, samples, dtype=exact, device=per_unit.device)
     chosen = plan(samples, tokens, units, p, q, memory_bytes)
     with torch.autocast(per_unit.device.type, enabled=False):
-        if chosen.contraction == "gradients":
-            _by_gradients(gram, per_unit, shared, chosen)
-        else:
-            _by_pairs(gram, per_unit, shared, chosen)
+        contract = _by_gradients if chosen.contraction == "gradients" else _by_pairs
+        contract(gram, factors, chosen)
         if bias:
-            summed = per_unit.sum(1, dtype=exact).transpose(0, 1)  # (U, N, p)
+            summed = torch.cat([a.sum(1, dtype=exact) for a, _ in factors]).transpose(0, 1)  # (U, N, p)
             gram.baddbmm_(summed, summed.transpose(1, 2))
     return gram
 
 
-def _by_gradients(gram: Tensor, per_unit: Tensor, shared: Tensor, chosen: Plan) -> None:
-    samples, _, units, p = per_unit.shape
+def _by_gradients(gram: Tensor, factors: Factors, chosen: Plan) -> None:
+    _, _, units, p = factors[0][0].shape
     # Under autocast one factor is the input before the cast: the narrower type is what the product itself used.
-    dtype = min(per_unit.dtype, shared.dtype, key=lambda d: d.itemsize)
-    shared = shared.to(dtype)
+    dtype = min(factors[0][0].dtype, factors[0][1].dtype, key=lambda d: d.itemsize)
+    shared = {id(b): b.to(dtype) for _, b in factors}  # projections share an input: one copy
     for u in range(0, units, chosen.units):
         for r in range(0, p, chosen.rows):
-            a = per_unit[:, :, u : u + chosen.units, r : r + chosen.rows].to(dtype)
-            gradients = torch.bmm(a.flatten(2).transpose(1, 2), shared)  # (N, u r, q)
-            # (u, N, r q): strides alone, no copy
-            rows = gradients.to(gram.dtype).view(samples, a.shape[2], -1).transpose(0, 1)
-            gram[u : u + chosen.units].baddbmm_(rows, rows.transpose(1, 2))
+            parts = [(a[:, :, u : u + chosen.units, r : r + chosen.rows].to(dtype), shared[id(b)]) for a, b in factors]
+            width, height, q = parts[0][0].shape[2], parts[0][0].shape[3], parts[0][1].shape[2]
+            gradients = gram.new_empty(gram.shape[1], width * height, q)  # (N, u r, q)
+            for (a, b), rows in zip(parts, torch.split(gradients, [len(a) for a, _ in parts]), strict=True):
+                left = a.flatten(2).transpose(1, 2)
+                if dtype == gram.dtype:
+                    torch.bmm(left, b, out=rows)
+                else:
+                    rows.copy_(torch.bmm(left, b))
+            flat = gradients.view(-1, width, height * q).transpose(0, 1)  # (u, N, r q): strides alone, no copy
+            gram[u : u + chosen.units].baddbmm_(flat, flat.transpose(1, 2))
 
 
-def _by_pairs(gram: Tensor, per_unit: Tensor, shared: Tensor, chosen: Plan) -> None:
+def _by_pairs(gram: Tensor, factors: Factors, chosen: Plan) -> None:
+    per_unit, b = (torch.cat([pair[side] for pair in factors]) for side in (0, 1))
     samples, tokens, units, _ = per_unit.shape
-    b = shared.to(gram.dtype)
+    b = b.to(gram.dtype)
     flat_b = b.flatten(0, 1)  # (N T, q)
     for u in range(0, units, chosen.units):
         a = per_unit[:, :, u : u + chosen.units].to(gram.dtype).permute(2, 0, 1, 3)  # (u, N, T, p)
@@ -118,3 +130,45 @@ def _by_pairs(gram: Tensor, per_unit: Tensor, shared: Tensor, chosen: Plan) -> N
             pair_a = torch.bmm(a[:, i : i + chosen.rows].flatten(1, 2), flat_a.transpose(1, 2))
             products = (pair_a * pair_b).view(a.shape[0], -1, tokens, samples, tokens)
             gram[u : u + chosen.units, i : i + chosen.rows] += products.sum((2, 4))
+
+
+def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
+    """The same for a layer that sends every position to one unit: nothing is formed for the other units.
+
+    Args:
+        factors: Triples of A (P, p), B (P, q) and sizes (U, n), one for every batch and projection: how many of the P
+            positions each unit has in each sample. A and B are sorted by unit, then by sample.
+        bias: As in :func:`unit_gram`.
+        memory_bytes: Bound on working memory.
+
+    Returns:
+        As :func:`unit_gram`; zero for a unit without positions.
+    """
+    (a, b, sizes), units, p, q = factors[0], len(factors[0][2]), factors[0][0].shape[1], factors[0][1].shape[1]
+    dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
+    exact = torch.float64 if a.dtype == torch.float64 else torch.float32
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(units)]  # of every unit, by row of the kernel
+    for a, b, sizes in factors:
+        counts = sizes.flatten().tolist()
+        pairs = list(zip(torch.split(a.to(dtype), counts), torch.split(b.to(dtype), counts), strict=True))
+        for u, part in enumerate(parts):
+            part += pairs[u * sizes.shape[1] : (u + 1) * sizes.shape[1]]
+    samples = len(parts[0])
+    gram = torch.zeros(units, samples, samples, dtype=exact, device=a.device)
+    chunk = max(1, min(p, memory_bytes // (samples * q * exact.itemsize)))
+    with torch.autocast(a.device.type, enabled=False):
+        for u, r in itertools.product(range(units), range(0, p, chunk)):
+            gradients = gram.new_empty(samples, min(chunk, p - r), q)
+            for row, (left, right) in zip(gradients, parts[u], strict=True):
+                row.copy_(left[:, r : r + chunk].T @ right)
+            flat = gradients.flatten(1)
+            gram[u] += flat @ flat.T
+        if bias:
+            summed = torch.stack([torch.stack([left.sum(0, dtype=exact) for left, _ in part]) for part in parts])
+            gram.baddbmm_(summed, summed.transpose(1, 2))
+    return gram
+
+
+def routed_flops(samples: int, tokens: int, units: int, p: int, q: int, bias: bool) -> int:
+    """FLOPs of :func:`routed_gram`, wherever the positions went: m n samples of T tokens each, stacked."""
+    return 2 * samples * tokens * p * q + 2 * samples * samples * units * p * (q + bias)

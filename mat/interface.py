@@ -1,6 +1,6 @@
 """What the engine, the ledger and the estimator need of data, batches and models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -81,7 +81,7 @@ class Data(Protocol):
         """The batch of a step and its epoch."""
         ...
 
-    def evaluation_batches(self, split: str, samples: int | None, batch: int) -> Sequence[Batch]:
+    def evaluation_batches(self, split: str, samples: int | None, batch: int) -> Iterable[Batch]:
         """Samples of a split (all when None), the same for all methods and seeds."""
         ...
 

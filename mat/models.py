@@ -1,8 +1,9 @@
 """From a model's configuration to the model."""
 
 from mat.bert import Bert
-from mat.config import BertConfig, Config, VggConfig
+from mat.config import BertConfig, Config, ImageConfig, SwitchConfig, TextConfig, VggConfig
 from mat.interface import UnitModel
+from mat.switch import Switch
 from mat.vgg import Vgg
 
 
@@ -18,6 +19,9 @@ def build(config: Config, outputs: int) -> UnitModel:
     """
     model, dataset = config.model, config.dataset
     if isinstance(model, VggConfig):
+        assert isinstance(dataset, ImageConfig)
         return Vgg(model, outputs, dataset.channels, dataset.size, config.hardware)
-    assert isinstance(model, BertConfig)
+    assert isinstance(model, BertConfig) and isinstance(dataset, TextConfig)
+    if isinstance(model, SwitchConfig):
+        return Switch(model, outputs, dataset.length)
     return Bert(model, outputs, dataset.length)

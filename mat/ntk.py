@@ -1,7 +1,8 @@
 """Top eigenvalues of the modular neural tangent kernels of all units, from one forward pass (paper section 1).
 
 The mNTK of unit l is ``Theta_l = J_l J_l^T`` with ``J_l = d f / d theta_l`` of the network's outputs f: n samples with
-k outputs each make it nk x nk. Outputs are reduced before they are differentiated, explicitly and by name:
+k outputs each make it nk x nk; the kernels of all parameters add up to the NTK (eq. 1). Outputs are reduced before they
+are differentiated, explicitly and by name:
 
 ``full``    all k outputs, k backward passes: the exact kernel (nk x nk). For tests and small models.
 ``random``  m projections of each sample's outputs on random signs, stacked: (nm x nm) / m. Its trace is an unbiased
@@ -13,122 +14,225 @@ One forward pass records each unit layer's factors (``mat.units.Tap``), one back
 gradients of all layers' outputs (no weight gradient is formed by autograd), and each layer's Gram matrices are
 batched products (``mat.gram``). The estimator is pure: parameters, gradients, buffers, random state and train or
 eval mode are as before. Works in the caller's autocast context.
+
+It needs nothing else of the suite. ``model`` is any module with unit layers whose ``forward(batch)`` gives outputs with
+rows grouped by sample (``loss_of_outputs`` for ``loss`` only); ``batch`` is anything with ``samples``, their number
+(``split`` for ``rest`` only)::
+
+    class Model(UnitModel):
+        def __init__(self):
+            super().__init__()
+            self.hidden = FeedForward(width=16, hidden=64, groups=8)  # 8 units, from mat.bert
+            self.out = nn.Linear(16, 10)
+
+        def forward(self, batch):  # batch.x: (n, 1, 16), one position per sample
+            return self.out(self.hidden(batch.x)[:, 0])
+
+    found = ntk.estimate(model, batch, reduction="random", projections=4, spectrum=True)
+    found.lambda_max  # (8,); found.index.kind, .layer and .unit say which unit a row is
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mat import gram
-from mat.interface import Batch, UnitModel
+from mat.interface import UnitModel
 from mat.units import Tap, Tape, UnitIndex, unit_layers
 
 Reduction = Literal["random", "sum", "full", "loss"]
+MEMORY_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Mntk:
-    """Result of :func:`estimate`, one row per unit in the order of the ``UnitIndex``.
+    """Result of :func:`estimate` or :class:`Online`, one row per unit in the order of ``index``.
 
     Attributes:
         lambda_max: (units,) top eigenvalues.
         squared_norm: (units,) sum of all kernel entries; for ``loss`` the squared norm of the unit's gradient.
         spectrum: (units, r) all eigenvalues, ascending, or None. r = n m, n, n k, n by reduction.
         kernels: (units, r, r) or None; rows are projection-major (projection or output j, then sample i).
+        rest: Kernel (r, r) of every parameter that is no measured unit's, by name, or None.
+        index: Which unit a row is.
         samples: n.
         outputs: k.
         reduction: How outputs were reduced.
         projections: m (1 unless ``random``).
+        seed: Seed of the random signs.
     """
 
     lambda_max: NDArray[np.float64]
     squared_norm: NDArray[np.float64]
     spectrum: NDArray[np.float64] | None
     kernels: Tensor | None
+    rest: dict[str, Tensor] | None
+    index: UnitIndex
     samples: int
     outputs: int
     reduction: Reduction
     projections: int
+    seed: int
+
+    def kernel_of(self, model: nn.Module, part: nn.Module) -> Tensor:
+        """Kernel (r, r) of all parameters of a part of the model: its units' and its own rest's, added (eq. 1).
+
+        Args:
+            model: The model that was measured.
+            part: One of its modules, such as a block; the model itself for the whole NTK.
+
+        Raises:
+            ValueError: If the result was made without ``kernels`` or ``rest``.
+        """
+        if self.kernels is None or self.rest is None:
+            raise ValueError("the kernel of a part needs an estimate with kernels=True and rest=True")
+        modules, parameters = set(map(id, part.modules())), set(map(id, part.parameters()))
+        total = torch.zeros_like(self.kernels[0])
+        for layer, rows in self.index.slices():
+            if id(layer) in modules:
+                total += self.kernels[rows].sum(0)
+        for name, kernel in self.rest.items():
+            if id(model.get_parameter(name)) in parameters:
+                total += kernel
+        return total
 
 
 def estimate(
     model: UnitModel,
-    batch: Batch,
-    index: UnitIndex,
+    batch: Any,
+    index: UnitIndex | None = None,
     *,
     reduction: Reduction = "random",
     projections: int = 1,
     seed: int = 0,
-    memory_bytes: int = 512 * 2**20,
+    memory_bytes: int = MEMORY_BYTES,
     spectrum: bool = False,
     kernels: bool = False,
+    rest: bool = False,
 ) -> Mntk:
     """Top eigenvalue of the mNTK of every unit.
 
+    Memory: autograd keeps one batch at a time; of all batches the estimator keeps the factors (every unit layer's
+    inputs, and m gradients of its outputs); ``memory_bytes`` for the products; 4 units r² bytes of kernels.
+
     Args:
         model: A model with unit layers.
-        batch: The probe, n samples.
-        index: The units wanted.
+        batch: The probe, n samples, or a sequence of batches that make it up: the result is the same.
+        index: The units wanted; all when omitted.
         reduction: How the outputs are reduced, see the module's docstring.
         projections: m, for ``random`` only.
-        seed: Seed of the random signs; the same seed and shapes give the same signs.
-        memory_bytes: Bound on the working memory of the Gram products. Beside it the estimator keeps the factors:
-            for every unit layer its inputs and m gradients of its outputs.
+        seed: Seed of the random signs. A sign depends on the seed, the projection and the sample's number in the
+            probe only: more samples or projections add signs and change none.
+        memory_bytes: Bound on the working memory of the Gram products.
         spectrum: Return all eigenvalues.
         kernels: Return the kernels.
+        rest: Return the kernels of all other parameters, by name: a loop over samples and projections that keeps
+            their r gradients, for small probes.
 
     Returns:
         Eigenvalues and what they were computed from.
 
     Raises:
-        FloatingPointError: If a kernel has a value that is not finite.
-        ValueError: If outputs cannot be split evenly into samples.
+        FloatingPointError: If a unit's kernel has a value that is not finite; the message names the unit.
+        ValueError: If there is nothing to measure, outputs cannot be split evenly into samples, or the reduction is
+            not known.
     """
+    index = _checked(UnitIndex(unit_layers(model)) if index is None else index)
+    batches = list(batch) if isinstance(batch, Sequence) else [batch]
+    reducer = _Reducer(reduction, projections, seed, sum(part.samples for part in batches))
+    products, of_rest = _Products(index), None
     with _probing(model) as tape:
-        outputs = model(batch)
-        rows = outputs.shape[0] // batch.samples
-        if rows * batch.samples != outputs.shape[0]:
-            raise ValueError(f"{outputs.shape[0]} output rows cannot be split evenly into {batch.samples} samples")
-        count = rows * outputs[0].numel()
-        layers = set(map(id, index.layers))
-        taps = [tap for tap in tape.taps if id(tap.layer) in layers]
-        cotangents = _cotangents(model, batch, outputs, reduction, projections, seed)
-        gradients: list[list[Tensor]] = [[] for _ in taps]
-        for j, cotangent in enumerate(cotangents):
-            last = j == len(cotangents) - 1
-            found = torch.autograd.grad(outputs, [t.output for t in taps], cotangent, retain_graph=not last)
-            for slot, gradient in zip(gradients, found, strict=True):
-                slot.append(gradient)
-        del outputs
-    grams: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for tap, found_for_tap in zip(taps, gradients, strict=True):
-            value = _tap_gram(tap, found_for_tap, memory_bytes)
-            grams[id(tap.layer)] = grams[id(tap.layer)] + value if id(tap.layer) in grams else value
-            found_for_tap.clear()
-        stacked = torch.cat([grams[id(layer)] for layer in index.layers])
-        if reduction == "random":
-            stacked /= len(cotangents)
-        if not bool(torch.isfinite(stacked).all()):
-            raise FloatingPointError("the mNTK has values that are not finite: the model has diverged.")
-        eigenvalues = torch.linalg.eigvalsh(stacked).clamp_min(0).to("cpu", torch.float64).numpy()
-        squared_norm = stacked.sum((1, 2)).clamp_min(0).to("cpu", torch.float64).numpy()
+        first = 0
+        for part in batches:
+            tape.taps.clear()
+            outputs = model(part)
+            count = reducer.outputs_per_sample(outputs, part.samples)
+            taps = products.measured(tape.taps)
+            gradients: list[list[Tensor]] = [[] for _ in taps]
+            for cotangent, last in reducer.cotangents(model, part, outputs, first):
+                found = torch.autograd.grad(outputs, [t.output for t in taps], cotangent, retain_graph=not last)
+                for slot, gradient in zip(gradients, found, strict=True):
+                    slot.append(gradient)
+            products.add(taps, gradients)
+            first += part.samples
+            del outputs, taps, gradients, found
+        tape.taps.clear()
+        if rest:
+            of_rest = _rest_kernels(model, batches, index, tape, reducer)
+    m = projections if reduction == "random" else 1
+    stacked = products.kernels(memory_bytes) / m
     return Mntk(
-        lambda_max=eigenvalues[:, -1].copy(),
-        squared_norm=squared_norm,
-        spectrum=eigenvalues if spectrum else None,
-        kernels=stacked if kernels else None,
-        samples=batch.samples,
-        outputs=count,
-        reduction=reduction,
-        projections=len(cotangents) if reduction == "random" else 1,
-    )
+        *_eigenvalues(stacked, index, spectrum), stacked if kernels else None, of_rest, index, first, count, reduction,
+        m, seed,
+    )  # fmt: skip
+
+
+class Online:
+    """The kernels of per-sample loss gradients (``loss``) from a training step's own backward pass.
+
+    Everything that the step computes is used; the Gram products are all that comes on top, and the factors (every unit
+    layer's inputs and output gradients) stay in memory until :meth:`result`::
+
+        with ntk.Online(model) as online:
+            model.loss(batch).backward()
+        found = online.result()
+
+    All units must be active in that step: a ``cut`` step has no factors of frozen units, and a method that froze units
+    by what it could not measure would never wake them. Several forward and backward passes (accumulation) count as one
+    step of all their samples. Unlike a probe, a training batch brings other samples at every call, its dropout, and
+    auxiliary losses; the gradients are used up by the step as always.
+
+    Args:
+        model: The model that trains.
+        index: The units wanted; all when omitted.
+
+    Raises:
+        ValueError: On entering, if a unit layer has frozen units; in ``result``, if a product got no gradient.
+    """
+
+    def __init__(self, model: nn.Module, index: UnitIndex | None = None) -> None:
+        self.model = model
+        self.index = _checked(UnitIndex(unit_layers(model)) if index is None else index)
+        self._tapes: list[_ListeningTape] = []
+
+    def __enter__(self) -> "Online":
+        layers = unit_layers(self.model)
+        if any(layer.n_active < layer.n_units for layer in layers):
+            raise ValueError("an online estimate needs a step in which all units are active: set_active to all first")
+
+        def begin(*_: Any) -> None:  # a pass of its own for every micro-batch
+            self._tapes.append(_ListeningTape())
+            for layer in layers:
+                layer.tape = self._tapes[-1]
+
+        self._hook = self.model.register_forward_pre_hook(begin)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hook.remove()
+        for layer in unit_layers(self.model):
+            layer.tape = None
+
+    def result(self, memory_bytes: int = MEMORY_BYTES, spectrum: bool = False, kernels: bool = False) -> Mntk:
+        """What the step showed, see :class:`Mntk`; ``outputs`` is 1, a sample's loss."""
+        products = _Products(self.index)
+        for tape in self._tapes:
+            taps = products.measured(tape.taps)
+            gradients = [tape.gradients[id(tap)] for tap in taps]
+            if not all(gradients):
+                raise ValueError("an online estimate needs the backward pass of every forward pass made within it")
+            products.add(taps, gradients)
+        stacked = products.kernels(memory_bytes)
+        eigenvalues = _eigenvalues(stacked, self.index, spectrum)
+        return Mntk(
+            *eigenvalues, stacked if kernels else None, None, self.index, stacked.shape[1], 1, "loss", 1, 0
+        )  # fmt: skip
 
 
 def flops(taps: list[tuple[int, int, int, int, bool]], samples: int, memory_bytes: int) -> int:
@@ -149,8 +253,29 @@ def flops(taps: list[tuple[int, int, int, int, bool]], samples: int, memory_byte
     return total
 
 
+def _checked(index: UnitIndex) -> UnitIndex:
+    if not len(index):
+        raise ValueError("there is no unit to measure: the model has no unit layer of the wanted kinds")
+    return index
+
+
+class _ListeningTape(Tape):
+    """Also keeps the gradients that a later backward pass brings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients: dict[int, list[Tensor]] = {}
+
+    def record(self, tap: Tap) -> None:
+        found: list[Tensor] = []
+        tap.output.register_hook(found.append)  # type: ignore[no-untyped-call]
+        kept = replace(tap, output=tap.known)  # the output itself would keep the graph alive
+        self.taps.append(kept)
+        self.gradients[id(kept)] = found
+
+
 @contextmanager
-def _probing(model: UnitModel) -> Iterator[Tape]:
+def _probing(model: nn.Module) -> Iterator[Tape]:
     """Eval mode, no parameter gradients, a tape in every unit layer; everything restored at the end."""
     tape = Tape()
     training = {module: module.training for module in model.modules()}
@@ -173,31 +298,145 @@ def _probing(model: UnitModel) -> Iterator[Tape]:
             module.training = value
 
 
-def _cotangents(
-    model: UnitModel, batch: Batch, outputs: Tensor, reduction: Reduction, projections: int, seed: int
-) -> list[Tensor]:
-    """One vector per backward pass, each of the outputs' shape."""
-    if reduction == "loss":
-        leaf = outputs.detach().requires_grad_()
-        loss = model.loss_of_outputs(leaf, batch)
-        return list(torch.autograd.grad(loss, leaf))
-    if reduction == "full":
-        per_sample = outputs.view(batch.samples, -1)
-        unit = torch.eye(per_sample.shape[1], dtype=outputs.dtype, device=outputs.device)
-        return [row.expand_as(per_sample).reshape(outputs.shape) for row in unit]
-    if reduction == "sum":
-        count = outputs.numel() // batch.samples
-        return [torch.full_like(outputs, count**-0.5)]
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device sees the same signs
-    shape = (projections, *outputs.shape)
-    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-    return list(signs.to(outputs.device).to(outputs.dtype))
+@dataclass(frozen=True)
+class _Reducer:
+    """How outputs become what is differentiated; ``samples`` is n of the whole probe."""
+
+    reduction: Reduction
+    projections: int
+    seed: int
+    samples: int
+
+    def __post_init__(self) -> None:
+        if self.reduction not in get_args(Reduction) or self.projections < 1 or self.samples < 1:
+            raise ValueError(
+                f"reduction={self.reduction!r}, projections={self.projections}, {self.samples} samples: wanted one of "
+                f"{', '.join(get_args(Reduction))}, and at least one projection and one sample"
+            )
+
+    def outputs_per_sample(self, outputs: Tensor, samples: int) -> int:
+        """The number k."""
+        if outputs.shape[0] % samples:
+            raise ValueError(f"{outputs.shape[0]} output rows cannot be split evenly into {samples} samples")
+        return outputs.numel() // samples
+
+    def cotangents(self, model: UnitModel, batch: Any, outputs: Tensor, first: int) -> Iterator[tuple[Tensor, bool]]:
+        """One vector of the outputs' shape per backward pass, and whether it is the last one.
+
+        ``first`` is the number of the batch's first sample in the probe.
+        """
+        samples, count = batch.samples, outputs.numel() // batch.samples
+        if self.reduction == "loss":
+            leaf = outputs.detach().requires_grad_()
+            loss = model.loss_of_outputs(leaf, batch) * (samples / self.samples)
+            yield torch.autograd.grad(loss, leaf)[0], True
+        elif self.reduction == "sum":
+            yield torch.full_like(outputs, count**-0.5), True
+        elif self.reduction == "full":
+            for j in range(count):
+                vector = torch.zeros_like(outputs)
+                vector.view(samples, count)[:, j] = 1
+                yield vector, j == count - 1
+        else:
+            for j in range(self.projections):
+                bits = np.stack([self._bits(j, i, count) for i in range(first, first + samples)])
+                signs = torch.from_numpy(bits).to(outputs.device).to(outputs.dtype).mul_(2).sub_(1)
+                yield signs.view(outputs.shape), j == self.projections - 1
+
+    def _bits(self, projection: int, sample: int, count: int) -> NDArray[np.uint8]:
+        """Random bits, made on the CPU so that every device sees the same."""
+        random = np.random.default_rng([self.seed, projection, sample])
+        return np.unpackbits(np.frombuffer(random.bytes(-(-count // 8)), np.uint8), count=count)
 
 
-def _tap_gram(tap: Tap, gradients: list[Tensor], memory_bytes: int) -> Tensor:
-    """Gram matrices of one product with all projections stacked, (U, N, N) with N = m n."""
-    gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-    known = tap.factor()
-    known = known.repeat(len(gradients), *[1] * (known.dim() - 1)) if len(gradients) > 1 else known
-    per_unit, shared = (gradient, known) if tap.known_is_shared else (known, gradient)
-    return gram.unit_gram(per_unit, shared, tap.bias is not None, memory_bytes)
+class _Products:
+    """The factors of every product of the measured layers, gathered over batches, by layer and weight."""
+
+    def __init__(self, index: UnitIndex) -> None:
+        self.index = index
+        self._factors: dict[tuple[int, str], list[list[tuple[Tensor, ...]]]] = {}  # [projection][batch]
+
+    def measured(self, taps: Sequence[Tap]) -> list[Tap]:
+        """The taps of measured layers."""
+        for layer in self.index.layers:
+            if not any(tap.layer is layer for tap in taps):
+                raise ValueError(f"a layer of {layer.kind} recorded no product: its compute must call tap()")
+        layers = set(map(id, self.index.layers))
+        return [tap for tap in taps if id(tap.layer) in layers]
+
+    def add(self, taps: Sequence[Tap], gradients: Sequence[Sequence[Tensor]]) -> None:
+        """Take in a batch: its measured taps and, for each, the gradients of its output by projection."""
+        uses: dict[tuple[int, str], list[list[tuple[Tensor, ...]]]] = {}
+        for tap, found in zip(taps, gradients, strict=True):
+            sizes = () if tap.sizes is None else (tap.sizes,)
+            pairs = [(*((g, tap.known) if tap.known_is_shared else (tap.known, g)), *sizes) for g in found]
+            uses.setdefault((id(tap.layer), tap.weight), []).append(pairs)
+        for key, several in uses.items():
+            slots = self._factors.setdefault(key, [[] for _ in several[0]])
+            for slot, same in zip(slots, zip(*several, strict=True), strict=True):
+                if len(same) > 1 and len(same[0]) == 3:
+                    raise ValueError("a layer with a router can be measured if it is used once in a forward pass")
+                factors = zip(*same, strict=True)  # a layer used twice adds up over its positions
+                slot.append(same[0] if len(same) == 1 else tuple(torch.cat(side, 1) for side in factors))
+
+    @torch.no_grad()
+    def kernels(self, memory_bytes: int) -> Tensor:
+        """(units, r, r) in the order of the index, projection-major; the factors are given up."""
+        grams: dict[int, Tensor] = {}
+        layers = {id(layer): layer for layer in self.index.layers}
+        for layer, weight in list(self._factors):
+            factors = [pair for slot in self._factors.pop((layer, weight)) for pair in slot]
+            shared = {id(pair[1]): layers[layer].unfold(weight, pair[1]) for pair in factors}  # one for all projections
+            factors = [(pair[0], shared[id(pair[1])], *pair[2:]) for pair in factors]
+            contract = gram.routed_gram if layers[layer].routed else gram.unit_gram
+            value = contract(factors, layers[layer].products[weight] is not None, memory_bytes)
+            grams[layer] = grams[layer].add_(value) if layer in grams else value
+        return torch.cat([grams[layer] for layer in layers])
+
+
+def _eigenvalues(
+    kernels: Tensor, index: UnitIndex, spectrum: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+    """Top eigenvalues, sums of entries and, if wanted, all eigenvalues; one transfer to the host.
+
+    Raises:
+        FloatingPointError: If a value is not finite.
+    """
+    finite = kernels.isfinite().all(2).all(1)
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], kernels, 0)).clamp_min(0)
+    packed = torch.column_stack([eigenvalues, kernels.sum((1, 2)).clamp_min(0), finite])
+    values = packed.to("cpu", torch.float64).numpy()
+    bad = np.flatnonzero(values[:, -1] == 0)
+    if len(bad):
+        u = bad[0]
+        raise FloatingPointError(
+            f"the mNTK of {index.kind[u]} layer {index.layer[u]} unit {index.unit[u]} has values that are not finite "
+            f"(as those of {len(bad) - 1} other units): the model has diverged."
+        )
+    return values[:, -3].copy(), values[:, -2].copy(), values[:, :-2] if spectrum else None
+
+
+def _rest_kernels(
+    model: UnitModel, batches: Sequence[Any], index: UnitIndex, tape: Tape, reducer: _Reducer
+) -> dict[str, Tensor]:
+    """Kernel (r, r) of every parameter that is no measured unit's, one sample and one projection at a time."""
+    measured = {id(p) for layer in index.layers for p in layer.unit_parameters().values()}
+    rest = {name: p.requires_grad_() for name, p in model.named_parameters() if id(p) not in measured}
+    gradients: dict[str, list[list[Tensor]]] = {name: [] for name in rest}  # [sample][projection]
+    samples = [sample for batch in batches for sample in batch.split(batch.samples)]
+    for i, sample in enumerate(samples):
+        tape.taps.clear()
+        outputs = model(sample)
+        for name in rest:
+            gradients[name].append([])
+        for cotangent, last in reducer.cotangents(model, sample, outputs, i):
+            found = torch.autograd.grad(
+                outputs, list(rest.values()), cotangent, retain_graph=not last, materialize_grads=True
+            )
+            for name, gradient in zip(rest, found, strict=True):
+                gradients[name][-1].append(gradient.flatten())
+    kernels = {}
+    for name, rows in gradients.items():
+        flat = torch.stack([gradient for projection in zip(*rows, strict=True) for gradient in projection])
+        kernels[name] = flat @ flat.T / (reducer.projections if reducer.reduction == "random" else 1)
+    return kernels

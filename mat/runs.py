@@ -2,9 +2,10 @@
 
 <runs>/<name>/<overrides without seed>/seed=<n>/
     config.yaml        resolved configuration
-    environment.json   commit, versions, device, threads, precision
+    environment.json   command, commit, versions, device, threads, precision
     metrics.jsonl      one event per line
     units.parquet      one row per selection and unit
+    <analysis>.parquet what an observer measured at every selection (mat/analysis.py)
     checkpoint/        latest.pt, best-<step>.pt
     summary.json       written last: its presence means the run is complete
     failure.json       why a run failed; a new try removes it
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from mat.config import INCIDENTAL, Config, with_defaults
@@ -119,21 +122,19 @@ class RunFolder:
         if path.is_file():
             kept = path.read_text().splitlines(keepends=True)[:lines]
             write_atomically(path, "".join(kept))
-        units = self.path / "units.parquet"
-        if units.is_file():
-            frame = pd.read_parquet(units)
-            self.write_units(frame[frame["t"] < selections])
+        for table in self.path.glob("*.parquet"):
+            frame = pd.read_parquet(table)
+            self._write_table(table, frame[frame["t"] < selections])
 
-    def units(self) -> pd.DataFrame | None:
-        """Selections so far."""
-        path = self.path / "units.parquet"
-        return pd.read_parquet(path) if path.is_file() else None
+    def add_rows(self, table: str, rows: pd.DataFrame) -> None:
+        """Add a selection's rows to ``<table>.parquet``, which is rewritten atomically."""
+        path = self.path / f"{table}.parquet"
+        self._write_table(path, pd.concat([pd.read_parquet(path), rows]) if path.is_file() else rows)
 
-    def write_units(self, frame: pd.DataFrame) -> None:
-        """Rewrite ``units.parquet`` atomically."""
-        temporary = self.path / "units.parquet.tmp"
+    def _write_table(self, path: Path, frame: pd.DataFrame) -> None:
+        temporary = path.with_name(path.name + ".tmp")
         frame.to_parquet(temporary, index=False)
-        os.replace(temporary, self.path / "units.parquet")
+        os.replace(temporary, path)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``: the run is complete."""
@@ -145,7 +146,7 @@ class RunFolder:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Commit, versions, device, threads, precision of this process."""
+    """Command, commit, versions, device, threads, precision of this process."""
     import datasets
     import tokenizers
 
@@ -156,6 +157,7 @@ def environment(config: Config) -> dict[str, Any]:
 
     device = config.hardware.device
     return {
+        "command": _command(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
         "versions": {
@@ -168,6 +170,13 @@ def environment(config: Config) -> dict[str, Any]:
         "precision": config.hardware.precision,
         "exclusive": config.hardware.exclusive,
     }
+
+
+def _command() -> str | None:
+    """The command that makes this run alone, also of a run that is part of a sweep; None outside the launcher."""
+    if not HydraConfig.initialized():
+        return None
+    return shlex.join(["python", "launch.py", *HydraConfig.get().overrides.task])
 
 
 def _processor() -> str:

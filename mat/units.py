@@ -13,7 +13,7 @@ Gradients of the active units land where the optimiser finds them (``UnitLayer.g
 units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,10 +40,11 @@ class Tap:
         layer: The layer that recorded it.
         weight: Name of the unit parameter, (U, p, q).
         bias: Name of the bias (U, p) whose gradient is ``per_unit`` summed over positions, if there is one.
-        known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p); what ``unfold`` makes it from.
-        known_is_shared: Which of the two factors the known one is.
+        known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p).
+        known_is_shared: Which of the two factors ``known`` is.
         output: Tensor whose gradient is the other factor.
-        unfold: Makes the forward factor when it is needed, if it is much larger than what it is made from.
+        sizes: (U, n) positions of each unit in each sample, for layers that send every position to one unit; else
+            None. The factors are then (N, q) and (N, p) of all N = n T positions, sorted by unit, then by sample.
     """
 
     layer: "UnitLayer"
@@ -52,18 +53,24 @@ class Tap:
     known: Tensor
     known_is_shared: bool
     output: Tensor
-    unfold: Callable[[Tensor], Tensor] | None = None
-
-    def factor(self) -> Tensor:
-        """The forward factor."""
-        return self.known if self.unfold is None else self.unfold(self.known)
+    sizes: Tensor | None = None
 
 
 @dataclass
 class Tape:
-    """What the unit layers recorded during one forward pass, in forward order."""
+    """What the unit layers recorded during one forward pass, in forward order.
+
+    Attributes:
+        taps: The products.
+        constants: What layers fixed at the probe's first batch (statistics of batch norm), by the layer's id.
+    """
 
     taps: list[Tap] = field(default_factory=list)
+    constants: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def record(self, tap: Tap) -> None:
+        """Take in one product."""
+        self.taps.append(tap)
 
 
 @dataclass
@@ -84,6 +91,8 @@ class UnitLayer(nn.Module):
         kind: Plural name of the units (``heads``, ``ffn``, ...), the key of ``selection.units``.
         n_units: Number of units U.
     """
+
+    routed = False  # whether each position goes to one unit (see Tap.sizes)
 
     def __init__(self, kind: str, n_units: int) -> None:
         super().__init__()
@@ -147,17 +156,24 @@ class UnitLayer(nn.Module):
         """(T, U, p, q, has a bias) of every :class:`Tap`, in forward order."""
         return [(length, self.n_units, *shape) for shape in self.product_shapes()]
 
-    def probe_flops(self, samples: int, length: int, lowest: bool) -> tuple[int, int]:
-        """FLOPs of the estimator's forward pass and of each of its backward passes, whatever the gates.
+    def unfold(self, weight: str, factor: Tensor) -> Tensor:
+        """The shared factor of a product, from what was recorded of it: smaller, in layers that override this."""
+        return factor
+
+    def probe_flops(self, samples: int, length: int, first: bool) -> tuple[int, int]:
+        """FLOPs of this layer under the estimator's tape.
 
         Args:
             samples: Samples in the probe.
             length: Tokens per sample.
-            lowest: Nothing before the first product wants a gradient.
+            first: Nothing below its first product wants a gradient.
+
+        Returns:
+            Of the forward pass, and of one backward pass without weight gradients.
         """
         step = self.step_flops(samples, length, self.n_units, "cut")
         p, q, _ = self.product_shapes()[0]
-        return step.forward, step.input_grad - lowest * self.n_units * 2 * samples * length * p * q
+        return step.forward, step.input_grad - (self.n_units * 2 * samples * length * p * q if first else 0)
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
         """The gated parameters by name, each of shape (U, ...)."""
@@ -236,19 +252,15 @@ class UnitLayer(nn.Module):
         raise NotImplementedError
 
     def tap(
-        self,
-        weight: str,
-        known: Tensor,
-        known_is_shared: bool,
-        output: Tensor,
-        unfold: Callable[[Tensor], Tensor] | None = None,
+        self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor, sizes: Tensor | None = None
     ) -> Tensor:
         """Record one product for the estimator (see :class:`Tap`) and return the tensor to go on with."""
         if self.tape is None:
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.tape.taps.append(Tap(self, weight, self.products[weight], known.detach(), known_is_shared, output, unfold))
+        bias = self.products[weight]
+        self.tape.record(Tap(self, weight, bias, known.detach(), known_is_shared, output, sizes))
         return output
 
     def _rows(self, active: bool) -> UnitTensors:

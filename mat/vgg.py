@@ -152,12 +152,17 @@ class FilterLayer(UnitLayer):
         return F.max_pool2d(y, 2) if self.pool else y
 
     def _recorded(self, x: Tensor) -> Maps:
-        """The estimator's pass: statistics of the probe, held fixed (paper section 5, batch norm)."""
+        """The estimator's pass: statistics of the probe's first batch, held fixed (paper section 5, batch norm)."""
+        assert self.tape is not None
+        if self.training:
+            raise ValueError("batch norm couples the samples of a training step: measure filters by mat.ntk.estimate")
         z = F.conv2d(x, _channels_first(self.weight), self.bias, padding=1)
         positions = z.flatten(2).transpose(1, 2).unsqueeze(3)  # (n, T, C, 1)
-        recorded = self.tap("weight", x, True, positions, _patches)
+        recorded = self.tap("weight", x, True, positions)
         z = recorded.squeeze(3).transpose(1, 2).view(z.shape)
-        variance, mean = torch.var_mean(z.detach().to(self.gain.dtype), (0, 2, 3), correction=0)
+        if id(self) not in self.tape.constants:
+            self.tape.constants[id(self)] = torch.var_mean(z.detach().to(self.gain.dtype), (0, 2, 3), correction=0)
+        variance, mean = self.tape.constants[id(self)]
         normal = F.batch_norm(z, mean, variance, None, None, False, 0.0, EPS)
         # Every sample has a copy of the affine pair, whose gradient is the sample's: a product with 1.
         pair = torch.stack([self.gain, self.shift], 1).to(z.dtype).expand(len(x), 1, -1, -1)  # (n, 1, C, 2)
@@ -203,10 +208,14 @@ class FilterLayer(UnitLayer):
         """The convolution with its bias, and the affine pair."""
         return [(self.size**2, self.n_units, 1, 9 * self.weight.shape[3], True), (1, self.n_units, 2, 1, False)]
 
-    def probe_flops(self, samples: int, length: int, lowest: bool) -> tuple[int, int]:
+    def unfold(self, weight: str, factor: Tensor) -> Tensor:
+        """Input maps (n, I, S, S) to what every filter sees at every position, (n, T, 9 I)."""
+        return F.unfold(factor, 3, padding=1).transpose(1, 2) if weight == "weight" else factor
+
+    def probe_flops(self, samples: int, length: int, first: bool) -> tuple[int, int]:
         """See :meth:`UnitLayer.probe_flops`."""
         forward = 2 * samples * self.size**2 * self.weight.numel()
-        return forward, 0 if lowest else forward
+        return forward, 0 if first else forward
 
 
 class _Convolution(torch.autograd.Function):
@@ -337,11 +346,6 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, for_input: bool)
     one = [1, 1]
     found = torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], one, one, one, False, [0, 0], 1, mask)
     return cast(tuple[Tensor, Tensor, Tensor], found)
-
-
-def _patches(x: Tensor) -> Tensor:
-    """Input maps (n, I, S, S) to what every filter sees at every position, (n, T, 9 I)."""
-    return F.unfold(x, 3, padding=1).transpose(1, 2)
 
 
 class Vgg(UnitModel):

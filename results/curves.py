@@ -1,4 +1,4 @@
-"""Learning curves of a table: validation loss against PFLOPs and against seconds.
+"""Learning curves of a table: validation loss or accuracy against PFLOPs and against seconds.
 
     python -m results.curves table1_mini       # results/figures/table1_mini_curves.{png,svg}
 
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from mat.errors import UserError
 from results.frame import Key, Run
+from results.measures import LOSS, Score
 from results.specs import SPECS, Row, TableSpec
 
 Array = npt.NDArray[np.float64]
@@ -40,23 +41,24 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def band(runs: Sequence[Run], axis: str, points: int = 400) -> tuple[Array, Array, Array]:
-    """Mean and spread of the validation loss over seeds.
+def band(runs: Sequence[Run], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
+    """Mean and spread of the validation score over seeds.
 
     Args:
         runs: The runs of one row.
-        axis: What the loss is read against: "pflops" or "seconds".
+        axis: What the score is read against: "pflops" or "seconds".
+        score: Which one.
         points: Size of the grid.
 
     Returns:
         Grid, mean and sample standard deviation (0 for one run), each of shape (points,). The grid goes from the
         latest first to the earliest last evaluation, so that no run is extrapolated.
     """
-    curves = [run.evaluations[[axis, "loss"]].to_numpy(dtype=float) for run in runs]
+    curves = [np.stack([run.evaluations[axis].astype(float), score.shown * score.values(run)], 1) for run in runs]
     grid = np.linspace(max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves), points)
-    losses = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
-    spread = losses.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
-    return grid, losses.mean(axis=0), spread
+    values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
+    spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
+    return grid, values.mean(axis=0), spread
 
 
 def line_of(spec: TableSpec, row: Row) -> tuple[str, str]:
@@ -71,12 +73,13 @@ def _panel(axes: Axes, spec: TableSpec, rows: Mapping[Key, Sequence[Run]], axis:
         runs, (colour, dash) = rows[row.key], line_of(spec, row)
         if not runs:
             continue
-        grid, mean, spread = band(runs, axis)
+        grid, mean, spread = band(runs, axis, spec.score)
         axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
         axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{row.label} (n = {len(runs)})")
         axes.plot(grid[-1], mean[-1], "o", color=colour, markersize=3.5)
-        # The view starts where a tenth of the curve is over: the fall from initialisation would flatten the rest.
-        low, high = min(low, (mean - spread).min()), max(high, float(np.interp(grid[-1] / 10, grid, mean + spread)))
+        # The view starts where a tenth of the curve is over: the way from initialisation would flatten the rest.
+        late = grid >= grid[-1] / 10
+        low, high = min(low, (mean - spread)[late].min()), max(high, (mean + spread)[late].max())
         end = max(end, float(grid[-1]))
     if not end:
         axes.text(0.5, 0.5, "no run had the machine to itself", transform=axes.transAxes, ha="center", color="0.4")
@@ -112,7 +115,11 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(right, spec, timed, "seconds", None)
         _panel(left, spec, rows, "pflops", entropy)  # last: both panels show its range
-        left.set(title="Against compute", xlabel="PFLOPs executed", ylabel="validation loss (nats per masked token)")
+        left.set(
+            title="Against compute",
+            xlabel="PFLOPs executed",
+            ylabel=f"validation {spec.score.name} ({spec.score.unit})",
+        )
         right.set(title="Against time, of runs that had the machine to themselves",
                   xlabel="seconds of training, selection and estimator")  # fmt: skip
         figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)

@@ -141,6 +141,8 @@ def _read_metrics(path: Path) -> pd.DataFrame:
                     f"{path}, line {number}, goes back in PFLOPs: delete that run folder and train it again."
                 )
             reached = line["pflops"]
+        if line.get("accuracy") is not None:
+            _number(line, "accuracy", f"{path}, line {number},")
         lines.append(line)
     frame = pd.DataFrame(lines)
     if frame.empty or not (frame["event"] == "evaluation").any():
@@ -155,14 +157,7 @@ def _read_run(path: Path, config: dict[str, Any]) -> Run:
     if not (path / "summary.json").is_file():
         raise ResultsError(f"{path} is incomplete (no summary.json): run the same command again to resume.")
     environment, summary = _read_json(path / "environment.json"), _read_json(path / "summary.json")
-    run = Run(path, config, environment, summary, _read_metrics(path / "metrics.jsonl"))
-    best, lowest = run.number("best_validation_loss"), float(run.evaluations["loss"].min())
-    if not math.isclose(best, lowest, rel_tol=1e-9):
-        raise ResultsError(
-            f"{path} contradicts itself (best validation loss {best} in summary.json, {lowest} in metrics.jsonl): "
-            "delete that run folder and train it again."
-        )
-    return run
+    return Run(path, config, environment, summary, _read_metrics(path / "metrics.jsonl"))
 
 
 def read_runs(root: str | Path, name: str, keys: Collection[Key] | None = None) -> list[Run]:

@@ -1,17 +1,75 @@
 """What the tables say about runs: numbers of one run, and their mean and standard deviation over seeds.
 
-A run's numbers come from its own files; comparisons take the baseline's run *of the same seed*. "Best" is always the
-best validation loss. A number that a run does not have (it ended before the mark, it never reached the level) is
-None, and a row's cell is then empty: a mean over the seeds that happened to get there would flatter the row.
+A run's numbers come from its own files; comparisons take the baseline's run *of the same seed*. "Best" is the best
+validation score: the lowest loss, or the highest accuracy in Table 3. A number that a run does not have (it ended
+before the mark, it never reached the level) is None, and a row's cell is then empty: a mean over the seeds that
+happened to get there would flatter the row.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from results.frame import Key, ResultsError, Run
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a table judges runs by; the engine picks the tested weights by the same (``best_by`` of the model).
+
+    Attributes:
+        name: Its name in events; the summary has ``test_<name>`` and ``best_validation_<name>``.
+        unit: What it is in, for readers.
+        sign: 1 if more is better, -1 if less is.
+        shown: What a number is multiplied by for readers; files keep it as it is.
+    """
+
+    name: str
+    unit: str
+    sign: int
+    shown: float = 1.0
+
+    def values(self, run: Run) -> "pd.Series[float]":
+        """The score at every evaluation.
+
+        Raises:
+            ResultsError: If one of them is missing or not finite.
+        """
+        evaluations = run.evaluations
+        values = evaluations.get(self.name, pd.Series(float("nan"), evaluations.index)).astype(float)
+        if not np.isfinite(values).all():
+            raise ResultsError(f"{run.path} has an evaluation without a finite {self.name}: train it again.")
+        return values
+
+    def check(self, run: Run) -> None:
+        """Hold the summary's best validation against the evaluations.
+
+        Raises:
+            ResultsError: If they differ.
+        """
+        told, best = run.number(f"best_validation_{self.name}"), self.sign * float((self.sign * self.values(run)).max())
+        if not math.isclose(told, best, rel_tol=1e-9):
+            raise ResultsError(
+                f"{run.path} contradicts itself (best validation {self.name} {told} in summary.json, {best} in "
+                "metrics.jsonl): delete that run folder and train it again."
+            )
+
+    def first_reach(self, run: Run, level: float) -> tuple[float, float] | None:
+        """Where the validation score first is at a level or better.
+
+        Returns:
+            PFLOPs and seconds of that evaluation, or None if the run never gets there.
+        """
+        reached = run.evaluations[self.sign * self.values(run) >= self.sign * level]
+        return None if reached.empty else (float(reached["pflops"].iloc[0]), float(reached["seconds"].iloc[0]))
+
+
+LOSS = Score("loss", "nats per masked token", -1)
+ACCURACY = Score("accuracy", "%", 1, 100)
 
 
 @dataclass(frozen=True)
@@ -48,37 +106,29 @@ class Mark:
 
 @dataclass(frozen=True)
 class Until:
-    """PFLOPs until an accuracy is reached (Table 3)."""
+    """PFLOPs until a training accuracy is reached (Table 3)."""
 
-    split: str
-    accuracy: float
+    accuracy: float  # of the augmented training images, a running mean over an epoch's worth of steps
 
     @property
     def measure(self) -> str:
         """Name of its column in the frame."""
-        return f"pflops_to_{self.split}_{100 * self.accuracy:g}"
+        return f"pflops_to_train_{100 * self.accuracy:g}"
 
     def title(self, run: Run) -> str:
         """Heading of its column; ``run`` is any run of the table."""
-        return f"PFLOPs to {100 * self.accuracy:g} % {self.split} accuracy"
+        return f"PFLOPs to {100 * self.accuracy:g} % train accuracy"
 
     def read(self, run: Run) -> float | None:
         """The run's number, or None where it has none."""
-        reached = run.metrics[(run.metrics["split"] == self.split) & (run.metrics["accuracy"] >= self.accuracy)]
+        trained = run.metrics[run.metrics["event"] == "train"]
+        if "accuracy" not in trained or trained["accuracy"].isna().all():
+            raise ResultsError(f"{run.path} has no training accuracy: train it again, for an epoch at least.")
+        reached = trained[trained["accuracy"] >= self.accuracy]
         return None if reached.empty else float(reached["pflops"].iloc[0])
 
 
 Level = Mark | Until  # a column of the paper's table that is read somewhere along the run
-
-
-def first_reach(run: Run, loss: float) -> tuple[float, float] | None:
-    """Where the validation loss first is at or below a level.
-
-    Returns:
-        PFLOPs and seconds of that evaluation, or None if the run never gets there.
-    """
-    reached = run.evaluations[run.evaluations["loss"] <= loss]
-    return None if reached.empty else (float(reached["pflops"].iloc[0]), float(reached["seconds"].iloc[0]))
 
 
 def same_clock(one: Run, other: Run) -> bool:
@@ -87,19 +137,19 @@ def same_clock(one: Run, other: Run) -> bool:
     return one.timed and other.timed and all(one.environment.get(k) == other.environment.get(k) for k in keys)
 
 
-def of_run(run: Run, levels: Sequence[Level]) -> dict[str, float | None]:
+def of_run(run: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, float | None]:
     """What one run says by itself.
 
     Args:
         run: The run.
-        levels: The columns of the paper's table besides test loss and PFLOPs.
+        levels: The columns of the paper's table besides test score and PFLOPs.
+        score: What it is judged by.
 
     Raises:
         ResultsError: If a number is missing or not finite.
     """
     return {
-        "test_loss": run.number("test_loss"),
-        "best_validation_loss": run.number("best_validation_loss"),
+        **{f"{part}_{score.name}": run.number(f"{part}_{score.name}") for part in ("test", "best_validation")},
         "pflops_total": run.number("pflops"),
         "seconds_total": run.number("seconds"),
         "pflops_to_best": run.number("pflops_to_best"),
@@ -109,27 +159,26 @@ def of_run(run: Run, levels: Sequence[Level]) -> dict[str, float | None]:
     } | {level.measure: level.read(run) for level in levels}
 
 
-def against(run: Run, baseline: Run, levels: Sequence[Level]) -> dict[str, float | None]:
+def against(run: Run, baseline: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, float | None]:
     """What one run says beside the baseline's run of the same seed.
 
     Returns:
-        PFLOPs and seconds to the baseline's best validation loss, these over what the baseline itself needed
+        PFLOPs and seconds to the baseline's best validation score, these over what the baseline itself needed
         (``pflops_ratio``, ``seconds_ratio``), and each column of the paper's table over the baseline's.
 
     Raises:
         ResultsError: If the baseline was best before its first step, so that there is nothing to divide by.
     """
-    loss = baseline.number("best_validation_loss")
     needed = baseline.number("pflops_to_best"), baseline.number("seconds_to_best")
     if min(needed) <= 0:
         raise ResultsError(f"{baseline.path} is best before its first step, so nothing was learnt: mend its recipe.")
-    reached = first_reach(run, loss)
+    reached = score.first_reach(run, baseline.number(f"best_validation_{score.name}"))
     values: dict[str, float | None] = dict.fromkeys(("pflops_to_baseline_best", "seconds_to_baseline_best",
                                                      "pflops_ratio", "seconds_ratio"))  # fmt: skip
     if reached is not None:
         values = dict(zip(values, (*reached, reached[0] / needed[0], reached[1] / needed[1]), strict=True))
-    ours, theirs = of_run(run, levels), of_run(baseline, levels)
-    for measure in (*(level.measure for level in levels), "test_loss", "pflops_to_best"):
+    ours, theirs = of_run(run, levels, score), of_run(baseline, levels, score)
+    for measure in (*(level.measure for level in levels), f"test_{score.name}", "pflops_to_best"):
         one, other = ours[measure], theirs[measure]
         values[f"{measure}_ratio"] = None if one is None or other is None else one / other
     return values
@@ -151,13 +200,16 @@ def _aggregate(values: Sequence[float | None]) -> tuple[float | None, float | No
     return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None
 
 
-def summarise(rows: Mapping[Key, Sequence[Run]], baseline: Key, levels: Sequence[Level]) -> pd.DataFrame:
+def summarise(
+    rows: Mapping[Key, Sequence[Run]], baseline: Key, levels: Sequence[Level], score: Score = LOSS
+) -> pd.DataFrame:
     """One row per table row: means and standard deviations over seeds.
 
     Args:
         rows: Runs by row, each sorted by the same seeds (``frame.group``).
         baseline: The row that all others are compared with.
-        levels: The columns of the paper's table besides test loss and PFLOPs.
+        levels: The columns of the paper's table besides test score and PFLOPs.
+        score: What runs are judged by.
 
     Returns:
         Columns ``<measure>_mean`` and ``_sd`` (ratios: ``<measure>`` and ``_sd``), and how many runs they are over: n,
@@ -166,7 +218,7 @@ def summarise(rows: Mapping[Key, Sequence[Run]], baseline: Key, levels: Sequence
     table = []
     for (model, method), runs in rows.items():
         pairs = list(zip(runs, rows[baseline], strict=True))
-        numbers = [of_run(run, levels) | against(run, other, levels) for run, other in pairs]
+        numbers = [of_run(run, levels, score) | against(run, other, levels, score) for run, other in pairs]
         timed, paired = [run.timed for run in runs], [same_clock(run, other) for run, other in pairs]
         reached = sum(values["pflops_ratio"] is not None for values in numbers)
         row: dict[str, object] = {"method": method, "model": model, "mode": runs[0].config["selection"]["mode"],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from results.frame import Key, Run, group, read_runs
-from results.measures import Level, Mark
+from results.measures import ACCURACY, LOSS, Level, Mark, Score, Until
 
 PaperValue = tuple[float, float | None]  # mean, standard deviation (None where the paper gives none)
 
@@ -45,6 +45,39 @@ PAPER_TABLE_1 = _paper_table(
     },
 )
 
+PAPER_TABLE_2 = _paper_table(
+    "Shi et al., NeurIPS 2023, arXiv 2405.07527, Table 2: log PPL; PFLOPs per GPU, without embeddings",
+    {
+        "val_loss_mark1": "val @200 PFLOPs",
+        "val_loss_mark2": "val @400 PFLOPs",
+        "val_loss_mark3": "val @600 PFLOPs",
+        "test_loss": "test @ convergence",
+        "pflops_to_best": "PFLOPs until best test loss",
+    },
+    {
+        "baseline": ((3.16, 0.12), (2.31, 0.05), (1.93, 0.03), (1.74, 0.02), (1155.2, None)),
+        "rand": ((2.92, 0.15), (2.15, 0.08), (2.01, 0.07), (1.93, 0.05), (837.5, None)),
+        "multirate": ((2.67, 0.09), (2.02, 0.08), (1.83, 0.05), (1.77, 0.04), (740.4, None)),
+        "mat": ((2.34, 0.06), (1.92, 0.03), (1.69, 0.02), (1.68, 0.02), (614.8, None)),
+    },
+)
+
+PAPER_TABLE_3 = _paper_table(
+    "Shi et al., NeurIPS 2023, arXiv 2405.07527, Table 3: top-1 accuracy in %; PFLOPs per GPU",
+    {
+        "pflops_to_train_95": "PFLOPs until train acc 95 %",
+        "pflops_to_train_99": "PFLOPs until train acc 99 %",
+        "test_accuracy": "test top-1 % @ convergence",
+        "pflops_to_best": "PFLOPs @ convergence",
+    },
+    {
+        "baseline": ((8.85, None), (12.06, None), (93.77, 0.08), (17.14, None)),
+        "rand": ((9.96, None), (13.35, None), (92.71, 0.08), (18.84, None)),
+        "multirate": ((7.19, None), (9.75, None), (93.43, 0.14), (13.35, None)),
+        "mat": ((5.31, None), (7.21, None), (93.86, 0.05), (9.03, None)),
+    },
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,8 +102,9 @@ class TableSpec:
         title: Heading.
         runs: First folder below the folder of runs.
         rows: In the order shown; the first is the baseline, all others are compared with it.
-        levels: Columns read along the run, besides test loss and PFLOPs.
+        levels: Columns read along the run, besides test score and PFLOPs.
         paper: The paper's table, for rows of the baseline's model.
+        score: What its runs are judged by.
     """
 
     name: str
@@ -79,6 +113,7 @@ class TableSpec:
     rows: tuple[Row, ...]
     levels: tuple[Level, ...]
     paper: PaperTable | None = None
+    score: Score = LOSS
 
     @property
     def baseline(self) -> Key:
@@ -96,16 +131,21 @@ class TableSpec:
             ResultsError: If a run is missing, incomplete, failed or damaged, or seeds and configurations do not match.
         """
         keys = [row.key for row in self.rows]
-        return group(read_runs(root, self.runs, keys), keys, Path(root) / self.runs, seeds)
+        runs = read_runs(root, self.runs, keys)
+        for run in runs:
+            self.score.check(run)
+        return group(runs, keys, Path(root) / self.runs, seeds)
 
 
-def _four_methods(model: str) -> tuple[Row, ...]:
-    labels = {"baseline": "BERT", "rand": "BERT-Rand", "multirate": "Multirate", "mat": "MAT"}
+def _four_methods(model: str, label: str = "BERT") -> tuple[Row, ...]:
+    labels = {"baseline": label, "rand": f"{label}-Rand", "multirate": "Multirate", "mat": "MAT"}
     return tuple(Row(model, method, label) for method, label in labels.items())
 
 
 SCALES = (("", ""), ("_mini", ", mini"))
 _MARKS = (Mark(1), Mark(2), Mark(3))
+_ACCURACIES = {"": (0.95, 0.99), "_mini": (0.8, 0.85, 0.9, 0.95, 0.99)}  # mini: the highest that all reach is wanted
+_TEXTS = {"": "WikiText-103", "_mini": "English Wikipedia (2015)"}
 
 SPECS = {
     spec.name: spec
@@ -133,6 +173,21 @@ SPECS = {
                     Row(f"bert{suffix}", "gradnorm", "gradnorm"),
                     Row(f"bert{suffix}", "rand_matched", "rand, matched"),
                 ), _MARKS,
+            )
+            for suffix, scale in SCALES
+        ),
+        *(
+            TableSpec(
+                f"table2{suffix}", f"Table 2{scale}: Switch Transformer on {_TEXTS[suffix]}", f"table2{suffix}",
+                _four_methods(f"switch{suffix}", "Switch"), _MARKS, PAPER_TABLE_2,
+            )
+            for suffix, scale in SCALES
+        ),
+        *(
+            TableSpec(
+                f"table3{suffix}", f"Table 3{scale}: VGG16 on CIFAR-10", f"table3{suffix}",
+                _four_methods(f"vgg16{suffix}", "VGG16"), tuple(map(Until, _ACCURACIES[suffix])),
+                PAPER_TABLE_3, ACCURACY,
             )
             for suffix, scale in SCALES
         ),

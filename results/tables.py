@@ -9,7 +9,7 @@ number of seeds ends it with one sentence on stderr and exit code 2.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,23 +17,32 @@ from rich.console import Console
 
 from mat.errors import UserError
 from results.frame import Key, MissingRow, Run
-from results.measures import mean_column, summarise
+from results.measures import Mark, Until, mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
 from results.specs import SPECS, PaperTable, TableSpec
 
 
-def _number(frame: pd.DataFrame, header: str, measure: str, count: str = "n", stress: bool = False) -> Column:
-    """A column of ``mean ± sd (n)``, n being the frame's column ``count``; ``stress``: the lowest mean is the best."""
-    means = list(frame[mean_column(measure)])
-    cells = zip(means, frame[f"{measure}_sd"], frame[count], strict=True)
-    present = [mean for mean in means if mean is not None]
+def _number(
+    frame: pd.DataFrame, header: str, measure: str, count: str = "n", stress: int = 0, shown: float = 1.0
+) -> Column:
+    """A column of ``mean ± sd (n)``, n being the frame's column ``count``, numbers multiplied by ``shown``.
+
+    ``stress``: which mean is the best, the highest (1) or the lowest (-1); none when 0.
+    """
+    means, sds = (_times(frame[column], shown) for column in (mean_column(measure), f"{measure}_sd"))
+    cells = zip(means, sds, frame[count], strict=True)
+    present = [stress * mean for mean in means if mean is not None]
     contest = stress and len(present) > 1  # alone in its column, a row is not the best of anything
-    best = {row for row, mean in enumerate(means) if contest and mean == min(present)}
+    best = {row for row, mean in enumerate(means) if contest and mean is not None and stress * mean == max(present)}
     return Column(f"{header}, mean ± sd (n)", [cell(*values, decimals(means)) for values in cells], best)
 
 
+def _times(values: Iterable[float | None], factor: float) -> list[float | None]:
+    return [None if value is None else factor * value for value in values]
+
+
 def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -> list[Section]:
-    """The blocks of a table: loss, FLOPs, seconds and, if the paper has the rows, its numbers beside ours.
+    """The blocks of a table: loss or accuracy, FLOPs, seconds and, if the paper has the rows, its numbers beside ours.
 
     Args:
         spec: The table.
@@ -41,16 +50,17 @@ def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -
         frame: What ``summarise`` made of them.
     """
     run, labels = rows[spec.baseline][0], Column("method", [row.label for row in spec.rows])
+    name, better, shown = spec.score.name, spec.score.sign, spec.score.shown
 
     def of(count: str) -> list[str]:
         return [f"{k} of {n}" for k, n in zip(frame[count], frame["n"], strict=True)]
 
-    loss = [
+    scores = [
         labels,
         Column("backward mode", list(frame["mode"])),
-        *(_number(frame, level.title(run), level.measure, stress=True) for level in spec.levels),
-        _number(frame, "best validation loss", "best_validation_loss", stress=True),
-        _number(frame, "test loss at best validation", "test_loss", stress=True),
+        *(_number(frame, level.title(run), level.measure, stress=-1) for level in spec.levels),
+        _number(frame, f"best validation {name}", f"best_validation_{name}", stress=better, shown=shown),
+        _number(frame, f"test {name} at best validation", f"test_{name}", stress=better, shown=shown),
     ]
     flops = [
         labels,
@@ -59,20 +69,20 @@ def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -
         _number(frame, "total", "pflops_total"),
         _number(frame, "overhead / total", "overhead_share"),
         _number(frame, "to own best", "pflops_to_best"),
-        _number(frame, "to baseline's best", "pflops_to_baseline_best", stress=True),
+        _number(frame, "to baseline's best", "pflops_to_baseline_best", stress=-1),
         Column("runs that reached it", of("n_reached")),
-        _number(frame, "to baseline's best / baseline's", "pflops_ratio", stress=True),
+        _number(frame, "to baseline's best / baseline's", "pflops_ratio", stress=-1),
     ]
     seconds = [
         labels,
         Column("runs timed", of("n_timed")),
         _number(frame, "total", "seconds_total", "n_timed"),
         _number(frame, "to own best", "seconds_to_best", "n_timed"),
-        _number(frame, "to baseline's best", "seconds_to_baseline_best", "n_timed", stress=True),
-        _number(frame, "to baseline's best / baseline's", "seconds_ratio", "n_timed_pairs", stress=True),
+        _number(frame, "to baseline's best", "seconds_to_baseline_best", "n_timed", stress=-1),
+        _number(frame, "to baseline's best / baseline's", "seconds_ratio", "n_timed_pairs", stress=-1),
     ]
     blocks = [
-        Section("Loss (nats per masked token)", loss),
+        Section(f"{name.capitalize()} ({spec.score.unit})", scores),
         Section("PFLOPs (executed)", flops),
         Section("Seconds (runs that had the machine to themselves)", seconds),
     ]
@@ -82,17 +92,20 @@ def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -
 def _beside_the_paper(spec: TableSpec, paper: PaperTable, run: Run, frame: pd.DataFrame) -> Section:
     """Every number of the paper's table beside ours, and each over its own baseline (ours paired by seed)."""
     titles = {level.measure: level.title(run) for level in spec.levels}
-    titles |= {"test_loss": "test loss", "pflops_to_best": "PFLOPs to best validation loss"}
+    test = f"test_{spec.score.name}"
+    titles |= {test: test.replace("_", " "), "pflops_to_best": f"PFLOPs to best validation {spec.score.name}"}
     lines = []
     for row, ours in zip(spec.rows, frame.to_dict("records"), strict=True):
         if row.model != spec.baseline[0] or row.method not in paper.rows:
             continue
         for measure, theirs in paper.titles.items():
-            digits = decimals(list(frame[mean_column(measure)]))
+            shown = spec.score.shown if measure == test else 1.0
+            digits = decimals(_times(frame[mean_column(measure)], shown))
+            mean, spread = _times((ours[mean_column(measure)], ours[f"{measure}_sd"]), shown)
             value, sd = paper.rows[row.method][measure]
             ratio, paper_ratio = ours[f"{measure}_ratio"], value / paper.rows[spec.baseline[1]][measure][0]
             lines.append([
-                row.label, titles[measure], cell(ours[mean_column(measure)], ours[f"{measure}_sd"], ours["n"], digits),
+                row.label, titles[measure], cell(mean, spread, ours["n"], digits),
                 theirs, cell(value, sd, None, 2), cell(ratio, ours[f"{measure}_ratio_sd"], ours["n"], 3),
                 f"{paper_ratio:.3f}", EMPTY if ratio is None else f"{ratio - paper_ratio:+z.3f}",
             ])  # fmt: skip
@@ -110,19 +123,26 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
                 f"torch {e.get('versions', {}).get('torch')}" for e in made]  # fmt: skip
     commits = [str(e.get("commit"))[:10] + (" with uncommitted changes" if e.get("dirty") else "") for e in made]
     seeds = ", ".join(str(run.seed) for run in rows[spec.baseline])
+    name, beyond = spec.score.name, "below" if spec.score.sign < 0 else "above"
+    measured, read = {
+        Mark: ("losses at equal PFLOPs", "At a FLOPs mark counts the last evaluation at or before it."),
+        Until: (
+            "PFLOPs to equal training accuracies",
+            "Training accuracy is that of the last epoch's worth of augmented batches, read where it is logged.",
+        ),
+    }[type(spec.levels[0])]
     return [
         f"Machine: {'; '.join(dict.fromkeys(machines))}.",
         f"Commit: {'; '.join(dict.fromkeys(commits))}.",
         f"Planned length of a dense run: {runs[0].config['train']['pflops']:.4g} PFLOPs. Seeds: {seeds}.",
         "Cells are mean ± sample standard deviation over seeds (number of runs); the best of a column is bold. Best is "
-        "the best validation loss, and test loss is read there. At a FLOPs mark counts the last evaluation at or "
-        "before it.",
+        f"the best validation {name}, and test {name} is read there. {read}",
         "A method's total PFLOPs are its budget, a chosen share of the planned ones, over which its learning rate "
-        "decays; PFLOPs to its own best follow from that. What is measured are losses at equal PFLOPs and the PFLOPs "
-        "to the baseline's best.",
-        "Comparisons are paired by seed: the first evaluation at or below the best validation loss of the baseline's "
-        f"run of that seed. {EMPTY}: no number, because a run ended before the mark, not all seeds reached the level, "
-        "or no run was timed.",
+        f"decays; PFLOPs to its own best follow from that. What is measured are {measured} and the PFLOPs to the "
+        "baseline's best.",
+        f"Comparisons are paired by seed: the first evaluation at or {beyond} the best validation {name} of the "
+        f"baseline's run of that seed. {EMPTY}: no number, because a run ended before the mark, not all seeds reached "
+        "the level, or no run was timed.",
         "PFLOPs are those executed, 2 per multiply-add, overhead of the method included; input embeddings, vocabulary "
         "projection and evaluation are left out.",
         "Seconds are those of training steps, selections and estimator, without evaluation, of runs that had the "
@@ -147,7 +167,7 @@ def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console
         ResultsError: If the runs cannot fill the table; nothing is written then.
     """
     rows = spec.load(root, seeds)
-    frame = summarise(rows, spec.baseline, spec.levels)
+    frame = summarise(rows, spec.baseline, spec.levels, spec.score)
     blocks, footer = sections(spec, rows, frame), notes(spec, rows)
     show(spec.title, blocks, footer, console)
     frame.insert(0, "label", [row.label for row in spec.rows])

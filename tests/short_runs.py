@@ -13,10 +13,15 @@ from omegaconf import DictConfig
 from mat.config import CONF, Config, register_schemas, resolve
 
 register_schemas()
-STEP = 2e-9  # PFLOPs of a dense training step of SMALL, rounded up
-SMALL = (
-    "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
-    "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
+STEP = 2e-9  # PFLOPs of a dense training step of a small model, rounded up
+SMALL = {
+    "text": (
+        "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
+        "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
+    ),
+    "image": ("model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8"),
+}  # fmt: skip
+SHORT = (
     "selection.samples=4", "selection.interval=0.05", "hardware=cpu", "hardware.precision=float32",
     "train.batch=8", "train.lr=1e-2", "train.eval_samples=16", "train.eval_batch=256", "train.log_steps=5",
     "train.checkpoint_steps=7", "tracking.progress=false",
@@ -29,9 +34,9 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", list(overrides))
 
 
-def small_overrides(cache: Path, *overrides: str, steps: int = 40) -> list[str]:
+def small_overrides(cache: Path, *overrides: str, steps: int = 40, modality: str = "text") -> list[str]:
     """Overrides of a run as long as so many dense steps."""
-    return [f"dataset.cache={cache}", *SMALL, f"train.pflops={steps * STEP}", *overrides]
+    return [f"dataset.cache={cache}", *SMALL[modality], *SHORT, f"train.pflops={steps * STEP}", *overrides]
 
 
 def small(cache: Path, *overrides: str, steps: int = 40) -> Config:

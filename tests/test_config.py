@@ -36,7 +36,8 @@ def test_every_experiment_takes_steps_with_every_method_it_sweeps(experiment, tm
     methods = ["mat", *sweep_of(experiment)["method"].split(",")]
     for method in dict.fromkeys(methods):
         asked = [f"+experiment={experiment}", f"method={method}", "seed=3"]
-        small = small_overrides(cache, f"runs={tmp_path}", steps=6)
+        modality = composed(*asked).dataset.modality
+        small = small_overrides(cache, f"runs={tmp_path}", steps=6, modality=modality)
         config = resolve(composed(*asked, *small))
         summary = engine.run(config, folder_of(config, asked))
         assert summary is not None and summary["steps"] >= 2 and summary["method"] == method
@@ -48,11 +49,27 @@ def test_every_method_is_in_an_experiment():
     assert {m for e in options("experiment") for m in sweep_of(e)["method"].split(",")} == set(options("method"))
 
 
+FAMILIES = (  # a model with what suits it; these options suit no other
+    ("model=vgg16_mini", "dataset=digits", "selection=filters_mini"),
+    ("model=switch_mini", "selection=experts_mini"),
+)
+SUITS = {
+    **dict.fromkeys(("model=vgg16", "dataset=cifar10", "selection=filters"), FAMILIES[0]),
+    **dict.fromkeys(("model=switch", "selection=experts"), FAMILIES[1]),
+    **{choice: family for family in FAMILIES for choice in family},
+}
+
+
+def beside(choice: str) -> list[str]:
+    """What other groups must say for an option to make sense."""
+    return [other for other in SUITS.get(choice, ()) if other.partition("=")[0] != choice.partition("=")[0]]
+
+
 @pytest.mark.parametrize(
     "choice", [f"{group}={name}" for group in GROUPS for name in options(group) if name != "rand_matched"]
 )
 def test_every_option_composes_to_its_dataclass_and_validates(choice):
-    config = resolve(composed(choice))
+    config = resolve(composed(*beside(choice), choice))
     group, _, name = choice.partition("=")
     assert type(getattr(config, group)) in [node for _, node in GROUPS[group]]
     assert getattr(getattr(config, group), "name", name) == name
@@ -69,6 +86,20 @@ def test_paper_marks_follow_the_length():
     train = resolve(composed("train=full")).train
     assert train.marks == pytest.approx([10, 15, 20]) and train.pflops == 28.7
     assert resolve(composed("train=full", "train.pflops=2.87")).train.marks == pytest.approx([1, 1.5, 2])
+
+
+def test_table_2_is_read_at_the_papers_shares_of_the_length():
+    full, mini = (resolve(composed(f"+experiment=table2{suffix}")) for suffix in ("", "_mini"))
+    assert full.train.marks == pytest.approx([200, 400, 600]) and full.dataset.name == "wikitext103"
+    assert mini.train.marks == pytest.approx([mini.train.pflops * mark / 1155.2 for mark in (200, 400, 600)])
+    assert mini.dataset.name == "enwiki2015"
+
+
+def test_table_3_is_the_papers_setting():
+    config = resolve(composed("+experiment=table3"))
+    assert config.train.pflops == pytest.approx(182 * 0.0938, rel=1e-3)
+    assert (config.selection.mode, config.train.optimiser, config.train.schedule) == ("exact", "sgd", "step")
+    assert (config.train.momentum, config.train.weight_decay, config.train.batch) == (0.9, 5e-4, 128)
 
 
 def test_data_root_comes_from_the_environment(monkeypatch, tmp_path):
@@ -157,14 +188,34 @@ REFUSED = [  # overrides, a part of the sentence
 ]
 
 
+REFUSED_OF_IMAGES = [
+    ("dataset.source_size=0", "dataset.source_size=0"),
+    ("dataset.size=0", "dataset.size=0"),
+    ("dataset.channels=4", "set 3, or 1 for grey"),
+    ("dataset.classes=1", "dataset.classes=1"),
+    ("dataset.validation=0", "dataset.validation=0"),
+    ("dataset.padding=-1", "dataset.padding=-1"),
+    ("dataset.padding=33", "dataset.padding=33"),
+    ("selection.units=[heads]", "choose one of filters"),
+]
+
+
 @pytest.fixture(scope="module")
 def default() -> DictConfig:
     return composed()
 
 
-@pytest.mark.parametrize(("overrides", "part"), REFUSED)
-def test_senseless_values_are_refused_in_one_sentence(overrides, part, default):
-    changed = OmegaConf.merge(copy.deepcopy(default), OmegaConf.from_dotlist(overrides.split()))
+@pytest.fixture(scope="module")
+def images() -> DictConfig:
+    return composed(*FAMILIES[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "part"),
+    [*(("default", *refused) for refused in REFUSED), *(("images", *refused) for refused in REFUSED_OF_IMAGES)],
+)
+def test_senseless_values_are_refused_in_one_sentence(family, overrides, part, request):
+    changed = OmegaConf.merge(copy.deepcopy(request.getfixturevalue(family)), OmegaConf.from_dotlist(overrides.split()))
     with pytest.raises(UserError) as caught:
         resolve(changed)
     message = str(caught.value)
@@ -173,14 +224,16 @@ def test_senseless_values_are_refused_in_one_sentence(overrides, part, default):
     assert key in message or key.partition(".")[0] in message, message
 
 
-def test_every_number_has_bounds(default):
+def test_every_number_has_bounds():
     """No key with a number accepts both -1e30 and nan: a new key needs a check of its own."""
-    unbounded = []
-    for group, schemas in GROUPS.items():
-        for _, node in schemas:
-            for field in dataclasses.fields(node):
+    unbounded, seen = [], set()
+    for family in ((), *FAMILIES):
+        base = composed(*family)
+        for group in GROUPS:
+            node = OmegaConf.get_type(base[group])
+            for field in dataclasses.fields(node) if node not in seen else ():
                 if field.type in (int, float) and field.name != "projections":
-                    changed = copy.deepcopy(default)
+                    changed = copy.deepcopy(base)
                     OmegaConf.update(changed, f"{group}.{field.name}", -(10**30))
                     try:
                         resolve(changed)
@@ -188,7 +241,8 @@ def test_every_number_has_bounds(default):
                         assert one_sentence(str(error)), error
                     else:
                         unbounded.append(f"{group}.{field.name}")
-    assert unbounded == []
+            seen.add(node)
+    assert unbounded == [] and seen == {node for schemas in GROUPS.values() for _, node in schemas}
 
 
 # --- what Hydra itself refuses

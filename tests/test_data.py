@@ -1,9 +1,14 @@
-"""Text, tokens and masks: the right text, tokenised once, hidden reproducibly."""
+"""Text, tokens and masks: the right text, tokenised once in bounded memory, hidden reproducibly."""
 
 import dataclasses
 import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,10 +23,10 @@ import torch
 from short_runs import one_sentence
 from tokenizers import Tokenizer
 
-from mat.config import DatasetConfig
+from mat.config import TextConfig
 from mat.data import tokens
 from mat.data.masking import MaskedBatch, mask, masked_per_sequence
-from mat.data.text import SPLITS, load_text
+from mat.data.text import SPLITS, open_text
 from mat.data.tokens import SPECIAL, MaskedText, cached_tokens
 from mat.errors import UserError
 
@@ -42,16 +47,30 @@ def write(root: Path, lines: dict[str, list[Any]] = LINES, *, column: str = "tex
     return folder
 
 
-def wikitext(root: Path | None, cache: Path = Path("unused"), **changes: Any) -> DatasetConfig:
+def wikitext(root: Path | None, cache: Path = Path("unused"), **changes: Any) -> TextConfig:
     values = dict(
         name="wikitext2", hub_path="Salesforce/wikitext", hub_name="wikitext-2-v1", local_folder="wikitext-2",
         root=None if root is None else str(root), cache=str(cache), vocabulary=64, length=8,
     )  # fmt: skip
-    return DatasetConfig(**(values | changes))
+    return TextConfig(**(values | changes))
 
 
-def pydocs(cache: Path, **changes: Any) -> DatasetConfig:
-    return DatasetConfig(**(dict(name="pydocs", cache=str(cache), vocabulary=256, length=16) | changes))
+def pydocs(cache: Path, **changes: Any) -> TextConfig:
+    return TextConfig(**(dict(name="pydocs", cache=str(cache), vocabulary=256, length=16) | changes))
+
+
+def read_text(config: TextConfig) -> dict[str, list[str]]:
+    """All lines of every split."""
+    text = {
+        split: (lines.rows, [line for piece in lines for line in piece]) for split, lines in open_text(config).items()
+    }
+    assert all(rows == len(lines) for rows, lines in text.values())
+    return {split: lines for split, (_, lines) in text.items()}
+
+
+def left_in(cache: Path) -> list[Path]:
+    """What a cache folder holds beside its lock."""
+    return [path for path in cache.glob("*") if path.name != ".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +82,14 @@ def corpus(cache: Path) -> MaskedText:
 def toy() -> MaskedText:
     """Ten training sequences whose tokens name their row."""
     rows = np.repeat(np.arange(FIRST, FIRST + 10, dtype=np.uint16)[:, None], 8, axis=1)
-    return MaskedText(DatasetConfig(length=8, mask_share=0.25), 3, 20, MASK_ID, dict.fromkeys(SPLITS, rows))
+    return MaskedText(TextConfig(length=8, mask_share=0.25), 3, 20, MASK_ID, dict.fromkeys(SPLITS, rows))
 
 
 # --- text
 
 
 def test_pydocs_gives_every_topic_to_one_split(cache):
-    splits = load_text(pydocs(cache))
+    splits = read_text(pydocs(cache))
     text = {split: "\n".join(lines) for split, lines in splits.items()}
     homes = {name: [s for s in SPLITS if "\n".join(topics[name].splitlines()) in text[s]] for name in topics}
     assert all(len(home) == 1 for home in homes.values()), homes
@@ -81,7 +100,7 @@ def test_pydocs_gives_every_topic_to_one_split(cache):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_parquet_gives_the_lines_of_every_split(tmp_path, kind):
     write(tmp_path, {**LINES, "test": ["a", None, "b"]}, kind=kind)
-    splits = load_text(wikitext(tmp_path))
+    splits = read_text(wikitext(tmp_path))
     assert splits == {**LINES, "test": ["a", "", "b"]}
 
 
@@ -89,7 +108,7 @@ def test_several_parquet_files_are_read_in_order(tmp_path):
     folder = write(tmp_path)
     (folder / "train-00000-of-00001.parquet").rename(folder / "train-00001-of-00002.parquet")
     pq.write_table(pa.table({"text": ["first"]}), folder / "train-00000-of-00002.parquet")
-    assert load_text(wikitext(tmp_path))["train"] == ["first", *LINES["train"]]
+    assert read_text(wikitext(tmp_path))["train"] == ["first", *LINES["train"]]
 
 
 def truncate(folder: Path) -> None:
@@ -118,7 +137,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, damage):
     message = str(caught.value)
     assert part in message and one_sentence(message), message
     assert str(tmp_path / "data") in message, message
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not left_in(tmp_path / "cache")
 
 
 def test_sequence_longer_than_a_split_is_refused(tmp_path):
@@ -131,12 +150,12 @@ def test_sequence_longer_than_a_split_is_refused(tmp_path):
 def test_hub_is_asked_for_all_splits(monkeypatch):
     asked = []
 
-    def stand_in(*arguments: Any) -> dict[str, dict[str, list[str]]]:
+    def stand_in(*arguments: Any) -> dict[str, datasets.Dataset]:
         asked.append(arguments)
-        return {split: {"text": LINES[split]} for split in SPLITS}
+        return {split: datasets.Dataset.from_dict({"text": LINES[split]}) for split in SPLITS}
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
-    assert load_text(wikitext(None)) == LINES
+    assert read_text(wikitext(None)) == LINES
     assert asked == [("Salesforce/wikitext", "wikitext-2-v1")]
 
 
@@ -146,13 +165,13 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"ConnectionError.*MAT_DATA.*wikitext-2/\*\.parquet") as caught:
-        load_text(wikitext(None))
+        read_text(wikitext(None))
     assert one_sentence(str(caught.value))
 
 
 @pytest.mark.skipif("MAT_DATA" not in os.environ, reason="needs the real WikiText-2 below MAT_DATA")
 def test_real_wikitext_2_is_what_it_should_be():
-    splits = load_text(wikitext(Path(os.environ["MAT_DATA"])))
+    splits = read_text(wikitext(Path(os.environ["MAT_DATA"])))
     assert {s: len(splits[s]) for s in SPLITS} == {"train": 36718, "validation": 3760, "test": 4358}
     words = {s: sum(len(line.split()) for line in splits[s]) for s in SPLITS}
     assert words == {"train": 2051910, "validation": 213886, "test": 241211}
@@ -201,31 +220,139 @@ def test_failure_while_encoding_leaves_nothing_behind(tmp_path, monkeypatch):
     write(tmp_path)
     config = wikitext(tmp_path, tmp_path / "cache")
 
-    def fail(config: DatasetConfig, splits: Any, folder: Path) -> None:
+    def fail(config: TextConfig, folder: Path) -> None:
         (folder / "train.npy").write_text("half")
         raise MemoryError
 
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(tokens, "encode", fail)
         cached_tokens(config)
-    assert list((tmp_path / "cache").iterdir()) == []
-    (tmp_path / "cache" / ".unfinished-killed").mkdir()  # what a hard kill leaves
-    assert len(MaskedText.load(config, seed=0).sequences["train"]) > 10
+    assert left_in(tmp_path / "cache") == []
 
 
-def test_another_process_may_be_faster(tmp_path, monkeypatch):
+def test_other_runs_of_a_sweep_wait_for_the_one_that_tokenises(tmp_path, monkeypatch):
     write(tmp_path)
     config = wikitext(tmp_path, tmp_path / "cache")
-    encode = tokens.encode
+    encode, calls = tokens.encode, []
 
-    def slow(config: DatasetConfig, splits: Any, folder: Path) -> None:
-        monkeypatch.setattr(tokens, "encode", encode)
-        cached_tokens(config)
-        encode(config, splits, folder)
+    def slow(config: TextConfig, folder: Path) -> None:
+        calls.append(folder)
+        time.sleep(0.3)
+        encode(config, folder)
 
     monkeypatch.setattr(tokens, "encode", slow)
+    runs = [threading.Thread(target=cached_tokens, args=[config]) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(calls) == 1 and left_in(tmp_path / "cache") == [cached_tokens(config)]
+
+
+def in_another_process(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that finds ``mat``."""
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=path)
+
+
+def prose(lines: int) -> list[str]:
+    """Lines of twelve common words each, some with an unknown one."""
+    words = [word for word, _ in Counter(" ".join(topics.values()).split()).most_common(300)]
+    return [" ".join(words[i % 97 : i % 97 + 12]) + " <unk> \n" * (i % 7 > 0) for i in range(lines)]
+
+
+def test_a_killed_run_is_cleaned_up_and_started_again(tmp_path):
+    write(tmp_path, {**LINES, "train": prose(500)})
+    config = wikitext(tmp_path, tmp_path / "cache", vocabulary=256)
+    done = in_another_process(f"""
+import os, signal
+from mat.config import TextConfig
+from mat.data import tokens
+def killed(*arguments):
+    yield from encoded(*arguments)  # which is written
+    os.kill(os.getpid(), signal.SIGKILL)
+encoded, tokens.encoded = tokens.encoded, killed
+tokens.cached_tokens(TextConfig(**{dataclasses.asdict(config)!r}))
+""")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = left_in(tmp_path / "cache")
+    assert left.name.startswith(".unfinished-wikitext2-256-") and (left / "test.npy").is_file()
+    (tmp_path / "cache" / ".unfinished-other").mkdir()  # what another dataset's killed run left
+    tokenizer = (left / "tokenizer.json").read_bytes()
     folder = cached_tokens(config)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert left_in(tmp_path / "cache") == [folder] and ".unfinished-" + folder.name == left.name
+    assert {path.stem for path in folder.iterdir()} == {"tokenizer", *SPLITS}
+    # The same text gives the same tokens in another process too, whose hash maps are seeded otherwise.
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer
+
+
+def in_one_piece(config: TextConfig) -> dict[str, np.ndarray]:
+    """The tokens of all splits, each tokenised as a whole with the cached tokenizer."""
+    tokenizer = Tokenizer.from_file(str(cached_tokens(config) / "tokenizer.json"))
+    ids = {}
+    for split, lines in read_text(config).items():
+        known = [line.replace("<unk>", "[UNK]") for line in lines if line.strip()]
+        ids[split] = np.array([i for line in tokenizer.encode_batch(known) for i in line.ids], dtype=np.uint16)
+    return ids
+
+
+def test_streamed_tokens_are_those_of_the_whole_text(tmp_path, monkeypatch):
+    folder = write(tmp_path)
+    lines = prose(1000)
+    for shard in range(3):  # of 700, 200 and 100 lines
+        first, last = ((0, 700), (700, 900), (900, 1000))[shard]
+        pq.write_table(pa.table({"text": lines[first:last]}), folder / f"train-0000{shard}-of-00003.parquet")
+    (folder / "train-00000-of-00001.parquet").unlink()
+    monkeypatch.setattr("mat.data.sources.PIECE", 64)
+    config = wikitext(tmp_path, tmp_path / "cache", vocabulary=256)
+    assert read_text(config)["train"] == lines
+    for split, ids in in_one_piece(config).items():
+        np.save(tmp_path / "whole.npy", ids)
+        streamed = cached_tokens(config) / f"{split}.npy"
+        assert streamed.read_bytes() == (tmp_path / "whole.npy").read_bytes() and len(ids) > 50
+        assert not np.load(streamed, mmap_mode="r").flags.writeable
+
+
+def test_pieces_have_no_use_for_what_never_stands_inside_a_word(tmp_path):
+    write(tmp_path, {**LINES, "train": ["ab, -c (d) <unk>\n"] * 30})
+    config = wikitext(tmp_path, tmp_path / "cache")
+    pieces = Tokenizer.from_file(str(cached_tokens(config) / "tokenizer.json")).get_vocab()
+    assert set(pieces) == {*SPECIAL, "##b", "a", "b", "c", "d", ",", "-", "(", ")", "ab"}
+    assert "<" not in pieces and max(pieces.values()) == len(pieces) - 1
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Tokenising four times the text takes little more memory than that; a list of the ids takes 40 bytes a token."""
+    configs = []
+    for lines in (2_000, 8_000):
+        text = ["the cat sat on the mat and the dog ran from the cat to the mat " * 6] * lines
+        folder = write(tmp_path / str(lines), {**LINES, "train": text})
+        configs.append(dataclasses.asdict(wikitext(folder.parent, tmp_path / "cache")))
+    done = in_another_process(f"""
+import resource
+from mat.data import sources
+sources.PIECE = 256
+from mat.config import TextConfig
+from mat.data.tokens import cached_tokens
+for config in {configs!r}:
+    folder = cached_tokens(TextConfig(**config))
+    print(folder, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+""")
+    assert done.returncode == 0, done.stderr
+    (small, before), (large, after) = (line.split() for line in done.stdout.splitlines())
+    few, many = (len(np.load(Path(folder) / "train.npy", mmap_mode="r")) for folder in (small, large))
+    assert many == 4 * few > 500_000
+    assert int(after) - int(before) < 20 * (many - few), done.stdout
+
+
+def test_files_without_a_hub_say_so(tmp_path):
+    config = wikitext(None, tmp_path, name="enwiki2015", hub_path=None, local_folder="wikitext-103-slice")
+    with pytest.raises(UserError, match=r"dataset=enwiki2015 is not on the hub: .*wikitext-103-slice/") as caught:
+        MaskedText.load(config, seed=0)
+    assert one_sentence(str(caught.value))
+    with pytest.raises(UserError, match="choose another dataset") as caught:
+        MaskedText.load(dataclasses.replace(config, root=str(tmp_path)), seed=0)
+    assert one_sentence(str(caught.value))
 
 
 def test_sequences_are_the_tokens_in_order(corpus, cache):
@@ -235,9 +362,10 @@ def test_sequences_are_the_tokens_in_order(corpus, cache):
         assert rows.shape == (len(ids) // 16, 16) and np.array_equal(rows.reshape(-1), ids[: rows.size])
 
 
-def test_unigram_entropy_by_hand():
-    rows = {"validation": np.array([[5, 5, 5, 5], [6, 6, 7, 8]], dtype=np.uint16)}
-    text = MaskedText(DatasetConfig(length=4), 0, 9, MASK_ID, rows)
+def test_unigram_entropy_by_hand(monkeypatch):
+    rows = {"train": np.zeros((1, 4), np.uint16), "validation": np.array([[5, 5, 5, 5], [6, 6, 7, 8]], dtype=np.uint16)}
+    text = MaskedText(TextConfig(length=4), 0, 9, MASK_ID, rows)
+    monkeypatch.setattr(tokens, "BLOCK", 1)
     assert text.unigram_entropy() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8))
 
 
@@ -314,7 +442,7 @@ def test_a_sequence_gets_new_masks_in_every_epoch(toy):
 
 
 def test_evaluation_takes_evenly_spaced_samples_whose_masks_do_not_depend_on_the_batch(corpus):
-    batches = corpus.evaluation_batches("validation", 40, 16)
+    batches = list(corpus.evaluation_batches("validation", 40, 16))
     assert sum(b.samples for b in batches) == 40 and max(b.samples for b in batches) <= 16
     whole = corpus.sequences["validation"]
     rows = np.linspace(0, len(whole), 40, endpoint=False).astype(int)
@@ -326,8 +454,22 @@ def test_evaluation_takes_evenly_spaced_samples_whose_masks_do_not_depend_on_the
         assert np.array_equal(torch.cat([restored(b) for b in everything]).numpy(), whole)
 
 
+def test_long_splits_are_masked_block_by_block(corpus, monkeypatch):
+    whole = next(corpus.evaluation_batches("validation", None, 10**6))  # fewer than BLOCK
+    first = corpus._masked(corpus.sequences["validation"], [tokens.EVALUATION, 1])
+    assert same(whole, first)  # as before there were blocks
+    monkeypatch.setattr(tokens, "BLOCK", 50)
+    blocks = list(corpus.evaluation_batches("validation", None, 32))
+    assert max(b.samples for b in blocks) <= 32 and sum(b.samples for b in blocks) == whole.samples
+    assert torch.equal(torch.cat([restored(b) for b in blocks]), restored(whole))
+    shown = torch.cat([b.tokens for b in blocks])
+    assert torch.equal(shown[0], corpus._masked(corpus.sequences["validation"][:50], [tokens.EVALUATION, 1]).tokens[0])
+    some = torch.cat([b.tokens for b in corpus.evaluation_batches("validation", 40, 16)])
+    assert torch.equal(some, shown[torch.arange(40) * whole.samples // 40])
+
+
 def test_probe_larger_than_the_data_is_refused(toy):
-    with pytest.raises(UserError, match=r"selection.samples=11 exceeds the 10 training sequences") as caught:
+    with pytest.raises(UserError, match=r"selection.samples=11 exceeds the 10 training samples") as caught:
         toy.probe_batch(11)
     assert one_sentence(str(caught.value))
 

@@ -67,8 +67,8 @@ def test_run_folder_is_complete(finished):
                      "checkpoint/latest.pt", f"checkpoint/best-{summary_of(folder)['best_step']}.pt"}  # fmt: skip
     assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == dataclasses.asdict(config)
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment.keys() == {"commit", "dirty", "versions", "device", "device_name", "threads", "precision",
-                                  "exclusive"}  # fmt: skip
+    assert environment.keys() == {"command", "commit", "dirty", "versions", "device", "device_name", "threads",
+                                  "precision", "exclusive"}  # fmt: skip
     assert environment["versions"]["torch"] == torch.__version__ and environment["threads"] == 1
 
     lines = events(folder)
@@ -104,13 +104,14 @@ def test_units_have_a_row_per_selection_and_unit(finished):
     _, folder = finished("method=mat")
     units = pd.read_parquet(folder / "units.parquet")
     assert list(units.columns) == ["t", "step", "pflops", "kind", "layer", "unit", "lambda_max", "delta", "threshold",
-                                   "active", "stopped"]  # fmt: skip
+                                   "active", "stopped", "distance"]  # fmt: skip
     n = summary_of(folder)["selections"]
     assert n >= 14 and len(units) == n * 6  # two heads and four groups
     assert not units.duplicated(["t", "kind", "layer", "unit"]).any() and sorted(set(units["t"])) == list(range(n))
     shares = units.groupby("t")["active"].mean()
     assert shares[0] == 1.0 and (shares[1:] <= 0.5).all()
     assert not (units["active"] & units["stopped"]).any() and (units["lambda_max"] > 0).all()
+    assert (units["distance"] == 0).eq(units["t"] == 0).all()
     assert "gradnorm" in pd.read_parquet(finished("method=gradnorm")[1] / "units.parquet").columns
 
 

@@ -62,9 +62,14 @@ def weights(model: UnitModel, reduction: ntk.Reduction, projections: int, seed: 
         batch = tiny_batch(samples=SAMPLES)
         one_hot = torch.eye(VOCABULARY, dtype=torch.float64)[batch.targets]
         return ((torch.softmax(model(batch).detach(), -1) - one_hot) / len(one_hot)).view(1, SAMPLES, OUTPUTS)
-    random = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (projections, SAMPLES * MASKED, VOCABULARY), generator=random, dtype=torch.int8)
-    return (2.0 * signs.double() - 1).view(projections, SAMPLES, OUTPUTS)
+    return torch.stack([torch.stack([signs(seed, j, i) for i in range(SAMPLES)]) for j in range(projections)])
+
+
+def signs(seed: int, projection: int, sample: int) -> Tensor:
+    """(k,) random signs, the bits of a generator of their own."""
+    stream = np.random.default_rng([seed, projection, sample]).bytes(-(-OUTPUTS // 8))
+    bits = "".join(f"{byte:08b}" for byte in stream)[:OUTPUTS]
+    return torch.tensor([2.0 * int(bit) - 1 for bit in bits], dtype=torch.float64)
 
 
 def kernel(jacobian: Tensor, weight: Tensor) -> Tensor:
@@ -253,7 +258,7 @@ def test_both_contractions_equal_the_gram_matrix_of_naive_gradients(
     shared = torch.randn(n, t, q, generator=random, dtype=torch.float64)
     chunks = gram.Plan(contraction, 0, min(units, u), min(rows, p if contraction == "gradients" else n))
     monkeypatch.setattr(gram, "plan", lambda *args: chunks)
-    found = gram.unit_gram(per_unit, shared, bias, memory_bytes=0)
+    found = gram.unit_gram([(per_unit, shared)], bias, memory_bytes=0)
     for v in range(u):
         gradients = [(per_unit[i, :, v].T @ shared[i]).flatten() for i in range(n)]
         flat = torch.stack([torch.cat([g, per_unit[i, :, v].sum(0)]) if bias else g for i, g in enumerate(gradients)])
@@ -277,8 +282,8 @@ def test_gram_products_are_float32(sizes: tuple[int, ...], dtype: torch.dtype) -
     random = torch.Generator().manual_seed(0)
     per_unit = torch.randn(n, t, u, p, generator=random).to(dtype)
     shared = torch.randn(n, t, q, generator=random).to(dtype)
-    found = gram.unit_gram(per_unit, shared, True, memory_bytes=2**20)
-    expected = gram.unit_gram(per_unit.double(), shared.double(), True, memory_bytes=2**20)
+    found = gram.unit_gram([(per_unit, shared)], True, memory_bytes=2**20)
+    expected = gram.unit_gram([(per_unit.double(), shared.double())], True, memory_bytes=2**20)
     assert found.dtype == torch.float32
     formed_in_bf16 = dtype == torch.bfloat16 and gram.plan(*sizes, memory_bytes=2**20).contraction == "gradients"
     rtol = 2**-7 if formed_in_bf16 else 1e-5
@@ -317,7 +322,7 @@ def test_working_memory_stays_under_the_bound(sizes: tuple[int, ...], divisor: i
     beside = 4 * u * n * n + 2 * 4 * n * t * (u * p + q)
     per_unit, shared = torch.ones(n, t, u, p, dtype=dtype), torch.ones(n, t, q, dtype=dtype)
     with PeakMemory() as peak:
-        gram.unit_gram(per_unit, shared, False, memory_bytes)
+        gram.unit_gram([(per_unit, shared)], False, memory_bytes)
     used = peak.bytes - beside
     assert peak.bytes > 0 and used <= memory_bytes, f"{used / memory_bytes:.2f} of the bound"
 
@@ -424,3 +429,191 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
         unit_layers(model)[1].get_parameter("in_weight")[0, 0, 0] = value
     with pytest.raises(FloatingPointError, match="not finite"):
         estimate(model)
+
+
+def test_the_first_unit_that_is_not_finite_is_named() -> None:
+    """A NaN that only one unit's kernel sees: its bias's gradient is fine, its own weight's is not."""
+    model = tiny_bert()
+    index = index_of(model)
+    found = estimate(model).kernels
+    assert found is not None
+    found[3, 0, 1] = float("nan")
+    row = f"{index.kind[3]} layer {index.layer[3]} unit {index.unit[3]}"
+    with pytest.raises(FloatingPointError, match=f"{row} has values that are not finite .as those of 0 other"):
+        ntk._eigenvalues(found, index, spectrum=False)
+
+
+# --- probes in several batches
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 5, 2)], ids=str)
+@pytest.mark.parametrize("reduction, projections", REDUCTIONS)
+def test_several_batches_equal_one(reduction: ntk.Reduction, projections: int, sizes: tuple[int, ...]) -> None:
+    model, probe = model_of(*FORMS[0]), tiny_batch(samples=8)
+    parts = [probe.take(rows) for rows in torch.arange(8).split(list(sizes))]
+    expected = estimate(model, probe, reduction=reduction, projections=projections, rest=True)
+    found = ntk.estimate(
+        model, parts, reduction=reduction, projections=projections, spectrum=True, kernels=True, rest=True
+    )
+    torch.testing.assert_close(found.kernels, expected.kernels, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.rest, expected.rest, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(found.squared_norm, expected.squared_norm, rtol=1e-9)
+    assert found.samples == 8 and found.outputs == expected.outputs
+
+
+def test_activations_of_one_batch_are_alive_at_a_time() -> None:
+    """Peak memory of four batches: one batch's graph, and of the others the factors only."""
+    model = tiny_bert(length=32, dtype=torch.float32)
+    probe = tiny_batch(samples=32, length=32)
+    peaks = {}
+    for parts in (1, 4):
+        with PeakMemory() as peak:
+            ntk.estimate(model, probe.split(parts))
+        peaks[parts] = peak.bytes
+    factors = 4 * 32 * 32 * sum(  # inputs and output gradients of every product, float32
+        layer.n_units * p + q for layer in unit_layers(model) for p, q, _ in layer.product_shapes()
+    )  # fmt: skip
+    assert peaks[4] <= factors + (peaks[1] - factors) / 2, f"{peaks} beside {factors} of factors"
+
+
+def test_more_samples_and_projections_add_signs_and_change_none() -> None:
+    model, probe = model_of(*FORMS[0]), tiny_batch(samples=8)
+    large = estimate(model, probe, projections=3, seed=5).kernels
+    small = estimate(model, probe.split(2)[0], projections=2, seed=5).kernels
+    assert large is not None and small is not None
+    rows = torch.tensor([j * 8 + i for j in range(2) for i in range(4)])
+    torch.testing.assert_close(3 * large[:, rows][:, :, rows], 2 * small, rtol=1e-10, atol=1e-12)
+
+
+# --- the rest, and whole parts of a model
+
+
+@pytest.mark.parametrize("kinds", [None, ["heads"]])
+@pytest.mark.parametrize("norm, positions", FORMS)
+@pytest.mark.parametrize("reduction, projections", [("full", 1), ("random", 2), ("loss", 1)])
+def test_kernels_of_parts_equal_the_naive_ones(
+    reduction: ntk.Reduction, projections: int, norm: str, positions: str, kinds: list[str] | None
+) -> None:
+    """A parameter, a whole block with its norms and biases, and the whole model (eq. 1)."""
+    model, jacobian = model_of(norm, positions), jacobian_of(norm, positions)
+    found = ntk.estimate(
+        model, tiny_batch(samples=SAMPLES), index_of(model, kinds), reduction=reduction, projections=projections,
+        kernels=True, rest=True,
+    )  # fmt: skip
+    weight = weights(model, reduction, projections, seed=0) / (projections**0.5 if reduction == "random" else 1)
+
+    def expected(prefix: str) -> Tensor:
+        columns = [j.flatten(2) for name, j in jacobian.items() if name.startswith(prefix)]
+        return kernel(torch.cat(columns, -1), weight)
+
+    for part, prefix in ((model, ""), (model.blocks[1], "blocks.1."), (model.transform_norm, "transform_norm.")):
+        torch.testing.assert_close(found.kernel_of(model, part), expected(prefix), rtol=1e-9, atol=1e-9)
+    assert found.rest is not None
+    torch.testing.assert_close(found.rest["tokens"], expected("tokens"), rtol=1e-9, atol=1e-9)
+
+
+def test_kernels_of_parts_want_kernels_and_rest() -> None:
+    model = model_of(*FORMS[0])
+    with pytest.raises(ValueError, match="kernels=True and rest=True"):
+        estimate(model).kernel_of(model, model)
+
+
+# --- online
+
+
+def test_online_equals_the_loss_reduction_and_leaves_the_step_as_it_is() -> None:
+    """Kernels of a step without dropout are those of ``loss``; its gradients are bitwise those of a plain step."""
+    model, plain, batch = tiny_bert(), tiny_bert(), tiny_batch(samples=6)
+    with ntk.Online(model) as online:
+        model.train()
+        model.loss(batch).backward()
+    found = online.result(spectrum=True, kernels=True)
+    plain.train()
+    plain.loss(batch).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+    expected = estimate(plain, batch, reduction="loss")
+    torch.testing.assert_close(found.kernels, expected.kernels, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(found.lambda_max, expected.lambda_max, rtol=1e-10)
+    assert (found.samples, found.reduction) == (6, "loss")
+    assert all(layer.tape is None for layer in unit_layers(model))
+
+
+def test_online_takes_micro_batches_for_one_step() -> None:
+    model, batch = tiny_bert(), tiny_batch(samples=6)
+    with ntk.Online(model, index_of(model, ["ffn"])) as online:
+        for part in batch.split(3):
+            (model.loss(part) / 3).backward()
+    expected = ntk.estimate(model, batch, index_of(model, ["ffn"]), reduction="loss", kernels=True)
+    torch.testing.assert_close(online.result(kernels=True).kernels, expected.kernels, rtol=1e-10, atol=1e-14)
+
+
+def test_online_refuses_frozen_units_and_a_missing_backward_pass() -> None:
+    model = tiny_bert()
+    with ntk.Online(model) as online:
+        model.loss(tiny_batch())
+    with pytest.raises(ValueError, match="needs the backward pass"):
+        online.result()
+    half_frozen(model)
+    with pytest.raises(ValueError, match="all units are active"), ntk.Online(model):
+        pass
+
+
+# --- a model of the user's own
+
+
+class Points:
+    """A batch of vectors, (n, 1, d): one position per sample."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.samples = x, len(x)
+
+
+class Neurons(UnitLayer):
+    """tanh(W x + b) whose units are groups of neurons."""
+
+    def __init__(self, width: int, groups: int, size: int) -> None:
+        super().__init__("neurons", groups)
+        self.add_product("weight", torch.randn(groups, size, width), "bias")
+        self.add_product("out_weight", torch.randn(groups, size, width))
+
+    def compute(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        z = torch.einsum("ntq,upq->ntup", x, w["weight"]) + w["bias"]
+        h = torch.tanh(self.tap("weight", x, True, z))
+        return self.tap("out_weight", h, False, torch.einsum("ntup,upq->ntq", h, w["out_weight"]))
+
+
+class Twice(UnitModel):
+    """The same layer applied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Neurons(width=3, groups=2, size=4)
+
+    def forward(self, batch: Points) -> Tensor:
+        return self.layer(self.layer(batch.x))[:, 0]
+
+
+def test_a_model_of_the_users_own_whose_layer_is_used_twice() -> None:
+    model, batch = Twice().double(), Points(torch.randn(5, 1, 3, dtype=torch.float64))
+    found = ntk.estimate(model, batch, reduction="full", kernels=True)
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in model(batch).flatten()]
+    for u in range(2):
+        flat = torch.stack([torch.cat([g[u].flatten() for g in row]) for row in rows]).view(5, 3, -1)  # (n, k, p)
+        torch.testing.assert_close(found.kernels[u], full_kernel(flat), rtol=1e-10, atol=1e-10)
+    assert found.index.kind.tolist() == ["neurons"] * 2 and found.outputs == 3
+
+
+def test_senseless_wishes_are_refused_in_a_sentence() -> None:
+    model, batch = tiny_bert(), tiny_batch()
+    with pytest.raises(ValueError, match="no unit to measure"):
+        ntk.estimate(model, batch, index_of(model, ["experts"]))
+    with pytest.raises(ValueError, match="wanted one of random, sum, full, loss"):
+        ntk.estimate(model, batch, reduction="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="projections=0"):
+        ntk.estimate(model, batch, projections=0)
+    silent = Twice().double()
+    silent.layer.compute = lambda x, w: x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="a layer of neurons recorded no product"):
+        ntk.estimate(silent, Points(torch.zeros(2, 1, 3, dtype=torch.float64)))

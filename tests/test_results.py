@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 
 from results import curves, tables
 from results.frame import ResultsError, group, read_runs
-from results.measures import Mark, Until, against, of_run, summarise
+from results.measures import ACCURACY, LOSS, Mark, Until, against, of_run, summarise
 from results.render import cell, decimals, latex_escape
-from results.specs import PAPER_TABLE_1, SPECS, Row, TableSpec
+from results.specs import PAPER_TABLE_1, PAPER_TABLE_2, PAPER_TABLE_3, SPECS, Row, TableSpec
 
 BASELINE, MAT = ("bert_mini", "baseline"), ("bert_mini", "mat")
 SPEC = TableSpec(
@@ -70,7 +70,8 @@ def write_run(
         "method": method, "seed": seed, "pflops": len(losses) * speed, "pflops_overhead": len(losses) * speed / 10,
         "seconds": 10 * len(losses) * speed, "best_validation_loss": losses[best], "pflops_to_best": (best + 1) * speed,
         "seconds_to_best": 10 * (best + 1) * speed, "test_loss": losses[best] + 1, "active_share": 0.5,
-        "unigram_entropy": 6.0,
+        "unigram_entropy": 6.0, "best_validation_accuracy": 1 - losses[best] / 10,
+        "test_accuracy": 1 - (losses[best] + 1) / 10,
     }  # fmt: skip
     (path / "summary.json").write_text(json.dumps(summary))
     return path
@@ -95,7 +96,7 @@ def line(frame: pd.DataFrame, method: str) -> dict[Any, Any]:
 
 def made(root: Path, spec: TableSpec = SPEC, seeds: int = 3) -> pd.DataFrame:
     """The frame of a table."""
-    return summarise(spec.load(root, seeds), spec.baseline, spec.levels)
+    return summarise(spec.load(root, seeds), spec.baseline, spec.levels, spec.score)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -182,10 +183,64 @@ def test_marks_take_the_last_evaluation_before_them(root: Path) -> None:
 
 def test_a_level_of_accuracy_is_read_where_it_is_first_reached(root: Path) -> None:
     run = next(run for run in read_runs(root, "t") if run.key == MAT and run.seed == 0)
-    assert Until("train", 0.75).read(run) == 1.5  # accuracies 0.1, 0.2, 0.8, 0.9
-    assert Until("train", 0.99).read(run) is None
-    assert Until("train", 0.95).measure == "pflops_to_train_95"
-    assert Until("train", 0.95).title(run) == "PFLOPs to 95 % train accuracy"
+    assert Until(0.75).read(run) == 1.5  # accuracies 0.1, 0.2, 0.8, 0.9
+    assert Until(0.99).read(run) is None
+    assert Until(0.95).measure == "pflops_to_train_95"
+    assert Until(0.95).title(run) == "PFLOPs to 95 % train accuracy"
+
+
+SPEC_3 = TableSpec(
+    "three", "By accuracy", "t", SPEC.rows, (Until(0.5), Until(0.8)), PAPER_TABLE_3, ACCURACY
+)  # fmt: skip
+
+
+def test_accuracy_is_judged_the_other_way_round(root: Path) -> None:
+    """The baseline's best accuracies are 0.8, 0.7, 0.6 at 4 PFLOPs; MAT gets there at 1.5, 2 and 1 PFLOPs."""
+    frame = made(root, SPEC_3)
+    baseline, mat = line(frame, "baseline"), line(frame, "mat")
+    assert baseline["best_validation_accuracy_mean"] == pytest.approx(0.7)
+    assert mat["test_accuracy_mean"] == pytest.approx((0.8 + 0.7 + 0.6) / 3)
+    assert mat["test_accuracy_sd"] == pytest.approx(0.1)
+    assert mat["test_accuracy_ratio"] == pytest.approx((0.8 / 0.7 + 0.7 / 0.6 + 0.6 / 0.5) / 3)
+    assert mat["pflops_to_baseline_best_mean"] == pytest.approx((1.5 + 2 + 1) / 3) and mat["n_reached"] == 3
+    # Train accuracies of the baseline are 0.1, 0.2, 0.5, then 0.8, 0.7, 0.6.
+    assert baseline["pflops_to_train_50_mean"] == 3 and mat["pflops_to_train_50_mean"] == (1.5 + 2 + 1) / 3
+    assert baseline["pflops_to_train_80_mean"] is None and mat["pflops_to_train_50_ratio"] == 0.5
+    assert not any("loss" in column for column in frame)
+
+
+def test_a_level_of_training_accuracy_needs_one(root: Path) -> None:
+    path = root / RUN / "metrics.jsonl"
+    events = [json.loads(text) for text in path.read_text().splitlines()]
+    kept = [{k: v for k, v in e.items() if k != "accuracy" or e["event"] != "train"} for e in events]
+    path.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    broken(root, f"{RUN} has no training accuracy", SPEC_3)
+
+
+def test_an_evaluation_without_accuracy(root: Path) -> None:
+    path = root / RUN / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:5], re.sub('"accuracy": [0-9.]+, ', "", lines[5]), *lines[6:]]))
+    made(root)
+    broken(root, f"{RUN} has an evaluation without a finite accuracy", SPEC_3)
+
+
+def test_nan_in_a_training_accuracy(root: Path) -> None:
+    path = root / RUN / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], re.sub('"accuracy": [0-9.]+', '"accuracy": NaN', lines[3]), *lines[4:]]))
+    broken(root, f"{RUN}/metrics.jsonl, line 4, has accuracy=nan", SPEC_3)
+
+
+def test_best_by_loss_is_not_best_by_accuracy(root: Path) -> None:
+    edit(root / RUN / "summary.json", lambda summary: summary.update(best_validation_accuracy=0.7))
+    made(root)
+    broken(root, rf"{RUN} contradicts itself \(best validation accuracy 0.7 in summary.json, 0.8 in metrics", SPEC_3)
+
+
+def test_summary_without_a_test_accuracy(root: Path) -> None:
+    edit(root / RUN / "summary.json", lambda summary: summary.pop("test_accuracy"))
+    broken(root, rf"{RUN}/summary.json has test_accuracy=None", SPEC_3)
 
 
 def test_what_differs_only_in_place_and_speed_stays_one_row(root: Path) -> None:
@@ -435,11 +490,62 @@ def test_numbers_as_text() -> None:
     assert latex_escape("50 % of a_b ± 1 – {x}") == r"50 \% of a\_b $\pm$ 1 -- \{x\}"
 
 
+def test_table_3_shows_percent_and_stresses_the_highest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    for seed in range(3):
+        for method, best, speed in (("baseline", 1, 1), ("rand", 2, 1.1), ("multirate", 1.5, 0.8), ("mat", 0.5, 0.6)):
+            write_run(runs, method, seed, [9, 8, 1.4, best], name="table3_mini", model="vgg16_mini", speed=speed)
+    assert tables.main(arguments(runs, "table3_mini")) == 0
+    markdown = (tmp_path / "out" / "table3_mini.md").read_text()
+    assert "# Table 3, mini: VGG16 on CIFAR-10" in markdown and "## Accuracy (%)" in markdown
+    assert "PFLOPs to 95 % train accuracy, mean ± sd (n)" in markdown and "test accuracy at best validation" in markdown
+    # 80 and 85 % after three evaluations, 90 % after four unless never, 95 % by MAT alone, which is no contest.
+    assert (
+        "| MAT | cut | **1.800 ± 0.000 (3)** | **1.800 ± 0.000 (3)** | **2.400 ± 0.000 (3)** | 2.400 ± 0.000 (3) | – "
+        "| **95.00 ± 0.00 (3)** | **85.00 ± 0.00 (3)** |"
+    ) in markdown
+    assert "| VGG16-Rand | cut | 3.300 ± 0.000 (3) | 3.300 ± 0.000 (3) | – | – | – | 86.00 ± 0.00 (3) |" in markdown
+    assert (
+        "| MAT | test accuracy | 85.00 ± 0.00 (3) | test top-1 % @ convergence | 93.86 ± 0.05 | 1.062 ± 0.000 (3) | "
+    ) in markdown
+    assert "the first evaluation at or above the best validation accuracy" in markdown
+    (row,) = (row for row in csv.DictReader((tmp_path / "out" / "table3_mini.csv").open()) if row["method"] == "mat")
+    assert float(row["test_accuracy_mean"]) == pytest.approx(0.85) and row["pflops_to_train_99_mean"] == ""
+    assert float(row["pflops_to_train_95_mean"]) == pytest.approx(2.4) and "test_loss_mean" not in row
+    assert curves.main(arguments(runs, "table3_mini")) == 0
+    assert "validation accuracy (%)" in (tmp_path / "out" / "table3_mini_curves.svg").read_text()
+    capsys.readouterr()
+
+
+def test_table_2_has_the_columns_of_table_1(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for seed in range(3):
+        for method in ("baseline", "rand", "multirate", "mat"):
+            write_run(runs, method, seed, [9, 8, 5, 4], name="table2_mini", model="switch_mini")
+    assert tables.main(arguments(runs, "table2_mini")) == 0
+    markdown = (tmp_path / "out" / "table2_mini.md").read_text()
+    assert "# Table 2, mini: Switch Transformer on English Wikipedia (2015)" in markdown and "WikiText" not in markdown
+    assert (
+        "| Switch-Rand | validation loss at 2.5 PFLOPs | 8.000 ± 0.000 (3) | val @400 PFLOPs | 2.15 ± 0.08 " in markdown
+    )
+
+
 def test_the_paper_is_copied_right() -> None:
-    rows = PAPER_TABLE_1.rows
-    ratio = rows["mat"]["pflops_to_best"][0] / rows["baseline"]["pflops_to_best"][0]
-    assert f"{ratio:.3f}" == "0.575"
-    assert [row["test_loss"][0] for row in rows.values()] == [4.41, 4.82, 4.48, 4.27]
+    for table, column, ratios in (
+        (PAPER_TABLE_1, "pflops_to_best", ["1.000", "0.750", "0.678", "0.575"]),
+        (PAPER_TABLE_2, "pflops_to_best", ["1.000", "0.725", "0.641", "0.532"]),
+        (PAPER_TABLE_3, "pflops_to_train_95", ["1.000", "1.125", "0.812", "0.600"]),
+        (PAPER_TABLE_3, "pflops_to_train_99", ["1.000", "1.107", "0.808", "0.598"]),
+        (PAPER_TABLE_3, "pflops_to_best", ["1.000", "1.099", "0.779", "0.527"]),
+    ):
+        assert list(table.rows) == ["baseline", "rand", "multirate", "mat"]
+        values = [row[column][0] for row in table.rows.values()]
+        assert [f"{value / values[0]:.3f}" for value in values] == ratios
+    tests = {"test_loss": (PAPER_TABLE_1, PAPER_TABLE_2), "test_accuracy": (PAPER_TABLE_3,)}
+    found = [[row[measure][0] for row in table.rows.values()] for measure, of in tests.items() for table in of]
+    assert found == [[4.41, 4.82, 4.48, 4.27], [1.74, 1.93, 1.77, 1.68], [93.77, 92.71, 93.43, 93.86]]
+    marks = [PAPER_TABLE_2.rows["mat"][f"val_loss_mark{i}"] for i in (1, 2, 3)]
+    assert marks == [(2.34, 0.06), (1.92, 0.03), (1.69, 0.02)]
 
 
 # Curves
@@ -447,15 +553,21 @@ def test_the_paper_is_copied_right() -> None:
 
 def test_band_covers_what_all_seeds_cover(root: Path) -> None:
     rows = group(read_runs(root, "t"), [BASELINE], root / "t")
-    grid, mean, spread = curves.band(rows[BASELINE], "pflops", points=4)
+    grid, mean, spread = curves.band(rows[BASELINE], "pflops", LOSS, points=4)
     assert grid.tolist() == [1, 2, 3, 4] and mean.tolist() == [9, 8, 5, 3] and spread.tolist() == [0, 0, 0, 1]
-    grid, mean, spread = curves.band(rows[BASELINE][:1], "seconds", points=3)
+    grid, mean, spread = curves.band(rows[BASELINE][:1], "seconds", LOSS, points=3)
     assert grid.tolist() == [10, 25, 40] and mean.tolist() == [9, 6.5, 2] and not spread.any()
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 def test_every_row_has_a_line_of_its_own(spec: TableSpec) -> None:
     assert len({curves.line_of(spec, row) for row in spec.rows}) == len(spec.rows)
+
+
+def test_band_of_accuracies_is_in_percent(root: Path) -> None:
+    rows = group(read_runs(root, "t"), [BASELINE], root / "t")
+    _, mean, spread = curves.band(rows[BASELINE], "pflops", ACCURACY, points=4)
+    assert mean.tolist() == pytest.approx([10, 20, 50, 70]) and spread.tolist() == pytest.approx([0, 0, 0, 10])
 
 
 def test_curves_without_a_timed_run(mini: Path) -> None:

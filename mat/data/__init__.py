@@ -1,6 +1,7 @@
 """Datasets: from a configuration to reproducible batches."""
 
-from mat.config import DatasetConfig
+from mat.config import DatasetConfig, ImageConfig, TextConfig
+from mat.data.images import Images
 from mat.data.tokens import MaskedText
 from mat.interface import Data
 
@@ -15,4 +16,7 @@ def load(config: DatasetConfig, seed: int) -> Data:
     Raises:
         UserError: If the data cannot be had.
     """
+    if isinstance(config, ImageConfig):
+        return Images.load(config, seed)
+    assert isinstance(config, TextConfig)
     return MaskedText.load(config, seed)

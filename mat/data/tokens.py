@@ -1,50 +1,98 @@
 """WordPiece tokens: trained on the training split, cached on disk, packed into sequences.
 
-The cache is keyed by a hash of the data's identity and the settings, and written atomically: a folder that exists is
-complete.
+The text streams through in pieces and the tokens are memory-mapped, so that a corpus may be larger than memory.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mat.config import DatasetConfig
+from mat.config import TextConfig
+from mat.data.cache import cached, progress, save_rows
 from mat.data.masking import MaskedBatch, mask
-from mat.data.text import SPLITS, Splits, load_text, origin, source_key
+from mat.data.order import EVALUATION, FEW, PROBE, Order, entropy, spaced
+from mat.data.sources import origin
+from mat.data.text import SPLITS, Lines, open_text, text_key
 from mat.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+UNKNOWN = "<unk>"  # WikiText v1 writes rare words so; it stands for the tokenizer's own unknown piece
 CACHE_FORMAT = 1
-TRAIN, EVALUATION, PROBE = 0, 1, 2  # streams of randomness, see MaskedText.key
+ALPHABET = 1000  # characters that pieces are made of; a word with a rarer one is unknown
+BLOCK = 2**14  # evaluation sequences that are masked at once
 
 
-def encode(config: DatasetConfig, splits: Splits, folder: Path) -> None:
-    """Train the tokenizer on the training split and write ``tokenizer.json`` and one ``<split>.npy`` per split."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+def _tokenizer(vocabulary: dict[str, int] | None = None) -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=config.vocabulary, special_tokens=list(SPECIAL), show_progress=False)
-    # WikiText v1 writes rare words as the literal <unk>; it stands for the tokenizer's own unknown piece.
-    known = (line.replace("<unk>", " ") for line in splits["train"])
+    tokenizer.add_special_tokens(list(SPECIAL) if vocabulary else [])
+    return tokenizer
+
+
+def train_tokenizer(lines: Lines, vocabulary: int) -> Any:
+    """A WordPiece tokenizer; the same text gives the same one.
+
+    Left to itself the trainer numbers the characters inside words ("##a") in the order of a randomly seeded hash map,
+    and breaks ties between merges by these numbers. Here the alphabet is counted first and its order given.
+
+    Args:
+        lines: The training text.
+        vocabulary: Wanted number of pieces.
+    """
+    from tokenizers import trainers
+
+    tokenizer = _tokenizer()
+    words: Counter[str] = Counter()
+    for piece in progress(lines, "counting words"):
+        for line in piece:
+            words.update(line.replace(UNKNOWN, " ").split())
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for word, count in words.items():
+        for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word)):
+            counts.update(dict.fromkeys(part, count))
+            inside.update(part[1:])
+    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET]
+    starts = [f"##{c}" for c in sorted(inside.intersection(alphabet))]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=[*SPECIAL, *starts], initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet), show_progress=False,
+    )  # fmt: skip
+    known = ([line.replace(UNKNOWN, " ") for line in piece] for piece in progress(lines, "learning word pieces"))
     tokenizer.train_from_iterator(known, trainer)
+    return _tokenizer(tokenizer.get_vocab())  # in which "##a" is no special token
+
+
+def encoded(tokenizer: Any, lines: Lines, label: str) -> Iterator[NDArray[np.uint16]]:
+    """The ids of the lines, in pieces; blank lines have none."""
+    for piece in progress(lines, label):
+        kept = [line.replace(UNKNOWN, "[UNK]") for line in piece if line.strip()]
+        ids = [np.array(line.ids, dtype=np.uint16) for line in tokenizer.encode_batch_fast(kept)]
+        yield np.concatenate([*ids, np.empty(0, np.uint16)])
+
+
+def encode(config: TextConfig, folder: Path) -> None:
+    """Train the tokenizer on the training split and write ``tokenizer.json`` and one ``<split>.npy`` per split."""
+    text = open_text(config)
+    tokenizer = train_tokenizer(text["train"], config.vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
-    for split in SPLITS:
-        lines = [line.replace("<unk>", "[UNK]") for line in splits[split] if line.strip()]
-        ids = [i for encoding in tokenizer.encode_batch_fast(lines) for i in encoding.ids]
-        np.save(folder / f"{split}.npy", np.array(ids, dtype=np.uint16))
+    for split in reversed(SPLITS):  # the long one last
+        label = f"tokenising {config.name} {split}"
+        if not save_rows(folder / f"{split}.npy", encoded(tokenizer, text[split], label), np.uint16):
+            raise UserError(f"{origin(config)} has an empty {split} split: get the data again.")
 
 
-def cached_tokens(config: DatasetConfig) -> Path:
+def cached_tokens(config: TextConfig) -> Path:
     """The cache folder of a corpus; made if it is not there.
 
     Args:
@@ -56,25 +104,8 @@ def cached_tokens(config: DatasetConfig) -> Path:
     Raises:
         UserError: If the data cannot be had.
     """
-    identity = [CACHE_FORMAT, config.name, config.vocabulary, *source_key(config)]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    root = Path(config.cache).expanduser()
-    folder = root / f"{config.name}-{config.vocabulary}-{key}"
-    if folder.is_dir():
-        return folder
-    splits = load_text(config)
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
-    try:
-        encode(config, splits, unfinished)
-        try:
-            os.replace(unfinished, folder)
-        except OSError:  # another run of the sweep was faster
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    identity = [CACHE_FORMAT, config.name, config.vocabulary, *text_key(config)]
+    return cached(config.cache, f"{config.name}-{config.vocabulary}", identity, lambda folder: encode(config, folder))
 
 
 @dataclass
@@ -86,15 +117,17 @@ class MaskedText:
         sequences: Packed sequences (N, T) by split; the remainder of a split is left out.
     """
 
-    config: DatasetConfig
+    config: TextConfig
     seed: int
     vocabulary: int
     mask_id: int
     sequences: dict[str, NDArray[np.uint16]]
-    _order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch that is being read
+
+    def __post_init__(self) -> None:
+        self._order = Order(len(self.sequences["train"]), self.seed)
 
     @classmethod
-    def load(cls, config: DatasetConfig, seed: int) -> "MaskedText":
+    def load(cls, config: TextConfig, seed: int) -> "MaskedText":
         """Read the cache (made first if need be).
 
         Args:
@@ -119,6 +152,12 @@ class MaskedText:
                     f"({len(ids)} tokens): choose a smaller dataset.length."
                 )
             sequences[split] = ids[: count * config.length].reshape(count, config.length)
+        few, count = config.train_sequences, len(sequences["train"])
+        if few is not None:
+            if few > count:
+                raise UserError(f"dataset.train_sequences={few} exceeds the {count} there are: choose fewer, or null.")
+            rows = np.random.default_rng([seed, FEW]).permutation(count)[:few]
+            sequences["train"] = sequences["train"][np.sort(rows)]
         return cls(config, seed, len(pieces), pieces["[MASK]"], sequences)
 
     @property
@@ -128,30 +167,26 @@ class MaskedText:
 
     def steps_per_epoch(self, batch: int) -> int:
         """Batches of this size in an epoch, a short last one included."""
-        return -(-len(self.sequences["train"]) // batch)
+        return self._order.steps(batch)
 
     def train_batch(self, step: int, batch: int) -> tuple[MaskedBatch, int]:
         """The batch of a step and its epoch; every epoch is a new permutation, its last batch may be short."""
-        count = len(self.sequences["train"])
-        epoch, within = divmod(step, self.steps_per_epoch(batch))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, TRAIN, epoch]).permutation(count)
-        rows = self._order[1][within * batch : (within + 1) * batch]
-        return self._masked(self.sequences["train"][np.sort(rows)], [self.seed, TRAIN, epoch, within]), epoch
+        rows, key, epoch = self._order.rows(step, batch)
+        return self._masked(self.sequences["train"][rows], key), epoch
 
-    def evaluation_batches(self, split: str, samples: int | None, batch: int) -> list[MaskedBatch]:
+    def evaluation_batches(self, split: str, samples: int | None, batch: int) -> Iterator[MaskedBatch]:
         """Evenly spaced samples of a split; a sample's mask is the same for all methods, seeds and batch sizes."""
-        whole = self._masked(self.sequences[split], [EVALUATION, SPLITS.index(split)])
-        count = min(samples or whole.samples, whole.samples)
-        return whole.take(torch.arange(count) * whole.samples // count).split(-(-count // batch))
+        whole = self.sequences[split]
+        chosen = spaced(samples, len(whole))
+        for block, first in enumerate(range(0, len(whole), BLOCK)):
+            rows = chosen[(first <= chosen) & (chosen < first + BLOCK)] - first
+            if len(rows):
+                masked = self._masked(whole[first : first + BLOCK], [EVALUATION, SPLITS.index(split), block])
+                yield from masked.take(torch.from_numpy(rows)).split(-(-len(rows) // batch))
 
     def probe_batch(self, samples: int) -> MaskedBatch:
         """The estimator's samples, drawn once from the training split; the same at every selection."""
-        count = len(self.sequences["train"])
-        if samples > count:
-            raise UserError(f"selection.samples={samples} exceeds the {count} training sequences: choose fewer.")
-        rows = np.sort(np.random.default_rng([self.seed, PROBE]).permutation(count)[:samples])
-        return self._masked(self.sequences["train"][rows], [self.seed, PROBE, 1])
+        return self._masked(self.sequences["train"][self._order.probe(samples)], [self.seed, PROBE, 1])
 
     def facts(self) -> dict[str, float]:
         """The unigram entropy of the validation split, in nats."""
@@ -159,9 +194,10 @@ class MaskedText:
 
     def unigram_entropy(self, split: str = "validation") -> float:
         """Cross-entropy in nats of a split under its own piece frequencies: what ignoring the context achieves."""
-        counts = np.bincount(self.sequences[split].reshape(-1), minlength=self.vocabulary)
-        share = counts[counts > 0] / counts.sum()
-        return float(-(share * np.log(share)).sum())
+        whole, counts = self.sequences[split], np.zeros(self.vocabulary, np.int64)
+        for first in range(0, len(whole), BLOCK):
+            counts += np.bincount(whole[first : first + BLOCK].reshape(-1), minlength=self.vocabulary)
+        return entropy(counts)
 
     def _masked(self, sequences: NDArray[np.uint16], key: list[int]) -> MaskedBatch:
         return mask(sequences, self.config.mask_share, self.mask_id, len(SPECIAL), self.vocabulary, key)

@@ -1,0 +1,241 @@
+"""Observers against references that are obviously right, and a run that does not notice them."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mat import analysis, engine
+from mat.analysis import OBSERVERS, Scene, effective_rank, kernels_of, layers_of, projections, scene
+from mat.config import ANALYSES
+from mat.data import load
+from mat.data.tokens import MaskedText
+from mat.errors import UserError
+from mat.units import UnitIndex, unit_layers
+from tests.naive import gradients, jacobian, unit_jacobian
+from tests.short_runs import assert_same, one_sentence, result, small
+from tests.tiny import tiny_batch, tiny_bert
+
+OBSERVED = "analysis=[attention,kernels,descent]"
+
+
+def seen(projections: int = 3, **config: object) -> Scene:
+    """A scene of a tiny model with a few frozen heads, which the copy must not have."""
+    model = tiny_bert(**config)  # type: ignore[arg-type]
+    unit_layers(model)[0].set_active(np.array([True, False, False]))
+    return scene(model, tiny_batch(), projections, 0, 2**20)
+
+
+# --- effective rank
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(2, 9), rank=st.integers(1, 9), seed=st.integers(0, 99))
+def test_effective_rank_of_equal_singular_values_is_the_rank(size: int, rank: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(size, size, generator=random).double())[0] for _ in range(2))
+    rank = min(rank, size)
+    assert effective_rank(3.7 * left[:, :rank] @ right[:, :rank].T) == pytest.approx(rank)
+
+
+def test_effective_rank_by_hand() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 0.0]).double())
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert effective_rank(matrix) == pytest.approx(math.exp(entropy))
+    assert 1 < effective_rank(matrix) < 2 < effective_rank(torch.eye(3))
+    batch = torch.stack([matrix, torch.eye(3).double()])
+    assert effective_rank(batch).tolist() == pytest.approx([math.exp(entropy), 3.0])
+
+
+@pytest.mark.parametrize("config", [{}, {"positions": "learned", "norm": "post"}])
+def test_attention_matrices_are_those_of_the_model(config: dict[str, str]) -> None:
+    from tests.naive import rotate
+
+    view = seen(**config)
+    table = OBSERVERS["attention"](view)
+    assert len(table) == 2 * 3 and set(table["kind"]) == {"heads"}
+    layer = unit_layers(view.model)[0]
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    for b, sequence in enumerate(x):
+        for u in range(3):
+            q, k, _ = (sequence @ layer.qkv_weight[u].T + layer.qkv_bias[u]).chunk(3, -1)
+            if layer.rotary is not None:
+                q, k = rotate(q, layer.rotary), rotate(k, layer.rotary)
+            torch.testing.assert_close(layer.probabilities(x)[b, u], torch.softmax(q @ k.T / 2, -1))
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("config", [{}, {"positions": "learned", "norm": "post", "layers": 1}])
+def test_kernels_of_units_and_layers(config: dict[str, object]) -> None:
+    view = seen(**config)
+    cotangents = projections(view)
+    found, exact = kernels_of(view, cotangents), jacobian(view.model, view.probe)  # (n, k, ...)
+    reduce = torch.cat([c.view(4, -1) for c in cotangents])  # (m n, k), projection-major
+    samples = torch.arange(4).repeat(3)
+
+    def kernel(columns: torch.Tensor) -> torch.Tensor:
+        rows = torch.einsum("rk,rkp->rp", reduce, columns[samples])
+        return rows @ rows.T
+
+    for name, layer in view.model.named_modules():
+        if layer in found.units:
+            for u in range(layer.n_units):
+                torch.testing.assert_close(found.units[layer][u], kernel(unit_jacobian(exact, name, u)))
+    assert len(found.layers) == len(layers_of(view.model)) == len(view.model.blocks)
+    for i, whole in enumerate(found.layers):  # the units' and the block's own norms and biases
+        columns = torch.cat([j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1)
+        torch.testing.assert_close(whole, kernel(columns))
+
+
+def test_kernel_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = seen()
+    table, found = OBSERVERS["kernels"](view), kernels_of(view, projections(view))
+    units, layers, network = (table[table["scope"] == scope] for scope in ("unit", "layer", "network"))
+    assert len(units) == 12 and len(layers) == 2 * 12 and len(network) == 12
+    tops = [torch.linalg.eigvalsh(k)[-1].item() for kernels in found.units.values() for k in kernels]
+    assert units["eigenvalue"].tolist() == pytest.approx(tops)
+    for i, whole in enumerate(found.layers):
+        mine = layers[layers["layer"] == i]
+        assert mine["rank"].tolist() == list(range(1, 13)) and mine["eigenvalue"].is_monotonic_decreasing
+        assert mine["eigenvalue"].sum() == pytest.approx(whole.trace().item()) == mine["trace"].iloc[0]
+    assert network["trace"].iloc[0] == pytest.approx(layers.groupby("layer")["trace"].first().sum())
+    assert (
+        layers["eigenvalue"].max() <= network["eigenvalue"].max() <= layers.groupby("layer")["eigenvalue"].max().sum()
+    )
+
+
+# --- eq. (2)
+
+
+def test_descent_against_explicit_gradients() -> None:
+    view = seen(projections=4)
+    table = OBSERVERS["descent"](view)
+    exact, loss_gradient = jacobian(view.model, view.probe), gradients(view.model, view.probe)
+    reduce = torch.cat([c.view(4, -1) for c in projections(view)])
+    samples = torch.arange(4).repeat(4)
+    row = 0
+    for name, layer in view.model.named_modules():
+        if layer not in unit_layers(view.model):
+            continue
+        for u in range(layer.n_units):
+            a = torch.einsum("rk,rkp->rp", reduce, unit_jacobian(exact, name, u)[samples])
+            g = torch.cat([loss_gradient[f"{name}.{p}"][u].flatten() for p in layer.unit_parameters()])  # type: ignore
+            _, s, v = torch.linalg.svd(a, full_matrices=False)
+            line = table.iloc[row]
+            assert line["lambda_max"] == pytest.approx(s[0].item() ** 2)
+            assert line["first_order"] == pytest.approx(g.square().sum().item())
+            assert line["predicted"] == pytest.approx((v[0] @ g).square().item())
+            assert line["predicted"] <= line["first_order"] * (1 + 1e-9)
+            row += 1
+    assert row == len(table) == 12
+    assert table["measured"].to_numpy() == pytest.approx(table["first_order"].to_numpy(), rel=0.01)
+
+
+def test_descent_leaves_the_copy_as_it_was() -> None:
+    view = seen()
+    before = {name: value.clone() for name, value in view.model.state_dict().items()}
+    OBSERVERS["descent"](view)
+    assert_same(dict(view.model.state_dict()), before)
+
+
+# --- eq. (3)
+
+
+def test_distances() -> None:
+    model = tiny_bert()
+    index = UnitIndex(unit_layers(model))
+    start = analysis.unit_values(index)
+    layer = index.layers[1]
+    with torch.no_grad():
+        layer.in_weight[2, 0, 0] += 3
+        layer.in_bias[2, 1] -= 4
+    expected = np.zeros(len(index))
+    expected[3 + 2] = 5
+    np.testing.assert_allclose(analysis.distances(index, start), expected)
+
+
+def test_frozen_units_keep_their_distance(cache: Path, tmp_path: Path) -> None:
+    engine.run(small(cache, "method=mat", "selection.share=0.5"), tmp_path / "run")
+    units = pd.read_parquet(tmp_path / "run" / "units.parquet")
+    for _, unit in units.groupby(["kind", "layer", "unit"]):
+        moved = unit["distance"].diff().iloc[1:].ne(0).to_numpy()
+        assert (moved == unit["active"].iloc[:-1].to_numpy()).all()
+
+
+# --- in a run
+
+
+@pytest.mark.parametrize("method", ["mat", "baseline", "multirate"])
+def test_a_run_does_not_notice_its_observers(method: str, cache: Path, tmp_path: Path) -> None:
+    dropout = "model.dropout=0.1"
+    engine.run(small(cache, f"method={method}", dropout, steps=9), tmp_path / "without")
+    engine.run(small(cache, f"method={method}", dropout, OBSERVED, steps=9), tmp_path / "with")
+    observed, alone = result(tmp_path / "with"), result(tmp_path / "without")
+    for run in (observed, alone):
+        del run["latest"]["probe"]  # which a baseline needs for its observers alone
+    assert_same(observed, alone)
+    units = pd.read_parquet(tmp_path / "with" / "units.parquet")
+    for name in OBSERVERS:
+        table = pd.read_parquet(tmp_path / "with" / f"{name}.parquet")
+        times = table[["t", "step", "pflops"]].drop_duplicates().reset_index(drop=True)
+        pd.testing.assert_frame_equal(times, units[["t", "step", "pflops"]].drop_duplicates().reset_index(drop=True))
+    assert units["t"].nunique() >= 6  # the baseline too is recorded at every interval, without selections
+
+
+def test_interrupted_analysis_gives_the_same_tables(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(cache, "method=mat", OBSERVED, steps=10)
+    engine.run(config, tmp_path / "whole")
+    original, calls = engine.Training._record, []
+
+    def killed(self: engine.Training, selected: bool) -> None:
+        original(self, selected)
+        calls.append(selected)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Training, "_record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(config, tmp_path / "run")
+    engine.run(config, tmp_path / "run")
+    for name in ("units", *OBSERVERS):
+        frames = [pd.read_parquet(tmp_path / folder / f"{name}.parquet") for folder in ("run", "whole")]
+        assert_same(*frames)
+
+
+def test_names_in_the_configuration_are_the_observers(cache: Path) -> None:
+    assert set(ANALYSES) == set(OBSERVERS)
+    with pytest.raises(UserError, match="did you mean kernels") as refused:
+        small(cache, "analysis=[kernel]")
+    assert one_sentence(str(refused.value))
+
+
+# --- little data (Figure 4)
+
+
+def test_few_training_sequences(cache: Path) -> None:
+    config = small(cache, "dataset.train_sequences=5")
+    few, all_of_them = load(config.dataset, 0), load(small(cache).dataset, 0)
+    assert isinstance(few, MaskedText) and isinstance(all_of_them, MaskedText) and few.steps_per_epoch(2) == 3
+    kept = {tuple(row) for row in few.sequences["train"].tolist()}
+    assert len(kept) == 5 and kept <= {tuple(row) for row in all_of_them.sequences["train"].tolist()}
+    assert kept != {tuple(row) for row in load(config.dataset, 1).sequences["train"].tolist()}  # type: ignore
+    assert len(few.sequences["validation"]) == len(all_of_them.sequences["validation"])
+    config.dataset.train_sequences = 10**9
+    with pytest.raises(UserError) as refused:
+        load(config.dataset, 0)
+    assert one_sentence(str(refused.value))
+
+
+def test_command_is_recorded(cache: Path, tmp_path: Path) -> None:
+    engine.run(small(cache, "method=baseline", steps=3), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"] is None  # not by the launcher
