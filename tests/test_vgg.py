@@ -455,8 +455,8 @@ def test_random_projections_are_the_full_kernel_projected() -> None:
         estimate(model, batch, projections=2, seed=7).kernels,
     )
     assert full is not None and found is not None
-    random = torch.Generator().manual_seed(7)
-    signs = torch.randint(0, 2, (2, 3, 3), generator=random, dtype=torch.int8).mul(2).sub(1).double()  # (m, n, k)
+    reducer = ntk._Reducer("random", 2, 7, 3)
+    signs = torch.stack([s for s, _ in reducer.cotangents(model, batch, model(batch).detach(), 0)])  # (m, n, k)
     by_sample = full.view(-1, 3, 3, 3, 3)  # unit, output, sample, output, sample
     expected = torch.einsum("ukilj,mik,ojl->umioj", by_sample, signs, signs).reshape(-1, 6, 6) / 2
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
