@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, Row, medians, row, write
+from benchmarks import vgg as images
+from benchmarks.harness import RESULTS, Row, medians, row, set_share, write
 from benchmarks.step import SIZES, batch_of
 from mat import flops
 from mat.bert import Bert
@@ -50,19 +50,17 @@ def bert(size: str, repeats: int, wanted: float | None) -> Subject:
     return Subject(Bert(config, vocabulary, length), batch_of(vocabulary, samples, length), recipe, repeats, wanted)
 
 
+def vgg(size: str, repeats: int, wanted: float | None) -> Subject:
+    """A VGG with random images of CIFAR-10's size."""
+    return Subject(images.vgg(size), images.pictures(), images.RECIPE, repeats, wanted)
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "bert_base": lambda: bert("base", 5, 1.05),
     "bert_mini": lambda: bert("mini", 21, None),
+    "vgg16": lambda: vgg("vgg16", 5, 1.20),
+    "vgg16_mini": lambda: vgg("vgg16_mini", 9, None),
 }
-
-
-def set_share(model: UnitModel, share: float, mode: BackwardMode) -> None:
-    """``share`` of every layer's units active, spread evenly over it."""
-    for layer in unit_layers(model):
-        wanted = round(share * layer.n_units)
-        active = np.zeros(layer.n_units, bool)
-        active[np.arange(wanted) * layer.n_units // max(1, wanted)] = True
-        layer.set_active(active, mode)
 
 
 def backward_of(subject: Subject) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+
+from mat.units import BackwardMode, unit_layers
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +47,15 @@ def medians(actions: list[Callable[[], object]], repeats: int, warmup: int = 2) 
             if repeat >= warmup:
                 record.append(elapsed)
     return [float(np.median(record)) for record in times]
+
+
+def set_share(model: nn.Module, share: float, mode: BackwardMode) -> None:
+    """``share`` of every layer's units active, spread evenly over it."""
+    for layer in unit_layers(model):
+        wanted = round(share * layer.n_units)
+        active = np.zeros(layer.n_units, bool)
+        active[np.arange(wanted) * layer.n_units // max(1, wanted)] = True
+        layer.set_active(active, mode)
 
 
 def row(name: str, ours: float, other: float, wanted: float | None, unit: str = "s") -> Row:

@@ -72,7 +72,9 @@ def unit_values(index: UnitIndex) -> list[UnitTensors]:
 def distances(index: UnitIndex, start: Sequence[UnitTensors]) -> NDArray[np.float64]:
     """Distance ||theta - theta_0|| of every unit from its values at the start, (N,)."""
     squares = [
-        torch.stack([(v - then[k]).flatten(1).square().sum(1) for k, v in layer.unit_parameters().items()]).sum(0)
+        torch.stack(
+            [(v - then[k]).view(layer.n_units, -1).square().sum(1) for k, v in layer.unit_parameters().items()]
+        ).sum(0)
         for layer, then in zip(index.layers, start, strict=True)
     ]
     return torch.cat(squares).sqrt().to("cpu", torch.float64).numpy()

@@ -70,7 +70,7 @@ class Attention(UnitLayer):
     def gated(self, x: Tensor) -> Tensor:
         """One dense forward, and a backward of its own (CPU)."""
         if x.device.type != "cpu":
-            return super().gated(x)
+            return cast(Tensor, super().gated(x))
         y: Tensor = _GatedAttention.apply(x, *self.active_leaves(), self)
         return y
 

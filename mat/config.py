@@ -57,6 +57,14 @@ class SwitchConfig(BertConfig):
 
 
 @dataclass
+class VggConfig(ModelConfig):
+    """VGG with batch norm (``mat/vgg.py``). Units: filters."""
+
+    family: str = "vgg"
+    stages: list[list[int]] = MISSING  # filters of the layers of every stage; a max pool ends a stage
+
+
+@dataclass
 class DatasetConfig:
     """Where a dataset comes from: the hub, local files, or, with neither hub_path nor local_folder, a package."""
 
@@ -131,6 +139,8 @@ class HardwareConfig:
     device: str = MISSING  # cpu | cuda
     precision: str = MISSING  # float32 | bfloat16 (autocast)
     threads: int | None = None  # CPU threads; all when null
+    gather_block: int = 16  # convolutions: the channels that a gated backward gathers are padded to multiples of this
+    gather_share: float = 0.75  # and are gathered up to this share of a layer's; beyond it the backward is dense
     estimator_bytes: int = 512 * 2**20  # bound on the estimator's working memory
     exclusive: bool = True  # false: the machine is shared with other work, so tables leave this run's seconds out
 
@@ -205,7 +215,7 @@ INCIDENTAL = (
 )
 
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
-    "model": (("bert", BertConfig), ("switch", SwitchConfig)),
+    "model": (("bert", BertConfig), ("switch", SwitchConfig), ("vgg", VggConfig)),
     "dataset": (("text", TextConfig), ("image", ImageConfig)),
     "method": (("method", MethodConfig),),
     "selection": (("selection", SelectionConfig),),
@@ -260,8 +270,9 @@ def describe_groups(conf: Path) -> str:
 
 
 ANALYSES = ("attention", "kernels", "descent")  # mat/analysis.py
-KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn")}
-MODALITY = {"bert": "text", "switch": "text"}
+KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
+MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
+MODES = {"bert": ("cut", "exact"), "switch": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -299,6 +310,8 @@ def validate(config: Config) -> None:
         _validate_bert(model)
     if isinstance(model, SwitchConfig):
         _validate_switch(model, selection.units)
+    if isinstance(model, VggConfig):
+        _validate_vgg(model)
     _validate_dataset(config.dataset)
 
     for name in config.analysis:
@@ -339,7 +352,7 @@ def validate(config: Config) -> None:
         _one_of("selection.units", kind, KINDS[model.family])
     if not selection.units:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
-    _one_of("selection.mode", selection.mode, ("cut", "exact"))
+    _one_of("selection.mode", selection.mode, MODES[model.family])
     _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
     _one_of("selection.reduction", selection.reduction, ("random", "sum", "full"))
     _between("selection.interval", selection.interval, 0, 0.05, open_low=True)
@@ -378,6 +391,8 @@ def validate(config: Config) -> None:
     _one_of("hardware.precision", config.hardware.precision, ("float32", "bfloat16"))
     if config.hardware.threads is not None:
         _between("hardware.threads", config.hardware.threads, 1, os.cpu_count() or 1)
+    _between("hardware.gather_block", config.hardware.gather_block, 1, inf)
+    _between("hardware.gather_share", config.hardware.gather_share, 0, 1)
     _between("hardware.estimator_bytes", config.hardware.estimator_bytes, 2**20, inf)
 
 
@@ -412,6 +427,13 @@ def _validate_switch(model: SwitchConfig, units: list[str]) -> None:
             "selection.units=[ffn] names no unit of a model whose every layer is a switch layer: choose heads or "
             "experts, or set model.switch_every=2."
         )
+
+
+def _validate_vgg(model: VggConfig) -> None:
+    if not model.stages or not all(model.stages):
+        raise UserError(f"model.stages={model.stages} has an empty stage: give the filters of at least one layer each.")
+    for filters in (count for stage in model.stages for count in stage):
+        _between("model.stages", filters, 1, float("inf"))
 
 
 def _validate_dataset(dataset: DatasetConfig) -> None:

@@ -90,7 +90,7 @@ class Training:
         self.device = torch.device(config.hardware.device)
         self.data = datasets.load(config.dataset, config.seed)
         torch.manual_seed(config.seed)
-        self.model = build(config.model, config.dataset, self.data.outputs).to(self.device)
+        self.model = build(config, self.data.outputs).to(self.device)
         train = config.train
         self.optimiser = build_optimiser(self.model, train)
         self.index = UnitIndex(unit_layers(self.model), config.selection.units)

@@ -51,7 +51,8 @@ def estimate(
     samples, length = batch.samples, batch.length
     rest = model.rest_flops(batch)
     passes = {"random": projections, "full": model.outputs_per_sample(batch)}.get(reduction, 1)
-    forward, backward, reached = rest.forward, rest.input_grad, False
+    forward = backward = rest.forward  # matrix products: an input gradient costs what the forward does
+    reached = False
     for layer in unit_layers(model):
         up, down = layer.probe_flops(samples, length, first=layer is gated[0])
         forward += up
@@ -59,7 +60,7 @@ def estimate(
         backward += down if reached else 0
     overhead = forward + passes * backward
     for layer in gated:
-        taps = [(length, layer.n_units, *shape) for shape in layer.product_shapes()]
+        taps = layer.tap_shapes(length)
         if layer.routed:
             overhead += sum(gram.routed_flops(samples * passes, *tap) for tap in taps)
         else:

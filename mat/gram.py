@@ -20,6 +20,9 @@ from torch import Tensor
 Factors = Sequence[tuple[Tensor, ...]]
 
 
+ELEMENTWISE = 200  # matrix-product FLOPs that take as long as multiplying and adding up one token pair (measured)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one Gram contraction is computed.
@@ -55,7 +58,7 @@ def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: in
     forming = 2 * samples * tokens * units * p * q
     products = 2 * samples * samples * units * p * q
     pairs = 2 * samples * samples * tokens * tokens * (units * p + q)
-    elementwise = 2 * samples * samples * tokens * tokens * units  # counted in the choice; not a matrix product
+    elementwise = ELEMENTWISE * samples * samples * tokens * tokens * units  # no matrix product, so not in ``flops``
     if forming + products <= pairs + elementwise:
         row_bytes = samples * q * (4 + 4)  # a row of gradients in the factors' precision and in float32
         fit = max(1, memory_bytes // row_bytes)

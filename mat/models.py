@@ -1,22 +1,26 @@
 """From a model's configuration to the model."""
 
 from mat.bert import Bert
-from mat.config import BertConfig, DatasetConfig, ModelConfig, SwitchConfig, TextConfig
+from mat.config import BertConfig, Config, ImageConfig, SwitchConfig, TextConfig, VggConfig
 from mat.interface import UnitModel
 from mat.switch import Switch
+from mat.vgg import Vgg
 
 
-def build(model: ModelConfig, dataset: DatasetConfig, outputs: int) -> UnitModel:
+def build(config: Config, outputs: int) -> UnitModel:
     """The model of a configuration, initialised from torch's random state.
 
     Args:
-        model: The model's configuration.
-        dataset: The dataset's, for the sequence length.
+        config: The run's configuration.
         outputs: Number of word pieces or classes.
 
     Returns:
         The model, on the CPU.
     """
+    model, dataset = config.model, config.dataset
+    if isinstance(model, VggConfig):
+        assert isinstance(dataset, ImageConfig)
+        return Vgg(model, outputs, dataset.channels, dataset.size, config.hardware)
     assert isinstance(model, BertConfig) and isinstance(dataset, TextConfig)
     if isinstance(model, SwitchConfig):
         return Switch(model, outputs, dataset.length)

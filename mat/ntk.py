@@ -386,6 +386,8 @@ class _Products:
         layers = {id(layer): layer for layer in self.index.layers}
         for layer, weight in list(self._factors):
             factors = [pair for slot in self._factors.pop((layer, weight)) for pair in slot]
+            shared = {id(pair[1]): layers[layer].unfold(weight, pair[1]) for pair in factors}  # one for all projections
+            factors = [(pair[0], shared[id(pair[1])], *pair[2:]) for pair in factors]
             contract = gram.routed_gram if layers[layer].routed else gram.unit_gram
             value = contract(factors, layers[layer].products[weight] is not None, memory_bytes)
             grams[layer] = grams[layer].add_(value) if layer in grams else value

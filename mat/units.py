@@ -6,7 +6,8 @@ A gate is a boolean vector over the layer's units and a backward mode (paper sec
 
 ``cut``    nothing flows back through a frozen unit: its part of the forward pass runs without gradients, keeps no
            activations and costs no backward at all;
-``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient.
+``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient;
+``sampled``  filters only (``mat/vgg.py``): the gradient also passes through some frozen units, drawn in every step.
 
 Gradients of the active units land where the optimiser finds them (``UnitLayer.gradient``): in ``p.grad`` when all
 units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
@@ -14,7 +15,7 @@ units are active, else in a compact block with one row per active unit. Frozen u
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from mat.interface import Flops
 
-BackwardMode = Literal["cut", "exact"]
+BackwardMode = Literal["cut", "exact", "sampled"]
 UnitTensors = dict[str, Tensor]
 BoolArray = NDArray[np.bool_]
 
@@ -57,9 +58,15 @@ class Tap:
 
 @dataclass
 class Tape:
-    """What the unit layers recorded during one forward pass, in forward order."""
+    """What the unit layers recorded during one forward pass, in forward order.
+
+    Attributes:
+        taps: The products.
+        constants: What layers fixed at the probe's first batch (statistics of batch norm), by the layer's id.
+    """
 
     taps: list[Tap] = field(default_factory=list)
+    constants: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def record(self, tap: Tap) -> None:
         """Take in one product."""
@@ -145,6 +152,14 @@ class UnitLayer(nn.Module):
             weight_grad=n_active * products,
         )
 
+    def tap_shapes(self, length: int) -> list[tuple[int, int, int, int, bool]]:
+        """(T, U, p, q, has a bias) of every :class:`Tap`, in forward order."""
+        return [(length, self.n_units, *shape) for shape in self.product_shapes()]
+
+    def unfold(self, weight: str, factor: Tensor) -> Tensor:
+        """The shared factor of a product, from what was recorded of it: smaller, in layers that override this."""
+        return factor
+
     def probe_flops(self, samples: int, length: int, first: bool) -> tuple[int, int]:
         """FLOPs of this layer under the estimator's tape.
 
@@ -204,8 +219,8 @@ class UnitLayer(nn.Module):
             if (name, True) in self._blocks:
                 self._blocks[name, True].rows.grad = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sum of all units' contributions, differentiable through the active ones (see the module's docstring)."""
+    def forward(self, x: Any) -> Any:
+        """The layer's output, differentiable through the active units (see the module's docstring)."""
         if self.n_active == self.n_units or not torch.is_grad_enabled() or self.tape is not None:
             return self.compute(x, dict(self.unit_parameters()))
         if self.n_active == 0 and self.mode == "cut":
@@ -213,7 +228,7 @@ class UnitLayer(nn.Module):
                 return self.compute(x, dict(self.unit_parameters()))
         return self.gated(x)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated(self, x: Any) -> Any:
         """The forward with frozen units: here active and frozen units run apart and are added.
 
         A layer that runs all units at once and has a backward of its own for the active ones is faster.
@@ -232,7 +247,7 @@ class UnitLayer(nn.Module):
         assert index is not None
         return index.to(device)
 
-    def compute(self, x: Tensor, w: UnitTensors) -> Tensor:
+    def compute(self, x: Any, w: UnitTensors) -> Any:
         """Contribution of the units whose rows are in ``w``, added up."""
         raise NotImplementedError
 

@@ -1,15 +1,17 @@
 """References written to be obviously right: one unit, one sample, one output at a time."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from tiny import Images
 from torch import Tensor
 
 from mat.attention import rotary_table
 from mat.bert import Bert
 from mat.config import BertConfig
 from mat.data.masking import MaskedBatch
+from mat.vgg import Vgg
 
 Unit = tuple[str, int]  # name of the unit layer in the model, and which unit
 
@@ -75,6 +77,59 @@ def logits(p: Mapping[str, Tensor], config: BertConfig, batch: MaskedBatch, froz
     return x @ p["tokens"].T + p["vocabulary_bias"]
 
 
+def filters(
+    p: Mapping[str, Tensor], images: Tensor, pools: Sequence[bool], frozen: Collection[Unit] = (),
+    statistics: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Logits (N, classes) of a VGG and each layer's mean and variance, those of the batch unless given.
+
+    The outputs of frozen filters are detached.
+    """
+    found, x = [], images
+    for i, pool in enumerate(pools):
+        name = f"features.{i}"
+        weight = p[f"{name}.weight"].permute(0, 3, 1, 2)  # stored (C, 3, 3, I)
+        maps = []
+        for u in range(len(weight)):
+            z = F.conv2d(x, weight[u : u + 1], p[f"{name}.bias"][u : u + 1], padding=1)[:, 0]
+            mean, variance = (z.mean(), z.var(correction=0)) if statistics is None else (s[u] for s in statistics[i])
+            y = ((z - mean) / (variance + 1e-5).sqrt() * p[f"{name}.gain"][u] + p[f"{name}.shift"][u]).clamp_min(0)
+            maps.append((y.detach() if (name, u) in frozen else y, mean, variance))
+        x, means, variances = (torch.stack(t, 1 if t[0].dim() else 0) for t in zip(*maps, strict=True))
+        found.append((means.detach(), variances.detach()))
+        if pool:
+            size = x.shape[2] // 2 * 2
+            x = torch.stack([x[:, :, a:size:2, b:size:2] for a in (0, 1) for b in (0, 1)]).amax(0)
+    return x.mean((2, 3)) @ p["classifier.weight"].T + p["classifier.bias"], found
+
+
+def filter_gradients(model: Vgg, batch: Images, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
+    """Gradient of the mean cross-entropy for every parameter; None where the loss does not depend on it."""
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    logits, _ = filters(p, batch.inputs, pools_of(model), frozen)
+    loss = F.cross_entropy(logits, batch.targets)
+    return dict(zip(p, torch.autograd.grad(loss, list(p.values()), allow_unused=True), strict=True))
+
+
+def filter_jacobian(model: Vgg, batch: Images) -> dict[str, Tensor]:
+    """d outputs / d parameter, (n, k, *parameter.shape), with the statistics of the batch as constants (section 5)."""
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    _, statistics = filters(p, batch.inputs, pools_of(model))
+    rows = []
+    for sample in batch.split(batch.samples):
+        outputs = filters(p, sample.inputs, pools_of(model), statistics=statistics)[0].flatten()
+        rows.append([torch.autograd.grad(o, list(p.values()), retain_graph=True) for o in outputs])
+    return {
+        name: torch.stack([torch.stack([output[i] for output in sample]) for sample in rows])
+        for i, name in enumerate(p)
+    }
+
+
+def pools_of(model: Vgg) -> list[bool]:
+    """Whether a pool follows, by layer: after a stage, unless the maps are 1 x 1 (models of 6 x 6 images: always)."""
+    return [i == len(stage) - 1 for stage in model.stages for i in range(len(stage))]
+
+
 def gradients(model: Bert, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
     """Gradient of the mean cross-entropy for every parameter; None where the loss does not depend on it."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
@@ -99,4 +154,5 @@ def jacobian(model: Bert, batch: MaskedBatch) -> dict[str, Tensor]:
 
 def unit_jacobian(jacobian: Mapping[str, Tensor], layer: str, u: int) -> Tensor:
     """Columns of one unit's parameters, (n, k, p)."""
-    return torch.cat([j[:, :, u].flatten(2) for name, j in jacobian.items() if name.startswith(f"{layer}.")], -1)
+    columns = [j[:, :, u] for name, j in jacobian.items() if name.startswith(f"{layer}.")]
+    return torch.cat([c.reshape(*c.shape[:2], -1) for c in columns], -1)

@@ -121,6 +121,10 @@ def test_help_describes_every_option():
 
 REFUSED = [  # overrides, a part of the sentence
     ("model.family=resnet", "model.family=resnet"),
+    ("model.family=vgg", "dataset=pydocs"),
+    ("selection.mode=sampled", "selection.mode=sampled"),
+    ("hardware.gather_share=1.5", "hardware.gather_share=1.5"),
+    ("hardware.gather_block=0", "hardware.gather_block=0"),
     ("model.family=brt", "did you mean bert?"),
     ("dataset.modality=image", "dataset=pydocs"),
     ("seed=-1", "seed=-1"),
@@ -189,6 +193,9 @@ REFUSED = [  # overrides, a part of the sentence
 
 
 REFUSED_OF_IMAGES = [
+    ("model.stages=[]", "model.stages=[]"),
+    ("model.stages=[[8],[]]", "model.stages=[[8], []]"),
+    ("model.stages=[[8],[0]]", "model.stages=0"),
     ("dataset.source_size=0", "dataset.source_size=0"),
     ("dataset.size=0", "dataset.size=0"),
     ("dataset.channels=4", "set 3, or 1 for grey"),

@@ -1,12 +1,16 @@
 """Models and batches small enough for references that loop over everything."""
 
 import itertools
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mat.bert import Bert
-from mat.config import BertConfig
+from mat.config import BertConfig, HardwareConfig, VggConfig
 from mat.data.masking import MaskedBatch
+from mat.units import unit_layers
+from mat.vgg import Vgg
 
 VOCABULARY, LENGTH, MASKED = 11, 6, 2
 
@@ -56,6 +60,54 @@ def tiny_batch(
     positions = (chosen + torch.arange(samples)[:, None] * length).flatten()
     targets = torch.randint(vocabulary, (samples * masked,), generator=random)
     return MaskedBatch(tokens, positions, targets)
+
+
+@dataclass
+class Images:
+    """Images with their classes."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    length = 1
+
+    @property
+    def samples(self) -> int:
+        return len(self.inputs)
+
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.inputs.to(device), self.targets.to(device))
+
+    def split(self, parts: int) -> list["Images"]:
+        pairs = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
+        return [Images(*pair) for pair in pairs]
+
+
+def tiny_vgg(
+    *, stages: tuple[tuple[int, ...], ...] = ((4, 6), (5, 7)), classes: int = 3, channels: int = 2, size: int = 6,
+    block: int = 2, gather: float = 0.8, seed: int = 0, dtype: torch.dtype = torch.float64,
+) -> Vgg:  # fmt: skip
+    """Four layers, 22 filters, in which every parameter is random and large enough to matter."""
+    hardware = HardwareConfig(device="cpu", precision="float32", gather_block=block, gather_share=gather)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Vgg(VggConfig("tiny", stages=[list(s) for s in stages]), classes, channels, size, hardware)
+        with torch.no_grad():
+            for layer in unit_layers(model):
+                for parameter in layer.parameters():
+                    parameter += 0.3 * torch.randn_like(parameter)
+            model.classifier.weight.normal_()
+    return model.to(dtype)
+
+
+def tiny_images(
+    *, samples: int = 5, channels: int = 2, size: int = 6, classes: int = 3, seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Images:  # fmt: skip
+    """Random images and classes."""
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, channels, size, size, generator=random, dtype=torch.float64).to(dtype)
+    return Images(images, torch.randint(classes, (samples,), generator=random))
 
 
 def shapes(**axes: tuple[object, ...]) -> list[dict[str, object]]:
