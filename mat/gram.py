@@ -90,7 +90,9 @@ def unit_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
         contract = _by_gradients if chosen.contraction == "gradients" else _by_pairs
         contract(gram, factors, chosen)
         if bias:
-            summed = torch.cat([a.sum(1, dtype=exact) for a, _ in factors]).transpose(0, 1)  # (U, N, p)
+            # ``gradients`` are rounded to the factors' type, and so is this one: a float32 sum would copy A first
+            rounded = per_unit.dtype if chosen.contraction == "gradients" else exact
+            summed = torch.cat([a.sum(1, dtype=rounded) for a, _ in factors]).to(exact).transpose(0, 1)  # (U, N, p)
             gram.baddbmm_(summed, summed.transpose(1, 2))
     return gram
 
