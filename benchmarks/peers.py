@@ -251,7 +251,7 @@ class Contenders:
         length = self.batch.tokens.shape[1]
 
         class OneTensor(nn.Module):
-            def forward(module, x: Tensor) -> Tensor:  # noqa: N805
+            def forward(module, x: Tensor) -> Tensor:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward-mode derivative
                     return self.twin(x[:, :length], x[:, length:]).flatten(1)
 

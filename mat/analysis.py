@@ -178,7 +178,7 @@ def kernels_of(seen: Scene, cotangents: Sequence[Tensor]) -> Kernels:
             gradient = torch.cat([row[k] for row in rows])
             forward = torch.cat([known[i][k] for i in range(samples)] * len(parts))
             factors = (gradient, forward) if tap.known_is_shared else (forward, gradient)
-            value = gram.unit_gram(*factors, tap.bias is not None, seen.memory_bytes)
+            value = gram.unit_gram([factors], tap.bias is not None, seen.memory_bytes)
             by_unit[tap.layer] = by_unit[tap.layer] + value if tap.layer in by_unit else value
         whole = []
         for block, end, parameters in zip(layers, ends, rest, strict=True):
