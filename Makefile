@@ -63,6 +63,9 @@ tables: $(VENV)/installed ## every table whose runs are there
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.gates
+	$(RUN) -m benchmarks.peers
+	$(RUN) -m benchmarks.fidelity
+	$(RUN) -m benchmarks.scaling
 
 gpu-check: $(VENV)/installed ## every test and benchmark that needs a CUDA device, and a report of them
 	$(RUN) -m benchmarks.gpu_check
