@@ -11,7 +11,7 @@ endif
 SHALLOW := bert$(SUFFIX)_shallow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench clean
+.PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -70,6 +70,12 @@ report: $(VENV)/installed ## results/report.html: every run in one page that ope
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.gates
+	$(RUN) -m benchmarks.peers
+	$(RUN) -m benchmarks.fidelity
+	$(RUN) -m benchmarks.scaling
+
+gpu-check: $(VENV)/installed ## every test and benchmark that needs a CUDA device, and a report of them
+	$(RUN) -m benchmarks.gpu_check
 
 clean: ## remove smoke runs and caches; results stay
 	rm -rf runs .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,8 +67,8 @@ def row(name: str, ours: float, other: float, wanted: float | None, unit: str = 
     return result
 
 
-def write(name: str, rows: list[Row]) -> None:
-    """Write ``benchmarks/results/<name>.json``."""
+def write(name: str, rows: list[Row], **found: Any) -> None:
+    """Write ``benchmarks/results/<name>.json``: the comparisons, and whatever else was found."""
     cpu = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if n.startswith("model name")]
     RESULTS.mkdir(exist_ok=True)
     content = {
@@ -80,5 +81,6 @@ def write(name: str, rows: list[Row]) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "statistic": "medians of interleaved runs, warm-up excluded; ratio = ours / other",
         "rows": [asdict(r) for r in rows],
+        **found,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -9,6 +9,7 @@ For one weight of a unit layer the gradient of sample i and unit u is ``A[i, :, 
 On a CUDA device ``gradients`` runs in a Triton kernel that never writes a gradient (``mat.gram_triton``).
 """
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ def unit_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
         contract = _by_gradients if chosen.contraction == "gradients" else _by_pairs
         contract(gram, factors, chosen)
         if bias:
-            summed = torch.cat([a.sum(1, dtype=exact) for a, _ in factors]).transpose(0, 1)  # (U, N, p)
+            # ``gradients`` are rounded to the factors' type, and so is this one: a float32 sum would copy A first
+            rounded = per_unit.dtype if chosen.contraction == "gradients" else exact
+            summed = torch.cat([a.sum(1, dtype=rounded) for a, _ in factors]).to(exact).transpose(0, 1)  # (U, N, p)
             gram.baddbmm_(summed, summed.transpose(1, 2))
     return gram
 
@@ -102,6 +105,13 @@ def _by_gradients(gram: Tensor, factors: Factors, chosen: Plan) -> None:
     # Under autocast one factor is the input before the cast: the narrower type is what the product itself used.
     dtype = min(factors[0][0].dtype, factors[0][1].dtype, key=lambda d: d.itemsize)
     shared = {id(b): b.to(dtype) for _, b in factors}  # projections share an input: one copy
+    if gram.is_cuda and importlib.util.find_spec("triton"):
+        from mat import gram_triton
+
+        if gram_triton.fits(gram.shape[1], dtype, gram.device):
+            a, b = torch.cat([a.to(dtype) for a, _ in factors]), torch.cat([shared[id(b)] for _, b in factors])
+            gram += gram_triton.gram(a, b)
+            return
     for u in range(0, units, chosen.units):
         for r in range(0, p, chosen.rows):
             parts = [(a[:, :, u : u + chosen.units, r : r + chosen.rows].to(dtype), shared[id(b)]) for a, b in factors]

@@ -32,9 +32,11 @@ rows grouped by sample (``loss_of_outputs`` for ``loss`` only); ``batch`` is any
     found.lambda_max  # (8,); found.index.kind, .layer and .unit say which unit a row is
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -48,6 +50,7 @@ from mat.units import Tap, Tape, UnitIndex, unit_layers
 
 Reduction = Literal["random", "sum", "full", "loss"]
 MEMORY_BYTES = 32 * 2**20
+DENSE = 128  # kernels of more rows get their top eigenvalue by Lanczos, unless the spectrum is wanted
 
 
 @dataclass(frozen=True)
@@ -146,27 +149,35 @@ def estimate(
     index = _checked(UnitIndex(unit_layers(model)) if index is None else index)
     batches = list(batch) if isinstance(batch, Sequence) else [batch]
     reducer = Reducer(reduction, projections, seed, sum(part.samples for part in batches))
-    products, of_rest = _Products(index), None
-    with _probing(model) as tape:
+    products, of_rest = _Products(index, memory_bytes), None
+    with _probing(model, index) as tape:
         first = 0
         for part in batches:
             tape.taps.clear()
             outputs = model(part)
             count = reducer.outputs_per_sample(outputs, part.samples)
-            taps = products.measured(tape.taps)
+            taps = tape.taps.copy()
+            products.check(taps)
             gradients: list[list[Tensor]] = [[] for _ in taps]
             for cotangent, last in reducer.cotangents(model, part, outputs, first):
+                if last and part is batches[-1]:
+                    ends = [tap.output for tap in taps if tap.output.is_leaf]  # reached through all other taps
+                    products.listen(taps, gradients)
+                    tape.taps.clear()
+                    torch.autograd.grad(outputs, ends, cotangent)
+                    break
                 found = torch.autograd.grad(outputs, [t.output for t in taps], cotangent, retain_graph=not last)
                 for slot, gradient in zip(gradients, found, strict=True):
                     slot.append(gradient)
-            products.add(taps, gradients)
+            else:
+                products.add(taps, gradients)
             first += part.samples
-            del outputs, taps, gradients, found
+            del outputs, taps, gradients, cotangent
         tape.taps.clear()
         if rest:
             of_rest = _rest_kernels(model, batches, index, tape, reducer)
     m = projections if reduction == "random" else 1
-    stacked = products.kernels(memory_bytes) / m
+    stacked = products.kernels() / m
     return Mntk(
         *_eigenvalues(stacked, index, spectrum), stacked if kernels else None, of_rest, index, first, count, reduction,
         m, seed,
@@ -207,7 +218,7 @@ class Online:
             raise ValueError("an online estimate needs a step in which all units are active: set_active to all first")
 
         def begin(*_: Any) -> None:  # a pass of its own for every micro-batch
-            self._tapes.append(_ListeningTape())
+            self._tapes.append(_ListeningTape(frozenset(map(id, self.index.layers))))
             for layer in layers:
                 layer.tape = self._tapes[-1]
 
@@ -221,14 +232,14 @@ class Online:
 
     def result(self, memory_bytes: int = MEMORY_BYTES, spectrum: bool = False, kernels: bool = False) -> Mntk:
         """What the step showed, see :class:`Mntk`; ``outputs`` is 1, a sample's loss."""
-        products = _Products(self.index)
+        products = _Products(self.index, memory_bytes)
         for tape in self._tapes:
-            taps = products.measured(tape.taps)
-            gradients = [tape.gradients[id(tap)] for tap in taps]
+            products.check(tape.taps)
+            gradients = [tape.gradients[id(tap)] for tap in tape.taps]
             if not all(gradients):
                 raise ValueError("an online estimate needs the backward pass of every forward pass made within it")
-            products.add(taps, gradients)
-        stacked = products.kernels(memory_bytes)
+            products.add(tape.taps, gradients)
+        stacked = products.kernels()
         eigenvalues = _eigenvalues(stacked, self.index, spectrum)
         return Mntk(
             *eigenvalues, stacked if kernels else None, None, self.index, stacked.shape[1], 1, "loss", 1, 0
@@ -262,8 +273,8 @@ def _checked(index: UnitIndex) -> UnitIndex:
 class _ListeningTape(Tape):
     """Also keeps the gradients that a later backward pass brings."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, layers: frozenset[int]) -> None:
+        super().__init__(layers=layers)
         self.gradients: dict[int, list[Tensor]] = {}
 
     def record(self, tap: Tap) -> None:
@@ -275,9 +286,9 @@ class _ListeningTape(Tape):
 
 
 @contextmanager
-def _probing(model: nn.Module) -> Iterator[Tape]:
+def _probing(model: nn.Module, index: UnitIndex) -> Iterator[Tape]:
     """Eval mode, no parameter gradients, a tape in every unit layer; everything restored at the end."""
-    tape = Tape()
+    tape = Tape(layers=frozenset(map(id, index.layers)))
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     layers = unit_layers(model)
@@ -352,17 +363,18 @@ class Reducer:
 class _Products:
     """The factors of every product of the measured layers, gathered over batches, by layer and weight."""
 
-    def __init__(self, index: UnitIndex) -> None:
-        self.index = index
+    def __init__(self, index: UnitIndex, memory_bytes: int) -> None:
+        self.index, self.memory_bytes = index, memory_bytes
+        self._layers = {id(layer): layer for layer in index.layers}
+        self._grams: dict[int, Tensor] = {}
+        self._awaited: Counter[tuple[int, str]] = Counter()
         self._factors: dict[tuple[int, str], list[list[tuple[Tensor, ...]]]] = {}  # [projection][batch]
 
-    def measured(self, taps: Sequence[Tap]) -> list[Tap]:
-        """The taps of measured layers."""
+    def check(self, taps: Sequence[Tap]) -> None:
+        """Refuse a forward pass in which a measured layer recorded nothing."""
         for layer in self.index.layers:
             if not any(tap.layer is layer for tap in taps):
                 raise ValueError(f"a layer of {layer.kind} recorded no product: its compute must call tap()")
-        layers = set(map(id, self.index.layers))
-        return [tap for tap in taps if id(tap.layer) in layers]
 
     def add(self, taps: Sequence[Tap], gradients: Sequence[Sequence[Tensor]]) -> None:
         """Take in a batch: its measured taps and, for each, the gradients of its output by projection."""
@@ -379,19 +391,47 @@ class _Products:
                 factors = zip(*same, strict=True)  # a layer used twice adds up over its positions
                 slot.append(same[0] if len(same) == 1 else tuple(torch.cat(side, 1) for side in factors))
 
+    def listen(self, taps: Sequence[Tap], gradients: Sequence[list[Tensor]]) -> None:
+        """Contract every product as soon as the coming backward pass, the last one, has brought its gradient.
+
+        What a product held is given up then, so that the factors of all layers are never there at once.
+        """
+        arrived: dict[tuple[int, str], list[tuple[Tap, list[Tensor]]]] = {}
+        self._awaited.update((id(tap.layer), tap.weight) for tap in taps)
+
+        def arrive(gradient: Tensor, tap: Tap, earlier: list[Tensor]) -> None:
+            earlier.append(gradient)
+            key = (id(tap.layer), tap.weight)
+            uses = arrived.setdefault(key, [])
+            uses.append((tap, earlier))
+            self._awaited[key] -= 1
+            if not self._awaited[key]:
+                self.add([use for use, _ in uses], [found for _, found in arrived.pop(key)])
+                for use, found in uses:
+                    use.known = use.output = gradient.new_empty(0)
+                    found.clear()
+                self._contract(key)
+
+        for tap, earlier in zip(taps, gradients, strict=True):
+            tap.output.register_hook(partial(arrive, tap=tap, earlier=earlier))  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
-    def kernels(self, memory_bytes: int) -> Tensor:
+    def _contract(self, key: tuple[int, str]) -> None:
+        layer = self._layers[key[0]]
+        pairs = [pair for slot in self._factors.pop(key) for pair in slot]
+        shared = {id(pair[1]): layer.unfold(key[1], pair[1]) for pair in pairs}  # one for all projections
+        factors = [(pair[0], shared[id(pair[1])], *pair[2:]) for pair in pairs]
+        contract = gram.routed_gram if layer.routed else gram.unit_gram
+        value = contract(factors, layer.products[key[1]] is not None, self.memory_bytes)
+        self._grams[key[0]] = self._grams[key[0]].add_(value) if key[0] in self._grams else value
+
+    def kernels(self) -> Tensor:
         """(units, r, r) in the order of the index, projection-major; the factors are given up."""
-        grams: dict[int, Tensor] = {}
-        layers = {id(layer): layer for layer in self.index.layers}
-        for layer, weight in list(self._factors):
-            factors = [pair for slot in self._factors.pop((layer, weight)) for pair in slot]
-            shared = {id(pair[1]): layers[layer].unfold(weight, pair[1]) for pair in factors}  # one for all projections
-            factors = [(pair[0], shared[id(pair[1])], *pair[2:]) for pair in factors]
-            contract = gram.routed_gram if layers[layer].routed else gram.unit_gram
-            value = contract(factors, layers[layer].products[weight] is not None, memory_bytes)
-            grams[layer] = grams[layer].add_(value) if layer in grams else value
-        return torch.cat([grams[layer] for layer in layers])
+        if self._awaited.total():
+            raise ValueError("the outputs do not depend on every product of the measured layers")
+        for key in list(self._factors):
+            self._contract(key)
+        return torch.cat([self._grams.pop(layer) for layer in self._layers])
 
 
 def _eigenvalues(
@@ -403,7 +443,8 @@ def _eigenvalues(
         FloatingPointError: If a value is not finite.
     """
     finite = kernels.isfinite().all(2).all(1)
-    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], kernels, 0)).clamp_min(0)
+    usable = kernels if spectrum or kernels.shape[1] <= DENSE else _krylov(kernels)
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], usable, 0)).clamp_min(0)
     packed = torch.column_stack([eigenvalues, kernels.sum((1, 2)).clamp_min(0), finite])
     values = packed.to("cpu", torch.float64).numpy()
     bad = np.flatnonzero(values[:, -1] == 0)
@@ -414,6 +455,27 @@ def _eigenvalues(
             f"(as those of {len(bad) - 1} other units): the model has diverged."
         )
     return values[:, -3].copy(), values[:, -2].copy(), values[:, :-2] if spectrum else None
+
+
+def _krylov(kernels: Tensor, steps: int = 32) -> Tensor:
+    """Kernels (U, r, r) restricted to Krylov spaces of a random start, (U, steps, steps): their top eigenvalues agree.
+
+    The largest eigenvalue dominates an mNTK's spectrum, and Lanczos finds such a one to rounding in a few steps, where
+    ``eigvalsh`` of r rows would cost more than the rest of the estimate.
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, kernels.shape[1], 1, generator=random, dtype=kernels.dtype).to(kernels.device)
+    x = (x / x.norm()).expand(len(kernels), -1, -1)
+    basis, scale = x, kernels.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    for _ in range(steps - 1):
+        x = kernels @ basis[:, :, -1:]
+        for _ in range(2):  # twice is enough
+            x = x - basis @ (basis.mT @ x)
+        size = x.norm(dim=1, keepdim=True)
+        found = size > 100 * torch.finfo(x.dtype).eps * scale  # else the space is complete: what is left is rounding
+        basis = torch.cat([basis, torch.where(found, x / size, 0)], 2)
+    restricted: Tensor = basis.mT @ (kernels @ basis)
+    return restricted
 
 
 def _rest_kernels(

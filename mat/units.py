@@ -63,10 +63,12 @@ class Tape:
     Attributes:
         taps: The products.
         constants: What layers fixed at the probe's first batch (statistics of batch norm), by the layer's id.
+        layers: Ids of the layers that record; all when None.
     """
 
     taps: list[Tap] = field(default_factory=list)
     constants: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    layers: frozenset[int] | None = None
 
     def record(self, tap: Tap) -> None:
         """Take in one product."""
@@ -255,7 +257,7 @@ class UnitLayer(nn.Module):
         self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor, sizes: Tensor | None = None
     ) -> Tensor:
         """Record one product for the estimator (see :class:`Tap`) and return the tensor to go on with."""
-        if self.tape is None:
+        if self.tape is None or (self.tape.layers is not None and id(self) not in self.tape.layers):
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()

@@ -443,6 +443,29 @@ def test_the_first_unit_that_is_not_finite_is_named() -> None:
         ntk._eigenvalues(found, index, spectrum=False)
 
 
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+def test_lanczos_finds_the_top_eigenvalue_of_large_kernels(dtype: torch.dtype, rtol: float) -> None:
+    """A decaying spectrum, a dominating value, low rank, the identity, and zero."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.linalg.qr(torch.randn(200, 200, generator=random, dtype=torch.float64)).Q
+    decaying = (0.9 ** torch.arange(200)).double()
+    spectra = [decaying, torch.cat([torch.tensor([50.0]), decaying[1:]]), (torch.arange(200) < 3).double() * decaying]
+    spectra += [torch.ones(200), torch.zeros(200)]
+    kernels = torch.stack([rows * values.double() @ rows.T for values in spectra]).to(dtype)
+    found = torch.linalg.eigvalsh(ntk._krylov(kernels))[:, -1]
+    expected = torch.tensor([1.0, 50.0, 1.0, 1.0, 0.0], dtype=dtype)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12)
+
+
+def test_large_kernels_have_the_eigenvalues_of_their_spectrum() -> None:
+    model = model_of(*FORMS[0])
+    index = index_of(model)
+    options: dict[str, Any] = {"reduction": "random", "projections": ntk.DENSE // SAMPLES + 1}
+    found = ntk.estimate(model, tiny_batch(samples=SAMPLES), index, **options).lambda_max
+    expected = ntk.estimate(model, tiny_batch(samples=SAMPLES), index, spectrum=True, **options).lambda_max
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 # --- probes in several batches
 
 

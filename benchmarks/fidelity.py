@@ -1,0 +1,228 @@
+"""How well cheap reductions rank the units, and what they cost: the choice of the estimator's default.
+
+    python -m benchmarks.fidelity            # minutes; --short tries everything with fewer samples and steps
+
+Reference: lambda_max of every unit on 64 samples; exact (all outputs, the nk x nk kernel) for a small BERT, and many
+projections for BERT-mini, where the exact kernel cannot be formed. Estimates see the first n of these samples;
+``online`` sees a training batch of its own instead, as in training. At initialisation and after some training.
+
+Of an estimate: ``error``, median |lambda / (c lambda_reference) - 1| with c the common factor (geometric mean), which
+cancels in eqs. (4) and (7); ``spearman``, rank correlation, and ``overlap``, share of the reference's top third that
+is found, both within a kind as MAT compares (scope ``kind``), averaged over kinds; ``cost``, median seconds over those
+of a dense training step of 64 sequences. Random signs: means over 3, 2, 1 seeds for m = 1, 4, 16.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.harness import RESULTS, medians, row, write
+from benchmarks.step import our_step
+from mat import data, ntk
+from mat.bert import Bert
+from mat.config import BertConfig, TextConfig
+from mat.data.masking import MaskedBatch, mask
+from mat.optim import UnitAdamW
+from mat.units import UnitIndex, unit_layers
+
+SIZES = (8, 16, 32, 64)
+REDUCTIONS = (("sum", 1, 1), ("random", 1, 3), ("random", 4, 2), ("random", 16, 1))  # reduction, m, seeds
+Batches = Callable[[int, int], MaskedBatch]  # (stream, samples)
+
+
+@dataclass
+class Setting:
+    """A model, where its batches come from, and what the reference is."""
+
+    name: str
+    model: Bert
+    batches: Batches
+    reduction: ntk.Reduction
+    projections: int
+    steps: int
+    batch: int
+    lr: float
+
+
+def chains(stream: int, samples: int) -> MaskedBatch:
+    """Sequences of 16 of 16 pieces, each mostly the triple of the one before; one hidden."""
+    random = np.random.default_rng([stream, 3])
+    tokens = random.integers(5, 16, (samples, 16))
+    for t in range(1, 16):
+        follows = random.random(samples) < 0.9
+        tokens[follows, t] = 5 + (3 * tokens[follows, t - 1] + 1) % 11
+    return mask(tokens.astype(np.uint16), 1 / 16, 4, 5, 16, [stream])
+
+
+def settings(short: bool) -> Iterator[Setting]:
+    """The small model with the exact kernel, and BERT-mini on prose that ships with Python."""
+    torch.manual_seed(0)
+    config = BertConfig("small", "bert", 2, 32, 4, 64, 8, "rotary", "pre")
+    yield Setting("small", Bert(config, 16, 16), chains, "full", 1, 30 if short else 300, 32, 3e-3)
+    config = BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "rotary", "pre")
+    text = data.load(TextConfig(name="pydocs", vocabulary=1024, length=64), seed=0)
+
+    def prose(stream: int, samples: int) -> MaskedBatch:
+        found = text.probe_batch(samples) if stream == 0 else text.train_batch(stream, samples)[0]
+        assert isinstance(found, MaskedBatch)
+        return found
+
+    yield Setting(
+        "bert_mini", Bert(config, 1024, 64), prose, "random", 4 if short else 32, 5 if short else 300, 16, 2e-3
+    )
+
+
+def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """0 for the smallest; ties do not happen among measured eigenvalues."""
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+def compare(found: NDArray[np.float64], reference: NDArray[np.float64], kind: NDArray[np.str_]) -> dict[str, float]:
+    """Error, rank correlation and overlap of the module's docstring."""
+    ratio = found / reference
+    spearman, overlap = [], []
+    for one in np.unique(kind):
+        ours, theirs = ranks(found[kind == one]), ranks(reference[kind == one])
+        spearman.append(float(np.corrcoef(ours, theirs)[0, 1]))
+        top = len(ours) - round(len(ours) / 3)
+        overlap.append(float((ours[theirs >= top] >= top).mean()))
+    return {
+        "factor": float(np.exp(np.log(ratio).mean())),
+        "error": float(np.median(np.abs(ratio / np.exp(np.log(ratio).mean()) - 1))),
+        "spearman": float(np.mean(spearman)),
+        "overlap": float(np.mean(overlap)),
+    }
+
+
+def first(batch: MaskedBatch, samples: int) -> MaskedBatch:
+    """The first n samples."""
+    return batch.take(torch.arange(samples))
+
+
+def study(setting: Setting, stage: str, sizes: tuple[int, ...]) -> pd.DataFrame:
+    """One row per estimate: setting, stage, reduction, projections, samples, comparison and cost."""
+    model, probe = setting.model, setting.batches(0, max(sizes))
+    index = UnitIndex(unit_layers(model))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.name == "bert_mini")
+
+    def estimate(samples: int, reduction: ntk.Reduction, m: int, seed: int) -> NDArray[np.float64]:
+        with autocast:
+            return ntk.estimate(
+                model, first(probe, samples), index, reduction=reduction, projections=m, seed=seed
+            ).lambda_max
+
+    reference = estimate(max(sizes), setting.reduction, setting.projections, 1000)
+    step = our_step(copy.deepcopy(model), setting.batches(1, 64))
+    rows = []
+
+    def add(reduction: str, m: int, samples: int, found: list[NDArray[np.float64]], cost: float) -> None:
+        compared = pd.DataFrame([compare(each, reference, index.kind) for each in found]).mean().to_dict()
+        where = {"model": setting.name, "stage": stage, "reduction": reduction, "projections": m, "samples": samples}
+        rows.append({**where, **compared, "cost": cost})
+        print(*(f"{k}={v:.3g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+
+    for samples in sizes:
+        exact = (("full", 1, 1),) if setting.reduction == "full" else ()
+        for reduction, m, seeds in (*REDUCTIONS, *exact):
+            found: list[NDArray[np.float64]] = []
+
+            def call(samples: int = samples, reduction: str = reduction, m: int = m, into: Any = found) -> None:
+                into.append(estimate(samples, reduction, m, seed=len(into)))  # type: ignore[arg-type]
+
+            spent, dense = medians([call, step], seeds, warmup=0)
+            add(reduction, m, samples, found, spent / dense)
+        batch = setting.batches(2, samples)
+        results: list[NDArray[np.float64]] = []
+
+        def plain(batch: MaskedBatch = batch) -> None:
+            with autocast:
+                model.zero_grad()
+                model.loss(batch).backward()
+
+        def measured(batch: MaskedBatch = batch, results: list[NDArray[np.float64]] = results) -> None:
+            with autocast, ntk.Online(model, index) as online:
+                model.zero_grad()
+                model.loss(batch).backward()
+            results.append(online.result().lambda_max)
+
+        with_kernels, without, dense = medians([measured, plain, step], 5, 1)
+        add("online", 1, samples, results[:1], max(with_kernels - without, 0.0) / dense)
+    return pd.DataFrame(rows)
+
+
+def train(setting: Setting) -> float:
+    """Train in place; the last loss."""
+    optimiser = UnitAdamW(setting.model, (0.9, 0.98), 1e-6, 0.01)
+    loss = torch.tensor(0.0)
+    setting.model.train()
+    for i in range(setting.steps):
+        optimiser.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = setting.model.loss(setting.batches(10 + i, setting.batch))
+        loss.backward()
+        optimiser.clip(1.0)
+        optimiser.step(setting.lr * min(1.0, (i + 1) / 30))
+    return float(loss.detach())
+
+
+def plot(frame: pd.DataFrame, path: Path) -> None:
+    """Error, rank correlation and overlap against cost, one column per model and stage."""
+    cases = list(dict.fromkeys(zip(frame.model, frame.stage, strict=True)))
+    measures = {"error": "error of lambda_max", "spearman": "Spearman correlation", "overlap": "overlap of top third"}
+    figure, axes = plt.subplots(3, len(cases), figsize=(4 * len(cases), 9), sharex=True, sharey="row", squeeze=False)
+    for column, (model, stage) in enumerate(cases):
+        part = frame[(frame.model == model) & (frame.stage == stage)]
+        for line, measure in enumerate(measures):
+            for (reduction, m), group in part.groupby(["reduction", "projections"], sort=False):
+                label = f"random, m = {m}" if reduction == "random" else str(reduction)
+                axes[line, column].plot(group.cost.clip(lower=1e-3), group[measure], marker="o", label=label)
+        axes[0, column].set(title=f"{model}, {stage}", xscale="log", yscale="log")
+        axes[2, column].set_xlabel("cost / dense steps of 64 sequences")
+    for line, name in enumerate(measures.values()):
+        axes[line, 0].set_ylabel(name)
+    axes[2, 0].legend(fontsize=8)
+    figure.suptitle("Reductions against the reference on 64 samples; a line's points are n = 8, 16, 32, 64")
+    figure.tight_layout()
+    for suffix in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=150)
+
+
+def main() -> None:
+    """Both settings at initialisation and during training."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="few samples and steps; writes nothing")
+    short = parser.parse_args().short
+    sizes = (4, 8) if short else SIZES
+    frames = []
+    for setting in settings(short):
+        frames.append(study(setting, "initialisation", sizes))
+        loss = train(setting)
+        print(f"{setting.name}: trained {setting.steps} steps to a loss of {loss:.2f}", flush=True)
+        frames.append(study(setting, "training", sizes))
+    frame = pd.concat(frames, ignore_index=True)
+    if short:
+        return
+    frame.to_csv(RESULTS / "fidelity.csv", index=False, float_format="%.5g")
+    plot(frame, RESULTS / "fidelity")
+    mean = frame[frame.samples == 32].groupby(["reduction", "projections"])[["spearman", "overlap", "cost"]].mean()
+    rows = [
+        row(f"{reduction} m={m}, n=32: missed share of the top third", 1 - r.overlap, 1.0, None, "share")
+        for (reduction, m), r in mean.iterrows()
+    ]
+    write("fidelity", rows, estimates=frame.to_dict("records"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The Triton kernel without a device: interpreted against float64, and compiled ahead of time for sm_80 and sm_90."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton comes with torch on Linux only")
+
+INTERPRETED = """
+import torch
+from mat import gram, gram_triton
+for n, t, u, p, q in [(3, 5, 2, 7, 17), (18, 35, 1, 16, 5), (33, 1, 1, 16, 3)]:
+    random = torch.Generator().manual_seed(n)
+    a = torch.randn(n, t, u + 1, p + 3, generator=random).bfloat16()[:, :, 1:, :p]  # strides as views have them
+    b = torch.randn(n, t, q + 1, generator=random).bfloat16()[:, :, :q]
+    expected = gram.unit_gram([(a.double(), b.double())], False, 2**30)
+    error = float((gram_triton.gram(a, b) - expected).abs().max() / expected.max())
+    assert error < 2**-14, f"{(n, t, u, p, q)}: relative error {error:.2e}"
+print("interpreted")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """Triton decides at import whether it interprets: a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_interpreted_kernel_equals_float64_at_odd_sizes() -> None:
+    """Sixteen bits in the products of gradients (2**-16 each, a few of them): far more than bf16's eight."""
+    assert "interpreted" in run(INTERPRETED, TRITON_INTERPRET="1")
+
+
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from mat import gram_triton
+chosen = gram_triton.settings({samples})
+options = {{name: chosen.pop(name) for name in ("num_warps", "num_stages")}}
+constants = {{**chosen, "interpreted": False}}
+signature = {{name: "constexpr" if name in constants else "i32" for name in gram_triton.kernel.arg_names}}
+signature |= {{"a": "*bf16", "b": "*bf16", "out": "*fp32"}}
+source = ASTSource(gram_triton.kernel, signature=signature, constexprs=constants)
+built = compile(source, target=GPUTarget("cuda", {capability}, 32), options=options)
+assert len(built.asm["cubin"]) and "mma" in built.asm["ptx"]
+print(built.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("capability, samples, kilobytes", [(80, 64, 163), (90, 32, 227)])
+def test_kernel_compiles_ahead_of_time(capability: int, samples: int, kilobytes: int, tmp_path: Path) -> None:
+    """Products on tensor cores, on-chip memory within what a program has on an A100 and on an H100."""
+    code = COMPILED.format(capability=capability, samples=samples)
+    assert 0 < int(run(code, TRITON_CACHE_DIR=str(tmp_path))) <= kilobytes * 1024
+
+
+def test_partial_sums_cover_every_tile_once() -> None:
+    """Whatever the number of units: programs x tiles each hold all tiles, with no program left empty."""
+    from mat import gram_triton
+
+    for tiles in (1, 7, 48, 600):
+        for units in (1, 12, 700):
+            each, programs = gram_triton.schedule(tiles, units)
+            assert (programs - 1) * each < tiles <= programs * each
