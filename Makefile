@@ -62,6 +62,7 @@ tables: $(VENV)/installed ## every table whose runs are there
 
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.switch
 	$(RUN) -m benchmarks.gates
 
 clean: ## remove smoke runs and caches; results stay
