@@ -69,6 +69,7 @@ report: $(VENV)/installed ## results/report.html: every run in one page that ope
 
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.switch
 	$(RUN) -m benchmarks.gates
 	$(RUN) -m benchmarks.peers
 	$(RUN) -m benchmarks.fidelity

@@ -20,9 +20,10 @@ from benchmarks.harness import RESULTS, Row, medians, row, set_share, write
 from benchmarks.step import SIZES, batch_of
 from mat import flops
 from mat.bert import Bert
-from mat.config import TrainConfig
+from mat.config import SwitchConfig, TrainConfig
 from mat.interface import Batch, UnitModel
 from mat.optim import UnitOptimiser, build_optimiser
+from mat.switch import Switch
 from mat.units import BackwardMode, unit_layers
 
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3, 1 / 8, 0.0)
@@ -55,11 +56,22 @@ def vgg(size: str, repeats: int, wanted: float | None) -> Subject:
     return Subject(images.vgg(size), images.pictures(), images.RECIPE, repeats, wanted)
 
 
+def switch_block(repeats: int, wanted: float | None) -> Subject:
+    """One block of the paper's Switch; a small vocabulary, so that the block is what is measured."""
+    config = SwitchConfig(
+        name="switch_block", layers=1, width=768, heads=12, ffn_hidden=3072, ffn_groups=1, experts=8,
+        positions="learned", norm="post",
+    )  # fmt: skip
+    recipe = TrainConfig(pflops=1, batch=16, lr=1e-4)
+    return Subject(Switch(config, 256, 128), batch_of(256, 16, 128), recipe, repeats, wanted)
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "bert_base": lambda: bert("base", 5, 1.05),
     "bert_mini": lambda: bert("mini", 21, None),
     "vgg16": lambda: vgg("vgg16", 5, 1.20),
     "vgg16_mini": lambda: vgg("vgg16_mini", 9, None),
+    "switch_block": lambda: switch_block(7, 1.05),
 }
 
 

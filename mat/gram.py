@@ -10,7 +10,6 @@ On a CUDA device ``gradients`` runs in a Triton kernel that never writes a gradi
 """
 
 import importlib.util
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -167,12 +166,13 @@ def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     gram = torch.zeros(units, samples, samples, dtype=exact, device=a.device)
     chunk = max(1, min(p, memory_bytes // (samples * q * exact.itemsize)))
     with torch.autocast(a.device.type, enabled=False):
-        for u, r in itertools.product(range(units), range(0, p, chunk)):
+        for r in range(0, p, chunk):
             gradients = gram.new_empty(samples, min(chunk, p - r), q)
-            for row, (left, right) in zip(gradients, parts[u], strict=True):
-                row.copy_(left[:, r : r + chunk].T @ right)
             flat = gradients.flatten(1)
-            gram[u] += flat @ flat.T
+            for u in range(units):
+                for row, (left, right) in zip(gradients, parts[u], strict=True):
+                    row.copy_(left[:, r : r + chunk].T @ right)
+                gram[u] += flat @ flat.T
         if bias:
             summed = torch.stack([torch.stack([left.sum(0, dtype=exact) for left, _ in part]) for part in parts])
             gram.baddbmm_(summed, summed.transpose(1, 2))

@@ -8,7 +8,7 @@ from tiny import Images
 from torch import Tensor
 
 from mat.attention import rotary_table
-from mat.bert import Bert
+from mat.bert import MaskedEncoder
 from mat.config import BertConfig
 from mat.data.masking import MaskedBatch
 from mat.vgg import Vgg
@@ -43,11 +43,33 @@ def _group(x: Tensor, p: Mapping[str, Tensor], name: str, u: int) -> Tensor:
     return F.gelu(z) @ p[f"{name}.out_weight"][u]
 
 
+def experts(
+    x: Tensor, p: Mapping[str, Tensor], name: str, capacity: int | None = None, frozen: Collection[Unit] = ()
+) -> Tensor:
+    """A switch layer's output (N, D) for tokens (N, D) in order; frozen experts' outputs are detached.
+
+    An expert that has had ``capacity`` tokens adds nothing to any other.
+    """
+    taken = [0] * len(p[f"{name}.router"])
+    rows = []
+    for token in x:
+        probabilities = torch.softmax(p[f"{name}.router"] @ token, 0)
+        e = probabilities.tolist().index(max(probabilities.tolist()))
+        taken[e] += 1
+        hidden = F.gelu(p[f"{name}.in_weight"][e] @ token + p[f"{name}.in_bias"][e])
+        y = p[f"{name}.out_weight"][e] @ hidden + p[f"{name}.out_bias"][e]
+        y = y.detach() if (name, e) in frozen else y
+        rows.append(torch.zeros_like(token) if capacity is not None and taken[e] > capacity else probabilities[e] * y)
+    return torch.stack(rows)
+
+
 def logits(p: Mapping[str, Tensor], config: BertConfig, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> Tensor:
-    """Logits (P, V) of a BERT without dropout, with the contributions of frozen units detached."""
+    """Logits (P, V) of a BERT or Switch without dropout and drops, with the contributions of frozen units detached."""
     rotary = rotary_table(batch.tokens.shape[1], config.width // config.heads)
 
     def sublayer(x: Tensor, name: str, units: int) -> Tensor:
+        if f"{name}.router" in p:
+            return experts(x, p, name, frozen=frozen)
         total = torch.zeros_like(x)
         for u in range(units):
             heads = name.endswith("attention")
@@ -130,14 +152,14 @@ def pools_of(model: Vgg) -> list[bool]:
     return [i == len(stage) - 1 for stage in model.stages for i in range(len(stage))]
 
 
-def gradients(model: Bert, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
+def gradients(model: MaskedEncoder, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
     """Gradient of the mean cross-entropy for every parameter; None where the loss does not depend on it."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     loss = F.cross_entropy(logits(p, model.config, batch, frozen), batch.targets)
     return dict(zip(p, torch.autograd.grad(loss, list(p.values()), allow_unused=True), strict=True))
 
 
-def jacobian(model: Bert, batch: MaskedBatch) -> dict[str, Tensor]:
+def jacobian(model: MaskedEncoder, batch: MaskedBatch) -> dict[str, Tensor]:
     """d outputs / d parameter for every parameter, (n, k, *parameter.shape), each entry of (n, k) by itself."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     rows: list[list[tuple[Tensor, ...]]] = []
@@ -153,6 +175,6 @@ def jacobian(model: Bert, batch: MaskedBatch) -> dict[str, Tensor]:
 
 
 def unit_jacobian(jacobian: Mapping[str, Tensor], layer: str, u: int) -> Tensor:
-    """Columns of one unit's parameters, (n, k, p)."""
-    columns = [j[:, :, u] for name, j in jacobian.items() if name.startswith(f"{layer}.")]
-    return torch.cat([c.reshape(*c.shape[:2], -1) for c in columns], -1)
+    """Columns of one unit's parameters, (n, k, p); the router is no unit's."""
+    names = [name for name in jacobian if name.startswith(f"{layer}.") and not name.endswith(".router")]
+    return torch.cat([jacobian[name][:, :, u].reshape(*jacobian[name].shape[:2], -1) for name in names], -1)

@@ -1,18 +1,21 @@
 """Models and batches small enough for references that loop over everything."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mat.bert import Bert
-from mat.config import BertConfig, HardwareConfig, VggConfig
+from mat.config import BertConfig, HardwareConfig, SwitchConfig, VggConfig
 from mat.data.masking import MaskedBatch
+from mat.switch import Switch
 from mat.units import unit_layers
 from mat.vgg import Vgg
 
 VOCABULARY, LENGTH, MASKED = 11, 6, 2
+Model = TypeVar("Model", Bert, Switch)
 
 
 def tiny_config(
@@ -39,15 +42,39 @@ def tiny_bert(
         dtype: Of parameters and buffers.
         config: Arguments of :func:`tiny_config`.
     """
+    return _randomised(Bert, tiny_config(**config), vocabulary, length, seed, dtype)  # type: ignore[arg-type]
+
+
+def _randomised(
+    cls: type[Model], config: BertConfig, vocabulary: int = VOCABULARY, length: int = LENGTH, seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Model:  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Bert(tiny_config(**config), vocabulary, length)  # type: ignore[arg-type]
+        model = cls(config, vocabulary, length)  # type: ignore[arg-type]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(0.3 * torch.randn_like(parameter))
                 if name.endswith("norm.weight"):
                     parameter += 1
     return model.to(dtype)
+
+
+def tiny_switch(*, experts: int = 3, capacity_factor: float = 3.0, switch_every: int = 1, **options: Any) -> Switch:
+    """A Switch of :func:`tiny_config`'s sizes, with all parameters random; by default no expert can be too full.
+
+    Args:
+        experts: E.
+        capacity_factor: In training.
+        switch_every: Which blocks have experts.
+        options: As of :func:`tiny_bert`.
+    """
+    sizes = {k: options.pop(k) for k in list(options) if k not in ("vocabulary", "length", "seed", "dtype")}
+    config = SwitchConfig(
+        **asdict(tiny_config(**sizes)) | {"family": "switch"}, experts=experts, capacity_factor=capacity_factor,
+        switch_every=switch_every,
+    )  # fmt: skip
+    return _randomised(Switch, config, **options)
 
 
 def tiny_batch(
