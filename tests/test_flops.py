@@ -103,7 +103,7 @@ def test_gram_products_equal_the_counter(
     chosen = gram.plan(*sizes, memory_bytes)
     assert chosen.contraction == contraction
     with flops.flop_counter() as counter:
-        gram.unit_gram(torch.ones(n, t, u, p), torch.ones(n, t, q), bias, memory_bytes)
+        gram.unit_gram([(torch.ones(n, t, u, p), torch.ones(n, t, q))], bias, memory_bytes)
     assert counter.get_total_flops() == ntk.flops([(t, u, p, q, bias)], n, memory_bytes)
     assert counter.get_total_flops() == chosen.flops + (2 * n * n * u * p if bias else 0)
 
