@@ -102,7 +102,7 @@ def test_mistyped_key_ends_the_process_with_one_sentence(tmp_path):
 
 MISTAKES = [  # arguments, what the sentence names
     (["model=brt"], "model=brt"),
-    (["+experiment=table2_mini"], "experiment=table2_mini"),
+    (["+experiment=table9_mini"], "experiment=table9_mini"),
     (["train.lr=fast"], "train.lr=fast"),
     (["model.heads=3"], "model.heads=3"),
     (["seed=0,1"], "seed=0,1"),
