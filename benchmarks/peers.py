@@ -180,7 +180,7 @@ class Contenders:
         self.extended = copy.deepcopy(self.twin)  # BackPACK's, whose hooks torch.func cannot trace
         self.gated = {name: p.detach() for name, p in self.twin.named_parameters() if name in wanted}
         outputs = torch.empty(self.positions.numel(), model.tokens.shape[0], device=batch.tokens.device)
-        reducer = ntk._Reducer("random", 1, SEED, batch.samples)
+        reducer = ntk.Reducer("random", 1, SEED, batch.samples)
         (signs, _), *_ = reducer.cotangents(model, batch, outputs, 0)
         self.signs = signs.view(batch.samples, -1, outputs.shape[1]).to(self.twin.rotary.dtype)
 

@@ -455,7 +455,7 @@ def test_random_projections_are_the_full_kernel_projected() -> None:
         estimate(model, batch, projections=2, seed=7).kernels,
     )
     assert full is not None and found is not None
-    reducer = ntk._Reducer("random", 2, 7, 3)
+    reducer = ntk.Reducer("random", 2, 7, 3)
     signs = torch.stack([s for s, _ in reducer.cotangents(model, batch, model(batch).detach(), 0)])  # (m, n, k)
     by_sample = full.view(-1, 3, 3, 3, 3)  # unit, output, sample, output, sample
     expected = torch.einsum("ukilj,mik,ojl->umioj", by_sample, signs, signs).reshape(-1, 6, 6) / 2
