@@ -58,7 +58,8 @@ def estimate(
         forward += up
         reached |= layer is gated[0]
         backward += down if reached else 0
-    overhead = forward + passes * backward
+    units = sum(layer.n_units for layer in gated)
+    overhead = forward + passes * backward + ntk.eigenvalue_flops(units, samples * passes)
     for layer in gated:
         taps = layer.tap_shapes(length)
         if layer.routed:

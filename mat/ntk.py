@@ -50,6 +50,7 @@ from mat.units import Tap, Tape, UnitIndex, unit_layers
 
 Reduction = Literal["random", "sum", "full", "loss"]
 MEMORY_BYTES = 32 * 2**20
+KRYLOV = 32  # dimensions of the spaces of Lanczos
 DENSE = 128  # kernels of more rows get their top eigenvalue by Lanczos, unless the spectrum is wanted
 
 
@@ -264,6 +265,14 @@ def flops(taps: list[tuple[int, int, int, int, bool]], samples: int, memory_byte
     return total
 
 
+def eigenvalue_flops(units: int, rows: int) -> int:
+    """FLOPs of the matrix products behind the top eigenvalues of kernels (units, rows, rows)."""
+    if rows <= DENSE:
+        return 0
+    orthogonal = sum(8 * rows * i for i in range(1, KRYLOV))
+    return units * (2 * rows * rows * (2 * KRYLOV - 1) + orthogonal + 2 * rows * KRYLOV**2)
+
+
 def _checked(index: UnitIndex) -> UnitIndex:
     if not len(index):
         raise ValueError("there is no unit to measure: the model has no unit layer of the wanted kinds")
@@ -457,8 +466,8 @@ def _eigenvalues(
     return values[:, -3].copy(), values[:, -2].copy(), values[:, :-2] if spectrum else None
 
 
-def _krylov(kernels: Tensor, steps: int = 32) -> Tensor:
-    """Kernels (U, r, r) restricted to Krylov spaces of a random start, (U, steps, steps): their top eigenvalues agree.
+def _krylov(kernels: Tensor) -> Tensor:
+    """Kernels (U, r, r) restricted to Krylov spaces of a random start, (U, 32, 32): their top eigenvalues agree.
 
     The largest eigenvalue dominates an mNTK's spectrum, and Lanczos finds such a one to rounding in a few steps, where
     ``eigvalsh`` of r rows would cost more than the rest of the estimate.
@@ -467,7 +476,7 @@ def _krylov(kernels: Tensor, steps: int = 32) -> Tensor:
     x = torch.randn(1, kernels.shape[1], 1, generator=random, dtype=kernels.dtype).to(kernels.device)
     x = (x / x.norm()).expand(len(kernels), -1, -1)
     basis, scale = x, kernels.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    for _ in range(steps - 1):
+    for _ in range(KRYLOV - 1):
         x = kernels @ basis[:, :, -1:]
         for _ in range(2):  # twice is enough
             x = x - basis @ (basis.mT @ x)
