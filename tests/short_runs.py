@@ -22,7 +22,8 @@ SMALL = {
     "image": ("model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8"),
 }  # fmt: skip
 SHORT = (
-    "selection.samples=4", "selection.projections=1", "selection.interval=0.05", "hardware=cpu", "hardware.precision=float32",
+    "selection.samples=4", "selection.projections=1", "selection.interval=0.05",
+    "hardware=cpu", "hardware.precision=float32",
     "train.batch=8", "train.lr=1e-2", "train.eval_samples=16", "train.eval_batch=256", "train.log_steps=5",
     "train.checkpoint_steps=7", "tracking.progress=false",
 )  # fmt: skip
