@@ -462,6 +462,24 @@ def test_random_projections_are_the_full_kernel_projected() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_all_kernels_add_up_to_the_whole_with_statistics_of_the_first_batch() -> None:
+    """The rest's kernels run sample by sample, with the statistics that the first batch fixed."""
+    model, batch = tiny_vgg(), tiny_images(samples=3)
+    jacobian = naive.filter_jacobian(model, batch)
+    flat = torch.cat([j.flatten(2) for j in jacobian.values()], 2).transpose(0, 1).flatten(0, 1)
+    found = estimate(model, batch, reduction="full", rest=True)
+    torch.testing.assert_close(found.kernel_of(model, model), flat @ flat.T, rtol=1e-9, atol=1e-9)
+
+
+def test_a_training_step_cannot_be_listened_to() -> None:
+    """Its batch norm couples the samples, so there are no per-sample gradients to take."""
+    model = tiny_vgg()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="couples the samples"), ntk.Online(model):
+        model.loss(tiny_images())
+    assert all(t.equal(before[n]) for n, t in model.state_dict().items())
+
+
 # --- torchvision
 
 
