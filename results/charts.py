@@ -57,14 +57,15 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
     figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     low, high = np.inf, -np.inf
     for column, (axis, label) in enumerate(axes.items(), start=1):
-        figure.update_xaxes(title_text=label, rangemode="tozero", tickformat=".3~g", col=column)
+        figure.update_xaxes(title_text=label, rangemode="tozero", tickformat=".4~r", col=column)
         for name, runs in rows.items():
             seen = [r for r in runs if len(r.evaluations) and (axis != "seconds" or r.environment.get("exclusive"))]
             if not seen:
                 continue
             grid, mean, spread = band(seen, axis, points=150)
             colour, dash = style_of(seen[0], base)
-            low, high = min(low, (mean - spread).min()), max(high, float(np.interp(grid[-1] / 10, grid, mean + spread)))
+            later = grid >= grid[-1] / 10  # the fall from initialisation would flatten the rest
+            low, high = min(low, (mean - spread).min()), max(high, (mean + spread)[later].max())
             edge = {"x": [*grid, *grid[::-1]], "y": [*(mean + spread), *(mean - spread)[::-1]]}
             common = {"legendgroup": name, "name": f"{name} (n = {len(seen)})"}
             figure.add_scatter(
@@ -80,7 +81,7 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
     if low < high:
         figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
     if not any(run.environment.get("exclusive") for runs in rows.values() for run in runs):
-        figure.add_annotation(text=ALONE, xref="x2 domain", yref="y2 domain", x=0.5, y=0.5, showarrow=False)
+        figure.add_annotation(text=ALONE, xref="paper", yref="paper", x=0.5, y=0.5, showarrow=False)
     figure.update_yaxes(title_text="validation loss (nats)", col=1)
     return _layout(figure, "Validation loss, mean over seeds ± 1 sd", 460)
 
@@ -107,7 +108,7 @@ def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:
         bar(mean(f"pflops_{key}"), key.replace("_", " "), colour, 2, "PFLOPs")
     bar(mean("seconds", timed=True), "seconds", "#8A8A8A", 3, "s")
     for column, label in enumerate(("PFLOPs", "PFLOPs", "seconds"), start=1):
-        figure.update_xaxes(title_text=label, tickformat=".3~g", nticks=6, col=column)
+        figure.update_xaxes(title_text=label, tickformat=".4~r", nticks=6, col=column)
     figure.update_yaxes(title_text="method, model", autorange="reversed", col=1)
     figure.update_layout(barmode="stack")
     return _layout(figure, "FLOPs ledger: needed, executed, and seconds; mean over runs", 230 + 36 * len(names))
