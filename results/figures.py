@@ -40,14 +40,16 @@ def _courses(axes: Axes, rows: pd.DataFrame, value: str, by: Sequence[str] = ("l
 
 
 def _tidy(figure: Figure) -> None:
-    """Few ticks, in plain numbers."""
+    """Few ticks, in plain numbers; a legend where something is labelled."""
     for axes in figure.axes:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             if axis.get_scale() == "log":
                 axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
                 axis.set_major_formatter("{x:.3g}")
                 axis.set_minor_formatter(NullFormatter())
-        if axes.get_xlabel() == ALONG and axes.lines:
+        if axes.get_xlabel() == ALONG and not axes.images:
             axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -99,7 +101,6 @@ def figure2(source: Source) -> tuple[Figure, str]:
         level = units[units["kind"] == kind].drop_duplicates("t")
         axes.plot(level["pflops"], level["threshold"], color="black", linewidth=1.8, label="threshold (eq. 4)")
         axes.set(title=f"Units: {kind}", xlabel=ALONG, ylabel="lambda_max", yscale="log")
-    panels[0].legend(fontsize=8)
     final = {}
     for method, label in (("baseline", "BERT"), ("mat", "MAT")):
         grid, mean, spread = band(runs[method], "pflops")
@@ -107,7 +108,6 @@ def figure2(source: Source) -> tuple[Figure, str]:
         panels[-1].fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
         panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
         final[method] = mean[-1]
-    panels[-1].legend(fontsize=8)
     panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
     seed = runs["mat"][0].config["seed"]
     figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seed}), and what it costs", x=0.01, ha="left")
@@ -188,8 +188,6 @@ def figure4(source: Source) -> tuple[Figure, str]:
             )
         else:
             said.append(f"{label}: the gap does not open (at most {(validation - train).max():.2f} nats)")
-    panels[0, 0].legend(fontsize=8)
-    panels[1, 0].legend(fontsize=8)
     figure.suptitle("Figure 4: overfitting of a 4-layer BERT on few sequences of 64 tokens", x=0.01, ha="left")
     return figure, "; ".join(said)
 
@@ -207,7 +205,6 @@ def figure5(source: Source) -> tuple[Figure, str]:
         left.plot(one["rank"], values / values[0], ".-", markersize=4, linewidth=1, color=colour, label=f"t = {t}")
         left.axvline(border(values) + 0.5, color=colour, linestyle="--", linewidth=1)
     left.annotate("information | nuisance", (0.5, 0.03), xycoords="axes fraction", ha="center", fontsize=8.5)
-    left.legend(fontsize=8)
     left.set(title="All layers (dashed: border)", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
              ylim=(1e-4, 1.5))  # fmt: skip
     spectra = kernels[kernels["scope"] != "unit"].groupby(["layer", "t", "pflops"])["eigenvalue"]
@@ -242,18 +239,18 @@ def equation2(source: Source) -> tuple[Figure, str]:
         right.plot(middle.index, middle[0.5], color=colour, label=f"{kind}, median and quartiles")
     ends = [rows["measured"].min(), rows["measured"].max()]
     left.plot(ends, ends, color="black", linewidth=1)
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
     left.set(title="Loss drop over step size, one point per unit and selection", xscale="log", yscale="log",
-             xlabel="measured (nats)", ylabel="predicted from the top eigenpair (nats)")  # fmt: skip
+             xlabel="measured (nats per step size)", ylabel="predicted from the top eigenpair (same)")  # fmt: skip
     right.set(title="Predicted / measured", xlabel=ALONG, ylabel="ratio", ylim=(0, 1.05))
     figure.suptitle("Eq. (2): trainability", x=0.01, ha="left")
-    by_t = rows.groupby("t").apply(lambda g: rank_correlation(g["lambda_max"], g["measured"])).iloc[1:]
+    later = rows[rows["t"] > 0].groupby("t")
+    by = ("predicted", "lambda_max")
+    rho = [np.mean([rank_correlation(g[name], g["measured"]) for _, g in later]) for name in by]
     ratio, start = rows[rows["t"] > 0]["ratio"], rows[rows["t"] == 0]["ratio"]
     return figure, (
         f"the top eigenpair predicts {ratio.median():.2f} of the measured drop (median; {start.median():.2f} at the "
-        f"start); Spearman with the measured drop {rank_correlation(rows['predicted'], rows['measured']):+.2f} of the "
-        f"prediction, {by_t.mean():+.2f} of lambda_max alone (mean over selections)"
+        f"start); Spearman with the measured drop over units {rho[0]:+.2f} of the prediction, {rho[1]:+.2f} of "
+        "lambda_max alone (means over selections)"
     )
 
 
@@ -280,18 +277,10 @@ def equation3(source: Source) -> tuple[Figure, str]:
                  f"{each[~low]['distance'].mean():.2f}") if low.any() else ""  # fmt: skip
         said.append(f"{label}: Spearman of lambda_max and distance " + ", ".join(f"{v:+.2f} ({k!s})" for k, v in rho)
                     + f"{moved}, gap at the end {validation[-1] - train[-1]:.2f} nats")  # fmt: skip
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
-    left.set(
-        title="By eigenvalue",
-        xlabel="lambda_max, mean over the run",
-        xscale="log",
-        ylabel="distance ||theta - theta_0||",
-    )
-    middle.set(title="By freezing", xlabel="share of selections active", ylabel="distance ||theta - theta_0||")
-    right.set(
-        title="Generalisation gap", xlabel="mean distance of the units", ylabel="validation - training loss (nats)"
-    )
+    away = "distance ||theta - theta_0||"
+    left.set(title="By eigenvalue", xlabel="lambda_max, mean over the run", xscale="log", ylabel=away)
+    middle.set(title="By freezing", xlabel="share of selections active", ylabel=away)
+    right.set(title="Generalisation gap", xlabel=f"{away}, mean", ylabel="validation - training loss (nats)")
     figure.suptitle("Eq. (3): distance from initialisation, in the runs of Figure 4", x=0.01, ha="left")
     return figure, "; ".join(said)
 
