@@ -452,7 +452,8 @@ def _eigenvalues(
         FloatingPointError: If a value is not finite.
     """
     finite = kernels.isfinite().all(2).all(1)
-    usable = kernels if spectrum or kernels.shape[1] <= DENSE else _krylov(kernels)
+    with torch.autocast(kernels.device.type, enabled=False):
+        usable = kernels if spectrum or kernels.shape[1] <= DENSE else _krylov(kernels)
     eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], usable, 0)).clamp_min(0)
     packed = torch.column_stack([eigenvalues, kernels.sum((1, 2)).clamp_min(0), finite])
     values = packed.to("cpu", torch.float64).numpy()
@@ -509,5 +510,6 @@ def _rest_kernels(
     kernels = {}
     for name, rows in gradients.items():
         flat = torch.stack([gradient for projection in zip(*rows, strict=True) for gradient in projection])
-        kernels[name] = flat @ flat.T / (reducer.projections if reducer.reduction == "random" else 1)
+        with torch.autocast(flat.device.type, enabled=False):
+            kernels[name] = flat @ flat.T / (reducer.projections if reducer.reduction == "random" else 1)
     return kernels

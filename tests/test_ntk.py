@@ -466,6 +466,19 @@ def test_large_kernels_have_the_eigenvalues_of_their_spectrum() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
+def test_autocast_rounds_no_eigenvalue_and_no_kernel_of_the_rest() -> None:
+    """Products of gradients and all that follows them are float32, whatever the caller's context."""
+    model, batch = tiny_bert(dtype=torch.float32), tiny_batch(samples=SAMPLES)
+    options: dict[str, Any] = {"reduction": "random", "projections": ntk.DENSE // SAMPLES + 1, "rest": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ntk.estimate(model, batch, kernels=True, **options)
+    assert found.kernels is not None and found.rest is not None
+    expected = torch.linalg.eigvalsh(found.kernels.double())[:, -1]
+    np.testing.assert_allclose(found.lambda_max, expected.numpy(), rtol=1e-5)
+    for name, kernel in found.rest.items():  # a bf16 product would round every entry to eight bits
+        assert not torch.equal(kernel, kernel.bfloat16().float()) or not kernel.any(), name
+
+
 # --- probes in several batches
 
 
