@@ -181,13 +181,17 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     """Error, rank correlation and overlap against cost, one column per model and stage."""
     cases = list(dict.fromkeys(zip(frame.model, frame.stage, strict=True)))
     measures = {"error": "error of lambda_max", "spearman": "Spearman correlation", "overlap": "overlap of top third"}
+    lines = list(dict.fromkeys(zip(frame.reduction, frame.projections, strict=True)))
+    colours = {key: f"C{i}" for i, key in enumerate(lines)}  # the same in every panel
     figure, axes = plt.subplots(3, len(cases), figsize=(4 * len(cases), 9), sharex=True, sharey="row", squeeze=False)
     for column, (model, stage) in enumerate(cases):
         part = frame[(frame.model == model) & (frame.stage == stage)]
         for line, measure in enumerate(measures):
             for (reduction, m), group in part.groupby(["reduction", "projections"], sort=False):
                 label = f"random, m = {m}" if reduction == "random" else str(reduction)
-                axes[line, column].plot(group.cost.clip(lower=1e-3), group[measure], marker="o", label=label)
+                shown = group[group[measure] > 0]  # the reference has no error, which a logarithm cannot show
+                colour = colours[str(reduction), m]
+                axes[line, column].plot(shown.cost.clip(lower=1e-3), shown[measure], "o-", label=label, color=colour)
         axes[0, column].set(title=f"{model}, {stage}", xscale="log", yscale="log")
         axes[2, column].set_xlabel("cost / dense steps of 64 sequences")
     for line, name in enumerate(measures.values()):
