@@ -16,6 +16,7 @@ from mat.explain import explain
 
 register_schemas()
 exit_codes = [0]
+told: set[str] = set()  # what is wrong with all runs of a sweep is said once
 checking = False  # a sweep is composed and validated as a whole before its first run
 
 
@@ -32,7 +33,9 @@ def main(composed: DictConfig) -> None:
         folder = folder_of(config, list(HydraConfig.get().overrides.task))
         summary = engine.run(config, folder)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error) not in told:
+            print(f"error: {error}", file=sys.stderr)
+            told.add(str(error))
         exit_codes.append(2)  # the other runs of a sweep go on
         return
     except RunFailed as error:

@@ -210,7 +210,6 @@ INCIDENTAL = (
     "method.matched",
     "train.checkpoint_steps",
     "hardware.threads",
-    "hardware.estimator_bytes",
     "hardware.exclusive",
 )
 

@@ -440,6 +440,11 @@ class Training:
         if state is None:
             self.files.rewind(0, 0)
             return
+        if not {"probe", *self._SAVED} <= state.keys():
+            raise UserError(
+                f"{self.files.path} was begun by another version of this program: remove {self.files.checkpoints} to "
+                "start the run again."
+            )
         known = state["probe"]
         if self.probe is not None and known is not None and not torch.equal(self.probe.inputs, known):
             raise UserError(

@@ -78,7 +78,8 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         resolved = asdict(config)
         known = path / "config.yaml"
-        if known.is_file():
+        begun = (path / "summary.json").is_file() or (self.checkpoints / "latest.pt").is_file()
+        if known.is_file() and begun:  # a run that was refused or killed before its first checkpoint holds nothing
             before = OmegaConf.to_container(OmegaConf.load(known))
             differing = _differences(_science(before), _science(resolved))
             if differing:

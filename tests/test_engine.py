@@ -525,3 +525,24 @@ def test_interrupted_run_on_a_gpu_gives_the_same_numbers(method, cache, tmp_path
     run_interrupted(config, tmp_path / "run", "_train_step", 12, "before")
     assert engine.run(config, tmp_path / "run") is not None
     assert_same(result(tmp_path / "run"), result(tmp_path / "reference"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal needs a machine without a CUDA device")
+def test_run_that_was_refused_leaves_its_folder_to_another(cache, tmp_path):
+    with pytest.raises(UserError, match="choose hardware=cpu"):
+        engine.run(small(cache, "method=baseline", "hardware.device=cuda", steps=3), tmp_path / "run")
+    summary = engine.run(small(cache, "method=baseline", steps=3), tmp_path / "run")
+    assert summary is not None
+    assert "device: cpu" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_checkpoint_of_another_version_is_refused_with_the_remedy(cache, tmp_path):
+    config = small(cache, "method=mat", steps=12)
+    run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
+    latest = tmp_path / "run" / "checkpoint" / "latest.pt"
+    state = torch.load(latest, weights_only=True)
+    del state["needed"]
+    torch.save(state, latest)
+    with pytest.raises(UserError, match="another version") as caught:
+        engine.run(config, tmp_path / "run")
+    assert one_sentence(str(caught.value))

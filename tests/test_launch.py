@@ -212,6 +212,7 @@ def test_sweep_with_a_senseless_run_is_refused_before_its_first_run(cache, launc
     ]
     assert all(one_sentence(sentence.removeprefix("error: ")) for sentence in sentences)
     assert out == "" and not list(tmp_path.rglob("config.yaml"))
+    assert len(launch("-m", *command, "model.heads=3", "seed=1,2,3")[2].splitlines()) == 1  # said once
 
 
 def test_run_that_its_folder_refuses_does_not_end_the_sweep(cache, launch, tmp_path):
