@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from mat.allocator import keep_freed_memory
 from mat.units import BackwardMode, unit_layers
 
 RESULTS = Path(__file__).parent / "results"
+keep_freed_memory()  # as training does; all that is compared runs under the same allocator
 
 
 @dataclass

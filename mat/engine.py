@@ -21,6 +21,7 @@ import torch
 
 from mat import analysis, checkpoint, flops, ntk
 from mat import data as datasets
+from mat.allocator import keep_freed_memory
 from mat.config import Config
 from mat.errors import RunFailed, UserError
 from mat.interface import Batch, Flops
@@ -59,6 +60,7 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
         return files.summary
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
+    keep_freed_memory()
     training: Training | None = None
     summary: dict[str, Any] | None = None
     try:
