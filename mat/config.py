@@ -128,7 +128,7 @@ class SelectionConfig:
     scope: str = "kind"  # units compared with each other in eq. (4): kind | layer | all
     beta: float = 1e-3  # eq. (7)
     samples: int = 32  # probe sequences n
-    reduction: str = "random"  # random | sum | full
+    reduction: str = "random"  # random | sum | full, of the probe's outputs; online: a training step's loss gradients
     projections: int = 1  # random: number m of stacked +-1 projections
 
 
@@ -353,7 +353,12 @@ def validate(config: Config) -> None:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
     _one_of("selection.mode", selection.mode, MODES[model.family])
     _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
-    _one_of("selection.reduction", selection.reduction, ("random", "sum", "full"))
+    _one_of("selection.reduction", selection.reduction, ("random", "sum", "full", "online"))
+    if selection.reduction == "online" and model.family == "vgg":
+        raise UserError(
+            "selection.reduction=online cannot measure filters, whose batch norm couples the samples of a training "
+            "step: choose random."
+        )
     _between("selection.interval", selection.interval, 0, 0.05, open_low=True)
     _between("selection.beta", selection.beta, 0, 1)
     _between("selection.samples", selection.samples, 1, inf)

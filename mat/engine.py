@@ -194,8 +194,8 @@ class Training:
 
         self.step += 1
         self.spent += cost
-        self.needed += flops.training_step(self.model, batch, padded=False).figure
-        active_share = float(self.method.active_at(self.step - 1).mean())
+        self.needed += flops.training_step(self.model, batch, padded=False).figure + cost.overhead
+        active_share = self.index.active_share
         self.share_sum += active_share
         self.window.append(loss)
         if metrics:
@@ -225,25 +225,36 @@ class Training:
 
     # --- selections
 
+    @property
+    def _online(self) -> bool:
+        """Whether scores come off a training step that is made for the selection, all units active."""
+        return self.method.needs_score and self.config.selection.reduction == "online"
+
     def _estimate_cost(self) -> Flops:
+        """What the coming selection spends; an online one's training step included."""
         if not self.method.needs_score or self.probe is None:
             return Flops()
-        selection = self.config.selection
-        return flops.estimate(
-            self.model, self.probe, self.index.layers, self._reduction(), selection.projections,
-            self.config.hardware.estimator_bytes,
-        )  # fmt: skip
+        selection, memory = self.config.selection, self.config.hardware.estimator_bytes
+        if not self._online:
+            return flops.estimate(
+                self.model, self.probe, self.index.layers, self._reduction(), selection.projections, memory
+            )
+        batch, _ = self.data.train_batch(self.step, self.config.train.batch)
+        self._open_all()
+        overhead = flops.kernels(self.index.layers, batch.samples, batch.length, memory)
+        return flops.training_step(self.model, batch) + Flops(overhead=overhead)
 
     def _select(self) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.seconds
         cost = self._estimate_cost()
-        score = self._score() if self.method.needs_score else None
+        score = self._score(cost) if self.method.needs_score else None
+        now = time.perf_counter()
         if score is not None:
-            self.seconds_estimator += time.perf_counter() - start
+            self.seconds_estimator += (
+                now - start - (self.seconds - before)
+            )  # the step of an online estimate is training
         state = self.method.select(score)
-        self.seconds += time.perf_counter() - start
-        self.spent += cost
-        self.needed += cost.figure
+        self.seconds = before + time.perf_counter() - start
         self._event("selection", "train", active_now=float(state.active.mean()))
 
     def _record(self, selected: bool) -> None:
@@ -279,23 +290,36 @@ class Training:
             return "loss"
         return cast(ntk.Reduction, self.config.selection.reduction)
 
-    def _score(self) -> FloatArray:
-        selection = self.config.selection
+    def _score(self, cost: Flops) -> FloatArray:
+        """Scores of all units, and their cost spent."""
+        selection, memory = self.config.selection, self.config.hardware.estimator_bytes
         assert self.probe is not None
         try:
-            with self._autocast():
-                found = ntk.estimate(
-                    self.model,
-                    self.probe,
-                    self.index,
-                    reduction=self._reduction(),
-                    projections=selection.projections,
-                    seed=self.config.seed,
-                    memory_bytes=self.config.hardware.estimator_bytes,
-                )
+            if self._online:
+                batch, self.epoch = self.data.train_batch(self.step, self.config.train.batch)
+                self._open_all()
+                with ntk.Online(self.model, self.index) as online:
+                    self._train_step(batch, cost)
+                found = online.result(memory)
+            else:
+                with self._autocast():
+                    found = ntk.estimate(
+                        self.model,
+                        self.probe,
+                        self.index,
+                        reduction=self._reduction(),
+                        projections=selection.projections,
+                        seed=self.config.seed,
+                        memory_bytes=memory,
+                    )
+                self.spent += cost
+                self.needed += cost.figure
         except FloatingPointError as error:
             raise RunFailed(f"{self.files.path}: at step {self.step} {error}") from error
         return np.sqrt(found.squared_norm) if self.config.method.score == "gradnorm" else found.lambda_max
+
+    def _open_all(self) -> None:
+        self.index.set_active(np.ones(len(self.index), bool), self.mode)
 
     # --- evaluation
 

@@ -58,15 +58,20 @@ def estimate(
         forward += up
         reached |= layer is gated[0]
         backward += down if reached else 0
-    units = sum(layer.n_units for layer in gated)
-    overhead = forward + passes * backward + ntk.eigenvalue_flops(units, samples * passes)
+    overhead = forward + passes * backward + kernels(gated, samples * passes, length, memory_bytes)
+    return Flops(overhead=overhead, vocabulary=rest.vocabulary // 3 * (1 + passes))
+
+
+def kernels(gated: list[UnitLayer], rows: int, length: int, memory_bytes: int) -> int:
+    """FLOPs of all units' kernels of so many rows and of their top eigenvalues; an online estimate adds these alone."""
+    total = ntk.eigenvalue_flops(sum(layer.n_units for layer in gated), rows)
     for layer in gated:
         taps = layer.tap_shapes(length)
         if layer.routed:
-            overhead += sum(gram.routed_flops(samples * passes, *tap) for tap in taps)
+            total += sum(gram.routed_flops(rows, *tap) for tap in taps)
         else:
-            overhead += ntk.flops(taps, samples * passes, memory_bytes)
-    return Flops(overhead=overhead, vocabulary=rest.vocabulary // 3 * (1 + passes))
+            total += ntk.flops(taps, rows, memory_bytes)
+    return total
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -325,6 +325,11 @@ class UnitIndex:
             yield layer, slice(start, start + layer.n_units)
             start += layer.n_units
 
+    @property
+    def active_share(self) -> float:
+        """Share of the units whose gate is open."""
+        return sum(layer.n_active for layer in self.layers) / max(1, len(self))
+
     def set_active(self, active: BoolArray, mode: BackwardMode) -> None:
         """Set every layer's gate from a flat (N,) boolean array."""
         for layer, rows in self.slices():

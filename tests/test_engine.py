@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from short_runs import STEP, assert_same, events, one_sentence, result, small
 
-from mat import engine, methods
+from mat import engine, methods, ntk
 from mat.config import Config, validate
 from mat.engine import PFLOP, Training
 from mat.errors import RunFailed, UserError
@@ -33,6 +33,7 @@ SUMMARY = {"method", "model", "mode", "seed", "steps", *COLUMNS, "pflops", "pflo
            "seconds", "seconds_estimator", "best_validation_loss", "best_step", "pflops_to_best", "seconds_to_best",
            "test_loss", "active_share", "unigram_entropy", "selections", "parameters"}  # fmt: skip
 
+ONLINE = ("method=mat", "selection.reduction=online")
 Finished = Callable[..., tuple[Config, Path]]
 
 
@@ -153,9 +154,13 @@ def test_what_is_not_science_may_change(finished):
 # --- budget, evaluation, FLOPs
 
 
-@pytest.mark.parametrize("method", ["baseline", "rand", "multirate", "mat", "static", "gradnorm", "fitted"])
-def test_budget_is_used_and_never_exceeded(finished, method):
-    config, folder = finished(f"method={method}")
+@pytest.mark.parametrize(
+    "overrides",
+    [*((f"method={m}",) for m in ("baseline", "rand", "multirate", "mat", "static", "gradnorm", "fitted")), ONLINE],
+    ids=",".join,
+)
+def test_budget_is_used_and_never_exceeded(finished, overrides):
+    config, folder = finished(*overrides)
     lines = events(folder)
     budget = config.train.pflops * config.method.budget
     step = max(np.diff([e["pflops"] for e in lines if e["event"] != "train"]))
@@ -214,10 +219,14 @@ def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
 
 
 @pytest.mark.parametrize("mode", ["cut", "exact"])
-@pytest.mark.parametrize("method", ["baseline", "rand", "multirate", "mat", "gradnorm", "static"])
-def test_ledger_equals_what_a_counter_sees_over_a_run(method, mode, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "reduction"),
+    [*((m, "random") for m in ("baseline", "rand", "multirate", "mat", "gradnorm", "static")), ("mat", "online")],
+)
+def test_ledger_equals_what_a_counter_sees_over_a_run(method, reduction, mode, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "_scores_on", lambda self, split, samples: {"loss": 1.0})  # evaluation is not counted
-    given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2"]
+    given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2",
+             f"selection.reduction={reduction}"]  # fmt: skip
     config = small(cache, *given, steps=16)
     training = Training(config, RunFolder(tmp_path / "run", config))
     with flop_counter() as counter:
@@ -227,6 +236,36 @@ def test_ledger_equals_what_a_counter_sees_over_a_run(method, mode, cache, tmp_p
     assert summary["steps"] >= 3
     few = {"baseline": 0, "multirate": 1, "static": 2}
     assert summary["selections"] == few[method] if method in few else summary["selections"] > 2
+
+
+@pytest.mark.parametrize(("method", "row"), [("mat", "lambda_max"), ("gradnorm", "gradnorm")])
+def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, row, cache, tmp_path, monkeypatch):
+    config = small(cache, f"method={method}", "selection.reduction=online", "train.accumulation=2", steps=16)
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    expected, shares, steps = [], [], []
+    select, step = Training._select, Training._train_step
+
+    def measured(self: Training) -> None:
+        batch, _ = self.data.train_batch(self.step, config.train.batch)
+        found = ntk.estimate(self.model, batch, self.index, reduction="loss")
+        expected.append(found.lambda_max if method == "mat" else np.sqrt(found.squared_norm))
+        steps.append(self.step)
+        select(self)
+
+    def watched(self: Training, *arguments: Any) -> None:
+        shares.append(self.index.active_share)
+        step(self, *arguments)
+
+    monkeypatch.setattr(Training, "_select", measured)
+    monkeypatch.setattr(Training, "_train_step", watched)
+    summary = training.train()
+    assert len(expected) > 2 and min(shares) < 1
+    assert all(shares[s] == 1 for s in steps)  # nothing is frozen in a step that is measured
+    assert summary["steps"] == len(shares) and summary["pflops_overhead"] > 0
+    assert 0 < summary["seconds_estimator"] < summary["seconds"]
+    units = pd.read_parquet(tmp_path / "run" / "units.parquet")
+    for t, wanted in enumerate(expected):
+        np.testing.assert_allclose(units[units["t"] == t][row], wanted, rtol=2e-4)
 
 
 # --- learning
@@ -340,6 +379,9 @@ INTERRUPTIONS = [  # overrides, verb, call, how
     (("method=rand",), "_train_step", 12, "before"),
     (("method=gradnorm",), "_select", 6, "after"),
     (("method=shuffled",), "_select", 6, "after"),
+    (ONLINE, "_select", 6, "before"),
+    (ONLINE, "_select", 6, "sigterm"),
+    (ONLINE, "_train_step", 8, "after"),
 ]
 
 
