@@ -227,7 +227,7 @@ def test_ledger_equals_what_a_counter_sees_over_a_run(method, reduction, mode, c
     monkeypatch.setattr(Training, "_scores_on", lambda self, split, samples: {"loss": 1.0})  # evaluation is not counted
     given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2",
              f"selection.reduction={reduction}"]  # fmt: skip
-    config = small(cache, *given, steps=16)
+    config = small(cache, *given, steps=24)
     training = Training(config, RunFolder(tmp_path / "run", config))
     with flop_counter() as counter:
         summary = training.train()
