@@ -70,10 +70,12 @@ report: $(VENV)/installed ## results/report.html: every run in one page that ope
 bench: $(VENV)/installed ## time the dense step, the gates and the estimator against their peers
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.switch
+	$(RUN) -m benchmarks.vgg
 	$(RUN) -m benchmarks.gates
 	$(RUN) -m benchmarks.peers
 	$(RUN) -m benchmarks.fidelity
 	$(RUN) -m benchmarks.scaling
+	$(RUN) -m benchmarks.compiled
 
 gpu-check: $(VENV)/installed ## every test and benchmark that needs a CUDA device, and a report of them
 	$(RUN) -m benchmarks.gpu_check

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Row, medians, row, write
+from benchmarks.harness import Row, medians, row, set_share, write
 from mat import flops, ntk
 from mat.bert import Bert
 from mat.config import BertConfig
@@ -74,12 +74,6 @@ def their_step(config: BertConfig, vocabulary: int, batch: MaskedBatch, length: 
         optimiser.step()
 
     return step
-
-
-def set_share(model: Bert, share: float, mode: BackwardMode) -> None:
-    """The first ``share`` of every layer's units active."""
-    for layer in unit_layers(model):
-        layer.set_active(np.arange(layer.n_units) < round(share * layer.n_units), mode)
 
 
 def gated(size: str, model: Bert, batch: MaskedBatch, wanted: float | None) -> list[Row]:
