@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
-from short_runs import STEP, assert_same, events, one_sentence, result, small
+from short_runs import STEP, SWITCH, VGG, assert_same, events, one_sentence, result, small
 
 from mat import engine, methods, ntk
 from mat.config import Config, validate
@@ -42,10 +42,10 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Uninterrupted runs by their overrides, each made once."""
     made: dict[tuple[str, ...], tuple[Config, Path]] = {}
 
-    def run(*overrides: str, steps: int = 26) -> tuple[Config, Path]:
-        key = (*overrides, str(steps))
+    def run(*overrides: str, steps: int = 26, modality: str = "text") -> tuple[Config, Path]:
+        key = (*overrides, str(steps), modality)
         if key not in made:
-            config = small(cache, *overrides, steps=steps)
+            config = small(cache, *overrides, steps=steps, modality=modality)
             folder = tmp_path_factory.mktemp("finished") / "run"
             assert engine.run(config, folder) is not None
             made[key] = config, folder
@@ -202,7 +202,7 @@ def test_run_without_a_single_step_is_refused(cache, tmp_path):
 @pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
 def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
     marks = [0.25, 0.3484, 0.35, 0.65]  # of the plan; all but one meet a regular evaluation, the last one the end
-    pflops = 51 * STEP  # here they meet but for rounding
+    pflops = 51 * STEP["text"]  # here they meet but for rounding
     assert 14 * 0.025 * (pflops * PFLOP) != 0.35 * pflops * PFLOP
     given = [f"train.marks={[m * pflops for m in marks]}", f"train.pflops={pflops}", "method.budget=0.65"]
     config, folder = finished(f"method={method}", *given)
@@ -214,7 +214,7 @@ def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
         assert later is None or later["pflops"] > mark - 0.025 * pflops
     assert len(evaluations) == 26 + 1
     overhead = max(np.diff([e["pflops_overhead"] for e in evaluations]))
-    assert max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP + overhead
+    assert max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP["text"] + overhead
     assert evaluations[-1]["step"] == summary_of(folder)["steps"]
 
 
@@ -385,9 +385,24 @@ INTERRUPTIONS = [  # overrides, verb, call, how
 ]
 
 
-@pytest.mark.parametrize(("overrides", "verb", "call", "how"), INTERRUPTIONS)
-def test_interrupted_run_gives_the_same_numbers(overrides, verb, call, how, finished, tmp_path):
-    config, reference = finished(*overrides)
+OTHER_MODELS = [  # modality, overrides, verb, call, how
+    ("image", (*VGG, "method=mat", "selection.mode=sampled"), "_train_step", 12, "before"),  # past the first full epoch
+    ("image", (*VGG, "method=mat", "selection.mode=sampled"), "_train_step", 13, "sigterm"),
+    ("image", (*VGG, "method=mat", "selection.mode=sampled"), "_select", 5, "after"),
+    ("image", (*VGG, "method=mat"), "_train_step", 4, "sigterm"),
+    ("image", (*VGG, "method=mat"), "_train_step", 12, "after"),
+    ("image", (*VGG, "method=mat"), "_evaluate", 17, "after"),
+    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_train_step", 9, "before"),
+    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_train_step", 10, "sigterm"),
+    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_select", 5, "before"),
+]
+
+
+@pytest.mark.parametrize(
+    ("modality", "overrides", "verb", "call", "how"), [*(("text", *row) for row in INTERRUPTIONS), *OTHER_MODELS]
+)
+def test_interrupted_run_gives_the_same_numbers(modality, overrides, verb, call, how, finished, tmp_path):
+    config, reference = finished(*overrides, modality=modality)
     run_interrupted(config, tmp_path / "run", verb, call, how)
     assert engine.run(config, tmp_path / "run") is not None
     assert_same(result(tmp_path / "run"), result(reference))

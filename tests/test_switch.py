@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from short_runs import composed, events, one_sentence, small
+from short_runs import SWITCH, composed, events, one_sentence, small
 from tiny import shapes, tiny_batch, tiny_switch
 from torch import Tensor, nn
 
@@ -602,8 +602,7 @@ def test_senseless_values_are_refused_in_one_sentence(override: str, part: str) 
 
 @pytest.mark.parametrize("method", ["baseline", "mat"])
 def test_a_run_logs_what_the_router_does(method: str, tmp_path: Path, cache: Path) -> None:
-    chosen = ("model=switch_mini", "model.experts=4", "selection=experts_mini", f"method={method}")
-    config = small(cache, *chosen, steps=40)
+    config = small(cache, *SWITCH, f"method={method}")
     summary = engine.run(config, tmp_path / "run")
     assert summary is not None and summary["steps"] > 10
     logged = events(tmp_path / "run", "train")
