@@ -122,7 +122,8 @@ class SelectionConfig:
 
     units: list[str] = MISSING  # kinds that are gated; the others belong to the rest
     interval: float = MISSING  # share of the run's FLOPs between selections
-    mode: str = MISSING  # backward mode: cut | exact
+    mode: str = MISSING  # backward mode: cut | exact | sampled (vgg)
+    cut_last: int = 0  # vgg, mode=exact: the last so many layers use cut instead
     share: float | None = None  # wanted share of active units; alpha follows from it
     alpha: float | None = None  # eq. (4), instead of share
     scope: str = "kind"  # units compared with each other in eq. (4): kind | layer | all
@@ -352,6 +353,13 @@ def validate(config: Config) -> None:
     if not selection.units:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
     _one_of("selection.mode", selection.mode, MODES[model.family])
+    if selection.cut_last and not (isinstance(model, VggConfig) and selection.mode == "exact"):
+        raise UserError(
+            f"selection.cut_last={selection.cut_last} is for the layers of a VGG with selection.mode=exact: set it to "
+            "0, or choose these."
+        )
+    if isinstance(model, VggConfig):
+        _between("selection.cut_last", selection.cut_last, 0, sum(map(len, model.stages)))
     _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
     _one_of("selection.reduction", selection.reduction, ("random", "sum", "full", "online"))
     if selection.reduction == "online" and model.family == "vgg":

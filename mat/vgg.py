@@ -6,7 +6,8 @@ so that images of any size go in: 32 x 32 ends at 1 x 1, and so does 8 x 8 from 
 
 Backward modes, beside ``mat.units``: without residual connections ``cut`` starves the lower layers. ``sampled`` lets
 the gradient pass through the active filters and, in every step, a random ``CARRYING`` share of the frozen ones, scaled
-up so that its mean is the gradient of ``exact``; its input gradients cost the square of the share that carries.
+up so that its mean is the gradient of ``exact``; its input gradients cost the square of the share that carries. Every
+layer has a mode of its own: with ``selection.cut_last`` the last ones use ``cut``, the others ``exact``.
 All modes run the dense forward; frozen filters normalise with the batch and keep updating running statistics.
 
 Shapes: N images, C filters, I input channels, S x S maps, P channels that carry a gradient (padding included).

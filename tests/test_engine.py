@@ -139,6 +139,18 @@ def test_folder_of_another_run_is_refused_by_name(finished, key, value):
     assert not (folder / "failure.json").exists()
 
 
+def test_a_run_made_before_a_key_existed_had_its_default(cache, tmp_path):
+    config = small(cache, "method=baseline", steps=6)
+    summary, known = engine.run(config, tmp_path / "run"), tmp_path / "run" / "config.yaml"
+    recorded = OmegaConf.load(known)
+    del recorded.selection.cut_last
+    OmegaConf.save(recorded, known)
+    assert engine.run(config, tmp_path / "run") == summary
+    cut = dataclasses.replace(config, selection=dataclasses.replace(config.selection, cut_last=1))
+    with pytest.raises(UserError, match=r"holds a run with another selection.cut_last"):
+        engine.run(cut, tmp_path / "run")
+
+
 def test_what_is_not_science_may_change(finished):
     config, folder = finished("method=mat")
     changed = dataclasses.replace(
@@ -236,6 +248,19 @@ def test_ledger_equals_what_a_counter_sees_over_a_run(method, reduction, mode, c
     assert summary["steps"] >= 3
     few = {"baseline": 0, "multirate": 1, "static": 2}
     assert summary["selections"] == few[method] if method in few else summary["selections"] > 2
+
+
+@pytest.mark.parametrize("cut_last", [0, 1, 2])
+def test_ledger_of_filters_equals_the_counter_whichever_layers_are_cut(cut_last, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "_scores_on", lambda *_: {"loss": 1.0, "accuracy": 0.5})
+    given = ("method=mat", "train.accumulation=2", f"selection.cut_last={cut_last}", "hardware.gather_block=1")
+    config = small(cache, *VGG, *given, modality="image", steps=20)
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    with flop_counter() as counter:
+        summary = training.train()
+    assert [layer.mode for layer in training.index.layers] == ["exact"] * (2 - cut_last) + ["cut"] * cut_last
+    assert summary["selections"] > 2 and summary["active_share"] < 1
+    assert training.spent.everything == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("method", "row"), [("mat", "lambda_max"), ("gradnorm", "gradnorm")])

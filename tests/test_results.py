@@ -372,6 +372,23 @@ def test_two_plans_in_a_table(root: Path) -> None:
     broken(root, "method=rand.* has train.marks=.*rows of one table share it", spec)
 
 
+def test_a_row_with_a_key_that_the_baseline_is_too_old_for(root: Path) -> None:
+    spec = TableSpec("x", "x", "t", (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    for seed in range(3):
+        write_run(root, "rand", seed, [3, 2], selection__mode="cut", selection__cut_last=0)
+    assert line(made(root, spec), "rand")["mode"] == "cut"
+    for path in root.glob("t/method=rand*/seed=*/config.yaml"):
+        path.write_text(path.read_text().replace("cut_last: 0", "cut_last: 2"))
+    broken(root, "method=rand.* has selection.cut_last=2 but .* has 0, .*rows of one table share it", spec)
+
+
+def test_the_mode_names_layers_that_have_another(tmp_path: Path) -> None:
+    for seed in range(3):
+        for method in ("baseline", "mat"):
+            write_run(tmp_path, method, seed, [3, 2], selection__mode="exact", selection__cut_last=3)
+    assert line(made(tmp_path), "mat")["mode"] == "exact, cut in the last 3"
+
+
 def test_no_evaluation_before_a_mark(root: Path) -> None:
     write_run(root, "mat", 3, [3, 2], speed=2.0)
     write_run(root, "baseline", 3, [3, 2])

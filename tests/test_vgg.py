@@ -88,6 +88,19 @@ def test_gradients_and_statistics_equal_the_reference(
         torch.testing.assert_close(layer.variance, 0.9 + 0.1 * variance * count / (count - 1), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("cut_last", range(5))
+@pytest.mark.parametrize("active", ACTIVE)
+def test_the_last_layers_alone_are_cut(active: str, cut_last: int) -> None:
+    """``selection.cut_last``: as if the outputs of these layers' frozen filters, and no others, were detached."""
+    model, batch = tiny_vgg(), tiny_images()
+    modes: list[BackwardMode] = [*["exact"] * (4 - cut_last), *["cut"] * cut_last]  # type: ignore[list-item]
+    UnitIndex(unit_layers(model)).set_active(np.array(ACTIVE[active]), modes)
+    assert step_flops(model, batch) == flops.training_step(model, batch)  # runs the step, too
+    detached = {(name, u) for name, u in frozen_units(model) if int(name.removeprefix("features.")) >= 4 - cut_last}
+    expected = naive.filter_gradients(model, batch, detached)
+    assert_same_gradients(active_gradients(model), active_rows(model, expected), rtol=1e-9)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_in_evaluation_mode(mode: BackwardMode) -> None:
     """Running statistics then normalise; they do not move, and the gates work as in training."""
