@@ -23,6 +23,7 @@ from mat.engine import PFLOP, Training
 from mat.errors import RunFailed, UserError
 from mat.flops import flop_counter
 from mat.runs import RunFolder
+from mat.vgg import Vgg
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
 EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",
@@ -291,6 +292,38 @@ def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, ro
     units = pd.read_parquet(tmp_path / "run" / "units.parquet")
     for t, wanted in enumerate(expected):
         np.testing.assert_allclose(units[units["t"] == t][row], wanted, rtol=2e-4)
+
+
+# --- what Tables 2 and 3 read
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(older, cache, tmp_path, monkeypatch):
+    """Digits: 1,137 training images, in nine steps of 128 but for the last, of 113."""
+    config = small(cache, *VGG, "method=baseline", modality="image", steps=24)
+    seen, metrics = [], Vgg.metrics
+
+    def spy(self: Vgg, outputs: torch.Tensor, batch: Any) -> dict[str, float]:
+        found = metrics(self, outputs, batch)
+        if self.training:
+            seen.append((found["accuracy"], batch.samples))
+        return found
+
+    monkeypatch.setattr(Vgg, "metrics", spy)
+    if older:  # its checkpoint does not tell the samples of a step, which then counts as a whole batch
+        run_interrupted(config, tmp_path / "run", "_train_step", 8, "sigterm")
+        latest = tmp_path / "run" / "checkpoint" / "latest.pt"
+        state = torch.load(latest, weights_only=True)
+        assert len(state["recent"]) == 8
+        state["recent"] = [{"accuracy": m["accuracy"]} for m in state["recent"]]
+        torch.save(state, latest)
+    engine.run(config, tmp_path / "run")
+    logged = events(tmp_path / "run", "train")
+    assert [n for _, n in seen[:9]] == [128] * 8 + [113] and logged[-1]["step"] > 18
+    for event in logged:
+        last = seen[max(0, event["step"] - 9) : event["step"]]
+        correct = sum(accuracy * n for accuracy, n in last)
+        assert event.get("accuracy") == (None if len(last) < 9 else pytest.approx(correct / 1137, rel=1e-12))
 
 
 # --- learning
