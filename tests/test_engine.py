@@ -1,5 +1,6 @@
 """Whole runs: the folder they leave, the budget they keep, and that an interrupted run gives what a whole one does."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ from mat.config import Config, validate
 from mat.engine import PFLOP, Training
 from mat.errors import RunFailed, UserError
 from mat.flops import flop_counter
+from mat.interface import Flops
 from mat.runs import RunFolder
 from mat.vgg import Vgg
 
@@ -297,6 +299,26 @@ def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, ro
 # --- what Tables 2 and 3 read
 
 
+def test_a_step_back_propagates_the_loss_and_the_routers_losses_by_share(cache, tmp_path, monkeypatch):
+    config = small(cache, *SWITCH, "method=baseline", "train.accumulation=2")
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    batch = training.data.train_batch(0, 8)[0].take(torch.arange(5))  # parts of 3 and 2
+    twin, expected = copy.deepcopy(training.model).train(), []
+    for part in batch.split(2):
+        loss, extra = twin.loss(part), twin.auxiliary_loss()
+        assert extra > 0.01  # what a step without it would lack
+        expected.append(float((loss + extra).detach() * part.samples / 5))
+    given, backward = [], torch.autograd.backward
+
+    def spy(tensor: torch.Tensor) -> None:
+        given.append(float(tensor.detach()))
+        backward(tensor)
+
+    monkeypatch.setattr(torch.autograd, "backward", spy)
+    training._train_step(batch, Flops())
+    assert given == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(older, cache, tmp_path, monkeypatch):
     """Digits: 1,137 training images, in nine steps of 128 but for the last, of 113."""
@@ -324,6 +346,32 @@ def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(older, cache,
         last = seen[max(0, event["step"] - 9) : event["step"]]
         correct = sum(accuracy * n for accuracy, n in last)
         assert event.get("accuracy") == (None if len(last) < 9 else pytest.approx(correct / 1137, rel=1e-12))
+
+
+def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(cache, tmp_path, monkeypatch):
+    """Not from those of the lowest loss, nor from the last ones, nor from an equal accuracy later on."""
+    config = small(cache, *VGG, "method=baseline", modality="image", steps=12)
+    scores_on, weights = Training._scores_on, []
+
+    def scripted(self: Training, split: str, samples: int | None) -> dict[str, float]:
+        if split == "test":
+            return scores_on(self, split, samples)
+        weights.append(copy.deepcopy(self.model.state_dict()))
+        return {"loss": 1 / len(weights), "accuracy": {11: 0.75, 14: 0.75}.get(len(weights), 0.25)}
+
+    monkeypatch.setattr(Training, "_scores_on", scripted)
+    engine.run(config, tmp_path / "run")
+    evaluations, summary = events(tmp_path / "run", "evaluation"), summary_of(tmp_path / "run")
+    assert summary["best_validation_accuracy"] == max(e["accuracy"] for e in evaluations) == 0.75
+    assert (summary["best_step"], summary["best_validation_loss"]) == (evaluations[10]["step"], 1 / 11)
+    assert 0 < summary["best_step"] < evaluations[13]["step"] < summary["steps"]
+    training = Training(config, RunFolder(tmp_path / "twin", config))
+    training.model.load_state_dict(weights[10])
+    (batch,) = training.data.evaluation_batches("test", None, 360)
+    with torch.no_grad():
+        correct = training.model.eval()(batch).argmax(1) == batch.targets
+    assert summary["test_accuracy"] == pytest.approx(float(correct.float().mean()), rel=1e-6)
+    assert events(tmp_path / "run", "test")[0]["accuracy"] == summary["test_accuracy"]
 
 
 # --- learning
