@@ -22,7 +22,10 @@ from mat.errors import UserError
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
 
 # What a configuration must tell.
-CONFIGURED = ("seed", "model.name", "method.name", "method.budget", "selection.mode", "train.pflops", "train.marks")
+CONFIGURED = (
+    "seed", "model.name", "dataset.name", "method.name", "method.budget", "selection.mode", "train.pflops",
+    "train.marks",
+)  # fmt: skip
 
 # What an evaluation must tell: PFLOPs and seconds are cumulative, the loss is in nats.
 EVALUATED = ("step", "loss", "pflops", "seconds")

@@ -19,7 +19,7 @@ from mat.errors import UserError
 from results.frame import Key, MissingRow, Run
 from results.measures import Mark, Until, mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
-from results.specs import SPECS, PaperTable, TableSpec
+from results.specs import DATASETS, SPECS, PaperTable, TableSpec
 
 
 def _number(
@@ -132,6 +132,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
         ),
     }[type(spec.levels[0])]
     return [
+        f"Data: {DATASETS[spec.dataset]} (dataset={spec.dataset}).",
         f"Machine: {'; '.join(dict.fromkeys(machines))}.",
         f"Commit: {'; '.join(dict.fromkeys(commits))}.",
         f"Planned length of a dense run: {runs[0].config['train']['pflops']:.4g} PFLOPs. Seeds: {seeds}.",

@@ -23,13 +23,14 @@ from results.specs import PAPER_TABLE_1, PAPER_TABLE_2, PAPER_TABLE_3, SPECS, Ro
 
 BASELINE, MAT = ("bert_mini", "baseline"), ("bert_mini", "mat")
 SPEC = TableSpec(
-    "pair", "A pair", "t", (Row(*BASELINE, "BERT"), Row(*MAT, "MAT")), (Mark(1), Mark(2), Mark(3)), PAPER_TABLE_1
-)
+    "pair", "A pair", "t", "wikitext2", (Row(*BASELINE, "BERT"), Row(*MAT, "MAT")), (Mark(1), Mark(2), Mark(3)),
+    PAPER_TABLE_1,
+)  # fmt: skip
 
 
 def write_run(
     root: Path, method: str, seed: int, losses: Sequence[float], *, model: str = "bert_mini", name: str = "t",
-    speed: float = 1.0, exclusive: bool = True, folder: str | None = None, **overrides: Any,
+    dataset: str = "wikitext2", speed: float = 1.0, exclusive: bool = True, folder: str | None = None, **overrides: Any,
 ) -> Path:  # fmt: skip
     """Write one run: evaluation i (from 1) at i * speed PFLOPs and 10 i * speed seconds, plan 4, marks 1.5, 2.5, 3.5.
 
@@ -40,6 +41,7 @@ def write_run(
         losses: Validation losses; the test loss is the lowest plus 1.
         model: Value of ``model.name``.
         name: The experiment.
+        dataset: Value of ``dataset.name``.
         speed: PFLOPs per evaluation.
         exclusive: Whether the run had the machine to itself.
         folder: Overrides folder; from method and model when None.
@@ -48,7 +50,8 @@ def write_run(
     path = root / name / (folder or f"method={method},model={model}") / f"seed={seed}"
     path.mkdir(parents=True)
     config = OmegaConf.create({
-        "name": name, "seed": seed, "model": {"name": model}, "method": {"name": method, "budget": 1.0},
+        "name": name, "seed": seed, "model": {"name": model}, "dataset": {"name": dataset},
+        "method": {"name": method, "budget": 1.0},
         "selection": {"mode": "cut"}, "train": {"pflops": 4.0, "marks": [1.5, 2.5, 3.5], "lr": 0.1},
     })  # fmt: skip
     for key, value in overrides.items():
@@ -190,7 +193,7 @@ def test_a_level_of_accuracy_is_read_where_it_is_first_reached(root: Path) -> No
 
 
 SPEC_3 = TableSpec(
-    "three", "By accuracy", "t", SPEC.rows, (Until(0.5), Until(0.8)), PAPER_TABLE_3, ACCURACY
+    "three", "By accuracy", "t", "wikitext2", SPEC.rows, (Until(0.5), Until(0.8)), PAPER_TABLE_3, ACCURACY
 )  # fmt: skip
 
 
@@ -269,7 +272,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_missing_row(root: Path) -> None:
-    spec = TableSpec("x", "x", "t", (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
     broken(root, r"runs/t: model=bert_mini method=rand has no run: train it, .*method=rand", spec)
 
 
@@ -366,14 +369,14 @@ def test_two_configurations_in_a_row(root: Path, key: str, value: Any) -> None:
 
 
 def test_two_plans_in_a_table(root: Path) -> None:
-    spec = TableSpec("x", "x", "t", (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
     for seed in range(3):
         write_run(root, "rand", seed, [3, 2], train__marks=[1.0, 2.0, 3.0])
     broken(root, "method=rand.* has train.marks=.*rows of one table share it", spec)
 
 
 def test_a_row_with_a_key_that_the_baseline_is_too_old_for(root: Path) -> None:
-    spec = TableSpec("x", "x", "t", (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
     for seed in range(3):
         write_run(root, "rand", seed, [3, 2], selection__mode="cut", selection__cut_last=0)
     assert line(made(root, spec), "rand")["mode"] == "cut"
@@ -387,6 +390,13 @@ def test_the_mode_names_layers_that_have_another(tmp_path: Path) -> None:
         for method in ("baseline", "mat"):
             write_run(tmp_path, method, seed, [3, 2], selection__mode="exact", selection__cut_last=3)
     assert line(made(tmp_path), "mat")["mode"] == "exact, cut in the last 3"
+
+
+def test_another_dataset(root: Path) -> None:
+    """Titles name the table's; enwiki2015 below table2's name would pass for WikiText-103."""
+    shutil.rmtree(root / RUN)
+    write_run(root, "mat", 1, [9, 8, 7, 2], dataset="enwiki2015", speed=0.5)
+    broken(root, f"{RUN} has dataset=enwiki2015, but pair is of dataset=wikitext2: keep it")
 
 
 def test_no_evaluation_before_a_mark(root: Path) -> None:
@@ -511,7 +521,8 @@ def test_table_3_shows_percent_and_stresses_the_highest(tmp_path: Path, capsys: 
     runs = tmp_path / "runs"
     for seed in range(3):
         for method, best, speed in (("baseline", 1, 1), ("rand", 2, 1.1), ("multirate", 1.5, 0.8), ("mat", 0.5, 0.6)):
-            write_run(runs, method, seed, [9, 8, 1.4, best], name="table3_mini", model="vgg16_mini", speed=speed)
+            write_run(runs, method, seed, [9, 8, 1.4, best], name="table3_mini", model="vgg16_mini", dataset="cifar10",
+                      speed=speed)  # fmt: skip
     assert tables.main(arguments(runs, "table3_mini")) == 0
     markdown = (tmp_path / "out" / "table3_mini.md").read_text()
     assert "# Table 3, mini: VGG16 on CIFAR-10" in markdown and "## Accuracy (%)" in markdown
@@ -538,10 +549,11 @@ def test_table_2_has_the_columns_of_table_1(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for seed in range(3):
         for method in ("baseline", "rand", "multirate", "mat"):
-            write_run(runs, method, seed, [9, 8, 5, 4], name="table2_mini", model="switch_mini")
+            write_run(runs, method, seed, [9, 8, 5, 4], name="table2_mini", model="switch_mini", dataset="enwiki2015")
     assert tables.main(arguments(runs, "table2_mini")) == 0
     markdown = (tmp_path / "out" / "table2_mini.md").read_text()
     assert "# Table 2, mini: Switch Transformer on English Wikipedia (2015)" in markdown and "WikiText" not in markdown
+    assert "- Data: English Wikipedia (2015) (dataset=enwiki2015)." in markdown
     assert (
         "| Switch-Rand | validation loss at 2.5 PFLOPs | 8.000 ± 0.000 (3) | val @400 PFLOPs | 2.15 ± 0.08 " in markdown
     )
