@@ -221,7 +221,8 @@ def summarise(
 
     Returns:
         Columns ``<measure>_mean`` and ``_sd`` (ratios: ``<measure>`` and ``_sd``), and how many runs they are over: n,
-        n_reached (reached the baseline's best), n_timed (behind the seconds), n_timed_pairs (behind seconds_ratio).
+        n_reached (reached the baseline's best), n_timed (behind the seconds), n_timed_pairs (behind seconds_ratio),
+        and ``n_<measure>`` of every level (reached it).
     """
     table = []
     for (model, method), runs in rows.items():
@@ -232,6 +233,8 @@ def summarise(
         row: dict[str, object] = {"method": method, "model": model, "mode": mode_of(runs[0]),
                                   "budget": runs[0].config["method"]["budget"], "n": len(runs), "n_reached": reached,
                                   "n_timed": sum(timed), "n_timed_pairs": sum(paired)}  # fmt: skip
+        for level in levels:
+            row[f"n_{level.measure}"] = sum(values[level.measure] is not None for values in numbers)
         for measure in numbers[0]:
             kept = paired if measure == "seconds_ratio" else timed if measure in SECONDS else [True] * len(runs)
             values = [values[measure] for values, keep in zip(numbers, kept, strict=True) if keep]
