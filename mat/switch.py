@@ -160,7 +160,7 @@ class Experts(UnitLayer):
         return (y * gate[order, None])[order.argsort()]
 
     def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
-        """Experts compute all their C slots; without padding every expert has its even share of the tokens.
+        """Experts compute all their C slots; without padding every expert has its even share of the tokens, up to C.
 
         The router's products are counted here too.
         """
@@ -168,7 +168,8 @@ class Experts(UnitLayer):
         router, expert = 2 * tokens * self.n_units * self.config.width, self._expert_flops()
 
         def rows(experts: int) -> int:
-            return experts * self.capacity(tokens) if padded else experts * tokens // self.n_units
+            slots = experts * self.capacity(tokens)
+            return slots if padded else min(slots, experts * tokens // self.n_units)
 
         return Flops(
             forward=router + rows(self.n_units) * expert,

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -524,6 +525,8 @@ def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -
         with flops.flop_counter() as backward:
             loss.backward()
         wanted = flops.training_step(model, batch)
+        needed = flops.training_step(model, batch, padded=False)
+        assert all(a <= b for a, b in zip(astuple(needed), astuple(wanted), strict=True))
         vocabulary = wanted.vocabulary // 3
         assert forward.get_total_flops() == wanted.forward + vocabulary
         assert backward.get_total_flops() == wanted.input_grad + wanted.weight_grad + 2 * vocabulary
@@ -551,6 +554,9 @@ def test_layer_by_hand() -> None:
     assert layer.step_flops(2, 6, 1, "exact") == Flops(router + 16 * slot, router + 16 * slot, router + 4 * slot)
     assert layer.step_flops(2, 6, 1, "cut", padded=False) == Flops(
         router + 12 * slot, router + 3 * slot, router + 3 * slot
+    )
+    assert layer_of(4, 0.5).step_flops(2, 6, 1, "cut", padded=False) == Flops(  # 2 slots each
+        router + 8 * slot, router + 2 * slot, router + 2 * slot
     )
 
 
