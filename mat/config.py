@@ -318,6 +318,11 @@ def validate(config: Config) -> None:
         _one_of("analysis", name, ANALYSES)
         if name == "attention" and "heads" not in KINDS[model.family]:
             raise UserError(f"analysis=[attention] needs a model with heads: leave it out for model={model.family}.")
+        if name == "descent" and isinstance(model, VggConfig):
+            raise UserError(
+                "analysis=[descent] compares kernels under the probe's batch statistics with steps under running ones: "
+                f"leave it out for model={model.family}."
+            )
 
     inf = float("inf")
     _between("seed", config.seed, 0, 2**31 - 1)

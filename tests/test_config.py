@@ -209,6 +209,8 @@ REFUSED_OF_IMAGES = [
     ("dataset.padding=-1", "dataset.padding=-1"),
     ("dataset.padding=33", "dataset.padding=33"),
     ("selection.units=[heads]", "choose one of filters"),
+    ("analysis=[descent]", "leave it out for model=vgg"),
+    ("analysis=[attention]", "leave it out for model=vgg"),
     ("selection.cut_last=14", "within [0, 13]"),
     ("selection.cut_last=-1", "selection.cut_last=-1"),
     ("selection.cut_last=2 selection.mode=sampled", "selection.mode=exact"),
