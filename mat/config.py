@@ -272,6 +272,9 @@ def describe_groups(conf: Path) -> str:
 ANALYSES = ("attention", "kernels", "descent")  # mat/analysis.py
 KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
 MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
+SUITS = {  # what to choose beside a model
+    "bert": "selection=mini", "switch": "selection=experts_mini", "vgg": "selection=filters_mini train=images_mini",
+}  # fmt: skip
 MODES = {"bert": ("cut", "exact"), "switch": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
 
 
@@ -354,6 +357,8 @@ def validate(config: Config) -> None:
         _between("train.marks", mark, 0, train.pflops, open_low=True)
 
     for kind in selection.units:
+        if kind not in KINDS[model.family] and kind in sum(KINDS.values(), ()):
+            raise UserError(f"selection.units={kind} is none of model={model.name}: add {SUITS[model.family]}.")
         _one_of("selection.units", kind, KINDS[model.family])
     if not selection.units:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
