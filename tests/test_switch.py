@@ -168,8 +168,7 @@ def test_equal_probabilities_go_to_the_first_expert() -> None:
     assert layer._seen[1].tolist() == [9, 0, 0, 0]
 
 
-@pytest.mark.parametrize("mode", ["cut", "exact"])
-def test_a_single_expert_is_a_dense_feed_forward_layer(mode: BackwardMode) -> None:
+def test_a_single_expert_is_a_dense_feed_forward_layer() -> None:
     """Its probability is 1 and its capacity all tokens; values and gradients."""
     layer, dense = layer_of(1), FeedForward(WIDTH, HIDDEN, 1).double()
     with torch.no_grad():
@@ -212,7 +211,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(mode: BackwardMode) -> 
 @pytest.mark.parametrize("active", [[], [1], [0, 2, 3]], ids=str)
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 def test_the_router_learns_as_if_nothing_were_frozen(mode: BackwardMode, active: list[int]) -> None:
-    """To the last bit, given the same gradient of the output: it needs the experts' forward values only."""
+    """To rounding, given the same gradient of the output: it needs the experts' forward values only."""
     found = []
     for units in ([0, 1, 2, 3], active):
         layer = layer_of(4, 0.75)

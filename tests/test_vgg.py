@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import naive
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from short_runs import composed
 from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units, set_gates
 from tiny import Images, tiny_images, tiny_vgg
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from mat import flops, ntk
-from mat.config import HardwareConfig, VggConfig
+from mat.config import Config, resolve
 from mat.interface import Flops
+from mat.models import build
 from mat.optim import UnitSGD
 from mat.units import BackwardMode, UnitIndex, unit_layers
 from mat.vgg import Maps, Vgg
@@ -27,7 +29,6 @@ from mat.vgg import Maps, Vgg
 COUNTS = (4, 6, 5, 7)  # filters of tiny_vgg's layers
 N_UNITS = sum(COUNTS)
 MODES: tuple[BackwardMode, ...] = ("cut", "exact", "sampled")
-FULL = [[64, 64], [128, 128], [256] * 3, [512] * 3, [512] * 3]
 
 
 def first_of_each(*counts: int) -> list[bool]:
@@ -400,19 +401,22 @@ def test_a_layer_by_hand() -> None:
     )
 
 
-def full_vgg16() -> Vgg:
-    with torch.device("meta"):
-        return Vgg(VggConfig("vgg16", stages=FULL), 10, 3, 32, HardwareConfig(device="cpu", precision="float32"))
+def full_vgg16(device: str) -> tuple[Vgg, Config]:
+    """The model of ``model=vgg16``, and its configuration."""
+    config = resolve(composed("model=vgg16", "dataset=cifar10", "selection=filters", "train=images"))
+    with torch.device(device):
+        return cast(Vgg, build(config, 10)), config
 
 
 def test_a_dense_epoch_of_vgg16_on_50_000_images() -> None:
     """paper.md section 5: 0.0938 PFLOP executed (0.0940 = three times forward: the images want no gradient)."""
-    model = full_vgg16()
-    assert [layer.n_units for layer in unit_layers(model)] == [n for stage in FULL for n in stage]
+    model, config = full_vgg16("meta")
+    assert [layer.n_units for layer in unit_layers(model)] == [n for n in cfgs["D"] if n != "M"]
     assert len(UnitIndex(unit_layers(model))) == 4224
     step = flops.training_step(model, Images(torch.empty(1, device="meta"), torch.empty(1, device="meta")))
     assert step.figure * 50_000 / 1e15 == pytest.approx(0.0938, abs=5e-5)
     assert 3 * step.forward * 50_000 / 1e15 == pytest.approx(0.0940, abs=5e-5)
+    assert config.train.pflops / (step.figure * 45_000 / 1e15) == pytest.approx(202, abs=0.5)  # conf/train/images.yaml
 
 
 # --- the estimator
@@ -503,8 +507,7 @@ def test_features_equal_torchvision() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.2)
-    hardware = HardwareConfig(device="cpu", precision="float32")
-    ours = Vgg(VggConfig("vgg16", stages=FULL), 10, 3, 32, hardware)
+    ours, _ = full_vgg16("cpu")
     ours.load_torchvision(theirs.state_dict(prefix="features."))
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     for training in (True, False):  # the second pass reads the running statistics that the first one moved
