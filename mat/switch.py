@@ -277,15 +277,13 @@ def _rows(parameter: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
 class Switch(MaskedEncoder):
     """BERT's encoder with a switch layer in place of every ``switch_every``-th feed-forward layer.
 
-    Args:
-        config: The model's configuration.
-        vocabulary: V.
-        length: Longest sequence T.
+    It is made as :class:`MaskedEncoder` is, from a :class:`mat.config.SwitchConfig`.
     """
 
-    def __init__(self, config: SwitchConfig, vocabulary: int, length: int) -> None:
-        super().__init__(config, vocabulary, length)
-        self.switch_layers = [block.ffn for block in self.blocks if isinstance(block.ffn, Experts)]
+    @property
+    def switch_layers(self) -> list[Experts]:
+        """The switch layers in forward order."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, Experts)]
 
     def feed_forward(self, layer: int) -> UnitLayer:
         """Experts in every ``switch_every``-th block: with 2 in the second, fourth, ..."""

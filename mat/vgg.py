@@ -26,6 +26,10 @@ from mat.interface import Batch, Flops, UnitModel
 from mat.units import BackwardMode, UnitLayer, UnitTensors
 
 EPS, MOMENTUM = 1e-5, 0.1  # of batch norm
+TORCHVISION = {  # our tensors of a layer: which of its modules there has them (convolution, batch norm, ReLU), as what
+    "weight": (0, "weight"), "bias": (0, "bias"),
+    "gain": (1, "weight"), "shift": (1, "bias"), "mean": (1, "running_mean"), "variance": (1, "running_var"),
+}  # fmt: skip
 CARRYING = 0.25  # sampled: share of the frozen filters that carry the gradient in a step
 
 
@@ -390,10 +394,6 @@ class Vgg(UnitModel):
         """Logits (N, classes)."""
         return cast(Tensor, self.classifier(self.maps(batch.inputs).mean((2, 3))))
 
-    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats."""
-        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
-
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy."""
         return {"accuracy": float((outputs.argmax(1) == batch.targets).float().mean())}
@@ -412,12 +412,10 @@ class Vgg(UnitModel):
         """Our names of the features' tensors to torchvision's."""
         names: dict[str, str] = {}
         position = layer = 0
-        ours, theirs = ("gain", "shift", "mean", "variance"), ("weight", "bias", "running_mean", "running_var")
         for stage in self.stages:
             for _ in stage:
-                names |= {f"features.{layer}.{n}": f"features.{position}.{n}" for n in ("weight", "bias")}
-                pairs = zip(ours, theirs, strict=True)
-                names |= {f"features.{layer}.{a}": f"features.{position + 1}.{b}" for a, b in pairs}
+                for ours, (part, theirs) in TORCHVISION.items():
+                    names[f"features.{layer}.{ours}"] = f"features.{position + part}.{theirs}"
                 layer, position = layer + 1, position + 3
             position += 1  # the pool
         return names
