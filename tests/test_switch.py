@@ -14,8 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from short_runs import SWITCH, composed, events, one_sentence, small
+from test_units import (
+    active_gradients,
+    active_rows,
+    assert_same_gradients,
+    frozen_units,
+    named_layers,
+    set_gates,
+)
 from tiny import shapes, tiny_batch, tiny_switch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mat import engine, flops, gram, ntk, switch
 from mat.bert import FeedForward
@@ -289,29 +297,9 @@ def test_monitors_are_largest_load_dropped_share_and_entropy() -> None:
 # --- the whole model
 
 
-def rows_of(model: nn.Module, dense: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Of unit parameters the active rows, zero if they had no token; None where no unit is active."""
-    wanted = dict(dense)
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, UnitLayer):
-            for name in layer.unit_parameters():
-                found = dense[f"{prefix}.{name}"]
-                rows = torch.zeros_like(layer.get_parameter(name)) if found is None else found
-                wanted[f"{prefix}.{name}"] = rows[torch.from_numpy(layer.active)] if layer.n_active else None
-    return wanted
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
-    found = {name: p.grad for name, p in model.named_parameters()}
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, UnitLayer):
-            found |= {f"{prefix}.{name}": layer.gradient(name) for name in layer.unit_parameters()}
-    return found
-
-
-def set_gates(model: nn.Module, counts: tuple[int, ...], mode: BackwardMode) -> None:
-    for layer, count in zip(unit_layers(model), counts, strict=True):
-        layer.set_active(np.arange(layer.n_units) >= layer.n_units - count, mode)
+def last_of_each(*counts: int) -> list[bool]:
+    """The last so many of the three units of every layer."""
+    return [unit >= 3 - count for count in counts for unit in range(3)]
 
 
 COUNTS = [(3, 3, 3, 3), (0, 0, 0, 0), (1, 2, 3, 1), (2, 0, 0, 1)]
@@ -322,18 +310,14 @@ COUNTS = [(3, 3, 3, 3), (0, 0, 0, 0), (1, 2, 3, 1), (2, 0, 0, 1)]
 def test_gradients_of_the_model_equal_the_reference(case: dict[str, Any], counts: tuple[int, ...]) -> None:
     mode = case["mode"]
     model, batch = tiny_switch(norm=case["norm"], switch_every=case["switch_every"]), tiny_batch()
-    set_gates(model, counts, mode)
-    frozen = {
-        (name, int(u)) for name, layer in model.named_modules() if isinstance(layer, UnitLayer)
-        for u in np.flatnonzero(~layer.active)
-    }  # fmt: skip
+    set_gates(model, last_of_each(*counts), mode)
     model.loss(batch).backward()
-    dense = naive.gradients(model, batch, frozen if mode == "cut" else ())
-    wanted, found = rows_of(model, dense), gradients_of(model)
-    assert {n for n, g in found.items() if g is None} == {n for n, g in wanted.items() if g is None}
-    for name, gradient in found.items():
-        if gradient is not None:
-            assert_close(gradient, wanted[name], name, 1e-10)  # type: ignore[arg-type]
+    dense = naive.gradients(model, batch, frozen_units(model) if mode == "cut" else ())
+    for prefix, layer in named_layers(model).items():  # active experts without a token have a gradient of zero
+        for name, parameter in layer.unit_parameters().items():
+            if dense[f"{prefix}.{name}"] is None:
+                dense[f"{prefix}.{name}"] = torch.zeros_like(parameter)
+    assert_same_gradients(active_gradients(model), active_rows(model, dense), rtol=1e-9)
 
 
 def test_newly_active_experts_train_and_frozen_ones_stay_bit_identical() -> None:
@@ -364,15 +348,13 @@ def test_newly_active_experts_train_and_frozen_ones_stay_bit_identical() -> None
 
 def test_accumulation_equals_the_full_batch_where_nothing_is_dropped() -> None:
     model, batch = tiny_switch(), tiny_batch(samples=6)
-    set_gates(model, COUNTS[2], "cut")
+    set_gates(model, last_of_each(*COUNTS[2]), "cut")
     model.loss(batch).backward()
-    wanted = {n: None if g is None else g.clone() for n, g in gradients_of(model).items()}
+    wanted = {n: None if g is None else g.clone() for n, g in active_gradients(model).items()}
     UnitAdamW(model, (0.9, 0.98), 1e-6, 0.1).clear()
     for part in batch.split(3):
         (model.loss(part) / 3).backward()
-    for name, gradient in gradients_of(model).items():
-        if gradient is not None:
-            assert_close(gradient, wanted[name], name)  # type: ignore[arg-type]
+    assert_same_gradients(active_gradients(model), wanted, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["cut", "exact"])
@@ -483,7 +465,7 @@ def test_experts_alone_have_the_rows_of_all_units_and_gates_do_not_matter(measur
     model, batch, _ = measured
     every = ntk.estimate(model, batch)
     model = copy.deepcopy(model)
-    set_gates(model, (1, 0, 2, 1), "cut")
+    set_gates(model, last_of_each(1, 0, 2, 1), "cut")
     found = ntk.estimate(model, batch, UnitIndex(unit_layers(model), ["experts"]))
     assert_close(*(torch.from_numpy(v) for v in (found.lambda_max, every.lambda_max[every.index.kind == "experts"])))
 
@@ -516,7 +498,7 @@ def test_online_estimate_equals_the_probes_where_nothing_is_dropped() -> None:
 @pytest.mark.parametrize("case", shapes(mode=("cut", "exact"), counts=COUNTS, switch_every=(1, 2)), ids=str)
 def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -> None:
     model = tiny_switch(capacity_factor=factor, switch_every=case["switch_every"], ffn_hidden=21)
-    set_gates(model, case["counts"], case["mode"])
+    set_gates(model, last_of_each(*case["counts"]), case["mode"])
     for samples in (5, 2):
         batch = tiny_batch(samples=samples)
         with flops.flop_counter() as forward:

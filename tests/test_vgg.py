@@ -13,13 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from short_runs import composed
 from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units, set_gates
-from tiny import Images, tiny_images, tiny_vgg
+from tiny import tiny_images, tiny_vgg
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from mat import flops, ntk
 from mat.config import Config, resolve
+from mat.data.images import ImageBatch
 from mat.interface import Flops
 from mat.models import build
 from mat.optim import UnitSGD
@@ -147,7 +148,7 @@ def test_sampled_gradients_average_to_the_exact_ones(monkeypatch: pytest.MonkeyP
     assert model.features[2].carrying() < 5
 
 
-def convolutions(model: Vgg, batch: Images) -> list[tuple[str, int, int]]:
+def convolutions(model: Vgg, batch: ImageBatch) -> list[tuple[str, int, int]]:
     """What the backward ran: (input or weight gradient, filters, input channels)."""
     seen: list[tuple[str, int, int]] = []
 
@@ -191,7 +192,7 @@ def test_the_backward_ends_below_the_lowest_active_filter(mode: BackwardMode) ->
     assert convolutions(model, tiny_images()) == []
 
 
-def kept_bytes(model: Vgg, batch: Images) -> int:
+def kept_bytes(model: Vgg, batch: ImageBatch) -> int:
     """Bytes of all storages that autograd keeps between the forward and the backward."""
     storages: dict[int, int] = {}
 
@@ -239,7 +240,7 @@ def test_bfloat16_autocast(mode: BackwardMode) -> None:
         if not gated:
             set_gates(model, ACTIVE["all"])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(Images(batch.inputs.float(), batch.targets))
+            loss = model.loss(ImageBatch(batch.inputs.float(), batch.targets))
         loss.backward()
         found = active_gradients(model)
         exact = copy.deepcopy(model).double()
@@ -350,7 +351,7 @@ def test_a_stand_in_has_no_memory_and_no_values() -> None:
 # --- the ledger
 
 
-def step_flops(model: Vgg, batch: Images) -> Flops:
+def step_flops(model: Vgg, batch: ImageBatch) -> Flops:
     """What torch's counter sees of a training step; the weight gradients' part of the backward is the ledger's."""
     with flops.flop_counter() as forward:
         loss = model.loss(batch)
@@ -413,7 +414,7 @@ def test_a_dense_epoch_of_vgg16_on_50_000_images() -> None:
     model, config = full_vgg16("meta")
     assert [layer.n_units for layer in unit_layers(model)] == [n for n in cfgs["D"] if n != "M"]
     assert len(UnitIndex(unit_layers(model))) == 4224
-    step = flops.training_step(model, Images(torch.empty(1, device="meta"), torch.empty(1, device="meta")))
+    step = flops.training_step(model, ImageBatch(torch.empty(1, device="meta"), torch.empty(1, device="meta")))
     assert step.figure * 50_000 / 1e15 == pytest.approx(0.0938, abs=5e-5)
     assert 3 * step.forward * 50_000 / 1e15 == pytest.approx(0.0940, abs=5e-5)
     assert config.train.pflops / (step.figure * 45_000 / 1e15) == pytest.approx(202, abs=0.5)  # conf/train/images.yaml
@@ -422,7 +423,7 @@ def test_a_dense_epoch_of_vgg16_on_50_000_images() -> None:
 # --- the estimator
 
 
-def estimate(model: Vgg, batch: Images, **options: Any) -> ntk.Mntk:
+def estimate(model: Vgg, batch: ImageBatch, **options: Any) -> ntk.Mntk:
     return ntk.estimate(model, batch, UnitIndex(unit_layers(model)), kernels=True, **options)
 
 
