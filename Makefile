@@ -33,23 +33,19 @@ lint: $(VENV)/installed ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Of an experiment, and, with a second argument, of a row that its sweep does not have.
 define train-and-show
 	$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS)
+	$(if $(2),$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS) $(2))
 	$(RUN) -m results.tables $(1) --runs $(RUNS)
 	$(RUN) -m results.curves $(1) --runs $(RUNS)
 endef
 
 table1: $(VENV)/installed ## train BERT on WikiText-2 with the four methods, then Table 1 (SCALE=mini or full)
-	$(RUN) launch.py -m +experiment=table1$(SUFFIX) runs=$(RUNS)
-	$(RUN) launch.py -m +experiment=table1$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=baseline
-	$(RUN) -m results.tables table1$(SUFFIX) --runs $(RUNS)
-	$(RUN) -m results.curves table1$(SUFFIX) --runs $(RUNS)
+	$(call train-and-show,table1$(SUFFIX),model=$(SHALLOW) method=baseline)
 
 table1-controls: table1 ## the controls beside Table 1, then their table (SCALE=mini or full)
-	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS)
-	$(RUN) launch.py -m +experiment=table1_controls$(SUFFIX) runs=$(RUNS) model=$(SHALLOW) method=fitted
-	$(RUN) -m results.tables table1_controls$(SUFFIX) --runs $(RUNS)
-	$(RUN) -m results.curves table1_controls$(SUFFIX) --runs $(RUNS)
+	$(call train-and-show,table1_controls$(SUFFIX),model=$(SHALLOW) method=fitted)
 
 table2: $(VENV)/installed ## train Switch on WikiText-103 (mini: enwiki2015) with the four methods, then Table 2
 	$(call train-and-show,table2$(SUFFIX))

@@ -3,16 +3,20 @@
     python -m benchmarks.switch
 
 bf16 autocast, 16 x 128 tokens, 8 experts, the same router weights. Ours computes capacity factor x tokens slots; theirs
-has no limit, so that at factor 1 both compute equally many rows. Gates of a Switch block: ``python -m benchmarks.gates
-switch_block``.
+has no limit, so that at factor 1 both compute equally many rows. Beside it the other ways to compute experts: one by
+one, all in one padded batch product, ``grouped_mm`` over the tokens in order of their experts (no padding, no drops).
+Gates of a Switch block: ``python -m benchmarks.gates switch_block``.
 """
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Row, medians, row, write
+from mat import switch
 from mat.config import SwitchConfig
 from mat.switch import Experts
 
@@ -47,6 +51,50 @@ def their_layer(ours: Experts) -> nn.Module:
     return theirs.train()
 
 
+class Grouped(nn.Module):
+    """The experts and the router of a layer of ours, by ``grouped_mm``."""
+
+    def __init__(self, ours: Experts) -> None:
+        super().__init__()
+        self.ours = ours
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        tokens = x.flatten(0, 1)
+        gate, expert, load = self.ours._route(tokens)
+        order, ends = expert.argsort(stable=True), load.cumsum(0, dtype=torch.int32)
+        rows, of = tokens[order], expert[order]
+        for name, bias in self.ours.products.items():
+            weight, biases = self.ours.get_parameter(name), self.ours.get_parameter(str(bias))
+            rows = F.gelu(rows) if name == "out_weight" else rows
+            rows = F.grouped_mm(rows.bfloat16(), weight.bfloat16().mT, offs=ends) + biases.bfloat16()[of]
+        return (rows * gate[order, None])[order.argsort()].view_as(x)
+
+
+def chunked(action: Callable[[], None], at_once: int) -> Callable[[], None]:
+    """With so many bytes of a weight of the experts computed at once."""
+
+    def run() -> None:
+        with mock.patch.object(switch, "CACHE_BYTES", at_once):
+            action()
+
+    return run
+
+
+def ways(ours: Experts, x: Tensor, gradient: Tensor) -> list[Row]:
+    """The layer as shipped against the other ways to compute its experts."""
+    width, shipped = ours.config.width, forward_and_backward(ours, x, gradient)
+    others = {"one expert at a time": chunked(shipped, 1), "all experts at once": chunked(shipped, 2**40)}
+    grouped = forward_and_backward(Grouped(ours), x, gradient)
+    try:
+        grouped()
+        others["grouped_mm"] = grouped
+    except (AttributeError, RuntimeError) as error:
+        print(f"no grouped_mm here: {str(error).splitlines()[0]}")
+    one, *rest = medians([shipped, *others.values()], REPEATS[width])
+    return [row(f"width {width}: as shipped against {n}", one, t, 1.05) for n, t in zip(others, rest, strict=True)]
+
+
 def forward_and_backward(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
     """Both, to the input and all parameters."""
 
@@ -77,6 +125,7 @@ def main() -> None:
         rows.append(row(f"width {width}: factor 1 against transformers", one, theirs, wanted))
         rows.append(row(f"width {width}: factor 1.25 against transformers", more, theirs, None))
         rows.append(row(f"width {width}: factor 1 against a feed-forward layer", one, dense, None))
+        rows += ways(ours, x, gradient)
         write("switch", rows)
 
 

@@ -276,10 +276,6 @@ class MaskedEncoder(UnitModel):
         x = self.transform_norm(F.gelu(F.linear(x, self.transform_weight, self.transform_bias)))
         return F.linear(x, self.tokens, self.vocabulary_bias)
 
-    def loss_of_outputs(self, outputs: Tensor, batch: MaskedBatch) -> Tensor:
-        """Mean cross-entropy in nats over the masked positions, given the logits."""
-        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
-
     def rest_flops(self, batch: MaskedBatch) -> Flops:
         """The masked-LM head; the vocabulary projection in its own column."""
         rows, width = batch.positions.numel(), self.config.width
@@ -292,13 +288,7 @@ class MaskedEncoder(UnitModel):
 
 
 class Bert(MaskedEncoder):
-    """BERT, and its ``transformers`` form.
-
-    Args:
-        config: The model's configuration.
-        vocabulary: V.
-        length: Longest sequence T.
-    """
+    """BERT, and its ``transformers`` form; made as :class:`MaskedEncoder` is."""
 
     def to_transformers(self) -> dict[str, Tensor]:
         """The weights under the names and shapes of ``transformers.BertForMaskedLM`` (token type 0 is all zeros).

@@ -122,7 +122,8 @@ class SelectionConfig:
 
     units: list[str] = MISSING  # kinds that are gated; the others belong to the rest
     interval: float = MISSING  # share of the run's FLOPs between selections
-    mode: str = MISSING  # backward mode: cut | exact
+    mode: str = MISSING  # backward mode: cut | exact | sampled (vgg)
+    cut_last: int = 0  # vgg, mode=exact: the last so many layers use cut instead
     share: float | None = None  # wanted share of active units; alpha follows from it
     alpha: float | None = None  # eq. (4), instead of share
     scope: str = "kind"  # units compared with each other in eq. (4): kind | layer | all
@@ -271,6 +272,9 @@ def describe_groups(conf: Path) -> str:
 ANALYSES = ("attention", "kernels", "descent")  # mat/analysis.py
 KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
 MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
+SUITS = {  # what to choose beside a model
+    "bert": "selection=mini", "switch": "selection=experts_mini", "vgg": "selection=filters_mini train=images_mini",
+}  # fmt: skip
 MODES = {"bert": ("cut", "exact"), "switch": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
 
 
@@ -317,6 +321,11 @@ def validate(config: Config) -> None:
         _one_of("analysis", name, ANALYSES)
         if name == "attention" and "heads" not in KINDS[model.family]:
             raise UserError(f"analysis=[attention] needs a model with heads: leave it out for model={model.family}.")
+        if name == "descent" and isinstance(model, VggConfig):
+            raise UserError(
+                "analysis=[descent] compares kernels under the probe's batch statistics with steps under running ones: "
+                f"leave it out for model={model.family}."
+            )
 
     inf = float("inf")
     _between("seed", config.seed, 0, 2**31 - 1)
@@ -348,10 +357,19 @@ def validate(config: Config) -> None:
         _between("train.marks", mark, 0, train.pflops, open_low=True)
 
     for kind in selection.units:
+        if kind not in KINDS[model.family] and kind in sum(KINDS.values(), ()):
+            raise UserError(f"selection.units={kind} is none of model={model.name}: add {SUITS[model.family]}.")
         _one_of("selection.units", kind, KINDS[model.family])
     if not selection.units:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
     _one_of("selection.mode", selection.mode, MODES[model.family])
+    if selection.cut_last and not (isinstance(model, VggConfig) and selection.mode == "exact"):
+        raise UserError(
+            f"selection.cut_last={selection.cut_last} is for the layers of a VGG with selection.mode=exact: set it to "
+            "0, or choose these."
+        )
+    if isinstance(model, VggConfig):
+        _between("selection.cut_last", selection.cut_last, 0, sum(map(len, model.stages)))
     _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
     _one_of("selection.reduction", selection.reduction, ("random", "sum", "full", "online"))
     if selection.reduction == "online" and model.family == "vgg":

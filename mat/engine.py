@@ -8,6 +8,7 @@ its learning rate warms up and decays over that budget, and a method that makes 
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -100,7 +101,8 @@ class Training:
         probing = self.method.selects or config.analysis
         self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
         self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
-        self.mode = cast(BackwardMode, config.selection.mode)
+        mode, cut = cast(BackwardMode, config.selection.mode), config.selection.cut_last
+        self.mode: list[BackwardMode] = [mode] * (len(self.index.layers) - cut) + ["cut"] * cut  # of every layer
         self.budget = train.pflops * config.method.budget * PFLOP
 
         self.step = 0
@@ -113,7 +115,8 @@ class Training:
         self.share_sum = 0.0  # of active shares over steps
         self.first_loss = 0.0
         self.window: list[float] = []  # training losses since the last logged one
-        self.recent: list[dict[str, float]] = []  # metrics of the last epoch's worth of steps
+        # Metrics and numbers of samples of the last epoch's worth of steps.
+        self.recent: deque[dict[str, float]] = deque(maxlen=self.data.steps_per_epoch(train.batch))
         self.evaluated_at = -1.0  # FLOPs
         self.best: dict[str, float] = {"loss": math.inf}
         self._interrupt = False
@@ -199,7 +202,7 @@ class Training:
         self.share_sum += active_share
         self.window.append(loss)
         if metrics:
-            self.recent = [*self.recent, metrics][-self.data.steps_per_epoch(train.batch) :]
+            self.recent.append({**metrics, "samples": batch.samples})
         if self.step % train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
@@ -209,10 +212,13 @@ class Training:
         self.progress.update(self.spent.figure / PFLOP, loss, active_share, best)
 
     def _running_metrics(self) -> dict[str, float]:
-        """Means over the last epoch's worth of steps; nothing before that many were made (Table 3's train accuracy)."""
-        if len(self.recent) < self.data.steps_per_epoch(self.config.train.batch):
+        """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
+        if len(self.recent) < (self.recent.maxlen or 0):
             return {}
-        return {name: float(np.mean([metrics[name] for metrics in self.recent])) for name in self.recent[0]}
+        # Older checkpoints have no numbers of samples.
+        samples = [metrics.get("samples", self.config.train.batch) for metrics in self.recent]
+        names = [name for name in self.recent[-1] if name != "samples"]
+        return {name: float(np.average([m[name] for m in self.recent], weights=samples)) for name in names}
 
     def _refuse_divergence(self, loss: float, norm: float) -> None:
         if self.step == 0:
@@ -449,6 +455,7 @@ class Training:
             "lines": self.files.lines(),
             "spent": list(astuple(self.spent)),
             **{name: getattr(self, name) for name in self._SAVED},
+            "recent": list(self.recent),  # weights_only reads lists
         }
         checkpoint.save(self.files.checkpoints / "latest.pt", state)
         for old in self.files.checkpoints.glob("best-*.pt"):  # only now does no checkpoint need an earlier best
@@ -457,7 +464,7 @@ class Training:
 
     _SAVED = (
         "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
-        "recent", "evaluated_at", "best",
+        "evaluated_at", "best",
     )  # fmt: skip
 
     def _restore(self) -> None:
@@ -466,7 +473,7 @@ class Training:
         if state is None:
             self.files.rewind(0, 0)
             return
-        if not {"probe", *self._SAVED} <= state.keys():
+        if not {"probe", "recent", *self._SAVED} <= state.keys():
             raise UserError(
                 f"{self.files.path} was begun by another version of this program: remove {self.files.checkpoints} to "
                 "start the run again."
@@ -486,6 +493,7 @@ class Training:
         self.spent = Flops(*state["spent"])
         for name in self._SAVED:
             setattr(self, name, state[name])
+        self.recent.extend(state["recent"])
         if math.isfinite(self.best["loss"]):
             self._best_weights()  # a damaged or missing file is better told now than at the run's end
         self.files.rewind(state["lines"], self.records)

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -108,8 +109,8 @@ class UnitModel(nn.Module):
         return self.loss_of_outputs(self(batch), batch)
 
     def loss_of_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
-        """The same, given the outputs (rows grouped by sample, equally many rows each)."""
-        raise NotImplementedError
+        """The same, given the outputs: mean cross-entropy of logits (rows grouped by sample, equally many each)."""
+        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
 
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss of its last forward pass, if anything."""

@@ -160,7 +160,7 @@ class Experts(UnitLayer):
         return (y * gate[order, None])[order.argsort()]
 
     def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
-        """Experts compute all their C slots; without padding every expert has its even share of the tokens.
+        """Experts compute all their C slots; without padding every expert has its even share of the tokens, up to C.
 
         The router's products are counted here too.
         """
@@ -168,7 +168,8 @@ class Experts(UnitLayer):
         router, expert = 2 * tokens * self.n_units * self.config.width, self._expert_flops()
 
         def rows(experts: int) -> int:
-            return experts * self.capacity(tokens) if padded else experts * tokens // self.n_units
+            slots = experts * self.capacity(tokens)
+            return slots if padded else min(slots, experts * tokens // self.n_units)
 
         return Flops(
             forward=router + rows(self.n_units) * expert,
@@ -276,15 +277,13 @@ def _rows(parameter: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
 class Switch(MaskedEncoder):
     """BERT's encoder with a switch layer in place of every ``switch_every``-th feed-forward layer.
 
-    Args:
-        config: The model's configuration.
-        vocabulary: V.
-        length: Longest sequence T.
+    It is made as :class:`MaskedEncoder` is, from a :class:`mat.config.SwitchConfig`.
     """
 
-    def __init__(self, config: SwitchConfig, vocabulary: int, length: int) -> None:
-        super().__init__(config, vocabulary, length)
-        self.switch_layers = [block.ffn for block in self.blocks if isinstance(block.ffn, Experts)]
+    @property
+    def switch_layers(self) -> list[Experts]:
+        """The switch layers in forward order."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, Experts)]
 
     def feed_forward(self, layer: int) -> UnitLayer:
         """Experts in every ``switch_every``-th block: with 2 in the second, fourth, ..."""

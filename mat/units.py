@@ -330,7 +330,13 @@ class UnitIndex:
         """Share of the units whose gate is open."""
         return sum(layer.n_active for layer in self.layers) / max(1, len(self))
 
-    def set_active(self, active: BoolArray, mode: BackwardMode) -> None:
-        """Set every layer's gate from a flat (N,) boolean array."""
-        for layer, rows in self.slices():
-            layer.set_active(active[rows], mode)
+    def set_active(self, active: BoolArray, mode: BackwardMode | Sequence[BackwardMode]) -> None:
+        """Set every layer's gate.
+
+        Args:
+            active: (N,) boolean.
+            mode: Backward mode, of all layers or layer by layer.
+        """
+        modes = [mode] * len(self.layers) if isinstance(mode, str) else mode
+        for (layer, rows), own in zip(self.slices(), modes, strict=True):
+            layer.set_active(active[rows], own)

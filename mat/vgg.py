@@ -6,7 +6,8 @@ so that images of any size go in: 32 x 32 ends at 1 x 1, and so does 8 x 8 from 
 
 Backward modes, beside ``mat.units``: without residual connections ``cut`` starves the lower layers. ``sampled`` lets
 the gradient pass through the active filters and, in every step, a random ``CARRYING`` share of the frozen ones, scaled
-up so that its mean is the gradient of ``exact``; its input gradients cost the square of the share that carries.
+up so that its mean is the gradient of ``exact``; its input gradients cost the square of the share that carries. Every
+layer has a mode of its own: with ``selection.cut_last`` the last ones use ``cut``, the others ``exact``.
 All modes run the dense forward; frozen filters normalise with the batch and keep updating running statistics.
 
 Shapes: N images, C filters, I input channels, S x S maps, P channels that carry a gradient (padding included).
@@ -25,6 +26,10 @@ from mat.interface import Batch, Flops, UnitModel
 from mat.units import BackwardMode, UnitLayer, UnitTensors
 
 EPS, MOMENTUM = 1e-5, 0.1  # of batch norm
+TORCHVISION = {  # our tensors of a layer: which of its modules there has them (convolution, batch norm, ReLU), as what
+    "weight": (0, "weight"), "bias": (0, "bias"),
+    "gain": (1, "weight"), "shift": (1, "bias"), "mean": (1, "running_mean"), "variance": (1, "running_var"),
+}  # fmt: skip
 CARRYING = 0.25  # sampled: share of the frozen filters that carry the gradient in a step
 
 
@@ -389,10 +394,6 @@ class Vgg(UnitModel):
         """Logits (N, classes)."""
         return cast(Tensor, self.classifier(self.maps(batch.inputs).mean((2, 3))))
 
-    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats."""
-        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
-
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy."""
         return {"accuracy": float((outputs.argmax(1) == batch.targets).float().mean())}
@@ -411,12 +412,10 @@ class Vgg(UnitModel):
         """Our names of the features' tensors to torchvision's."""
         names: dict[str, str] = {}
         position = layer = 0
-        ours, theirs = ("gain", "shift", "mean", "variance"), ("weight", "bias", "running_mean", "running_var")
         for stage in self.stages:
             for _ in stage:
-                names |= {f"features.{layer}.{n}": f"features.{position}.{n}" for n in ("weight", "bias")}
-                pairs = zip(ours, theirs, strict=True)
-                names |= {f"features.{layer}.{a}": f"features.{position + 1}.{b}" for a, b in pairs}
+                for ours, (part, theirs) in TORCHVISION.items():
+                    names[f"features.{layer}.{ours}"] = f"features.{position + part}.{theirs}"
                 layer, position = layer + 1, position + 3
             position += 1  # the pool
         return names

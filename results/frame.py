@@ -22,7 +22,10 @@ from mat.errors import UserError
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
 
 # What a configuration must tell.
-CONFIGURED = ("seed", "model.name", "method.name", "method.budget", "selection.mode", "train.pflops", "train.marks")
+CONFIGURED = (
+    "seed", "model.name", "dataset.name", "method.name", "method.budget", "selection.mode", "train.pflops",
+    "train.marks",
+)  # fmt: skip
 
 # What an evaluation must tell: PFLOPs and seconds are cumulative, the loss is in nats.
 EVALUATED = ("step", "loss", "pflops", "seconds")
@@ -252,8 +255,8 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
                 f"{name} has seeds {_seeds(present)}, but {reference[0].path.parent} has {_seeds(paired)}, and rows "
                 "are compared seed by seed: train the missing ones or delete the others."
             )
-        shared = [
-            k for k in _flat(reference[0].config) if k.startswith(("dataset.", "train.", "selection.", "hardware."))
-        ]
+        # The keys of both: the older of two runs may not have one that the younger has.
+        both = sorted(_flat(reference[0].config) | _flat(row[0].config))
+        shared = [k for k in both if k.startswith(("dataset.", "train.", "selection.", "hardware."))]
         _require_same(reference[0], row[0], _science(shared), "rows of one table share it")
     return rows

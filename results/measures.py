@@ -201,6 +201,13 @@ def _aggregate(values: Sequence[float | None]) -> tuple[float | None, float | No
     return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None
 
 
+def mode_of(run: Run) -> str:
+    """The backward mode, with the layers that have another."""
+    selection = run.config["selection"]
+    last = selection.get("cut_last")  # which older runs have not
+    return f"{selection['mode']}, cut in the last {last}" if last else str(selection["mode"])
+
+
 def summarise(
     rows: Mapping[Key, Sequence[Run]], baseline: Key, levels: Sequence[Level], score: Score = LOSS
 ) -> pd.DataFrame:
@@ -214,7 +221,8 @@ def summarise(
 
     Returns:
         Columns ``<measure>_mean`` and ``_sd`` (ratios: ``<measure>`` and ``_sd``), and how many runs they are over: n,
-        n_reached (reached the baseline's best), n_timed (behind the seconds), n_timed_pairs (behind seconds_ratio).
+        n_reached (reached the baseline's best), n_timed (behind the seconds), n_timed_pairs (behind seconds_ratio),
+        and ``n_<measure>`` of every level (reached it).
     """
     table = []
     for (model, method), runs in rows.items():
@@ -222,9 +230,11 @@ def summarise(
         numbers = [of_run(run, levels, score) | against(run, other, levels, score) for run, other in pairs]
         timed, paired = [run.timed for run in runs], [same_clock(run, other) for run, other in pairs]
         reached = sum(values["pflops_ratio"] is not None for values in numbers)
-        row: dict[str, object] = {"method": method, "model": model, "mode": runs[0].config["selection"]["mode"],
+        row: dict[str, object] = {"method": method, "model": model, "mode": mode_of(runs[0]),
                                   "budget": runs[0].config["method"]["budget"], "n": len(runs), "n_reached": reached,
                                   "n_timed": sum(timed), "n_timed_pairs": sum(paired)}  # fmt: skip
+        for level in levels:
+            row[f"n_{level.measure}"] = sum(values[level.measure] is not None for values in numbers)
         for measure in numbers[0]:
             kept = paired if measure == "seconds_ratio" else timed if measure in SECONDS else [True] * len(runs)
             values = [values[measure] for values, keep in zip(numbers, kept, strict=True) if keep]

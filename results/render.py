@@ -43,10 +43,10 @@ def decimals(values: Sequence[float | None]) -> int:
     return 3 if largest == 0 else min(8, max(0, 3 - math.floor(math.log10(largest))))
 
 
-def cell(mean: float | None, sd: float | None, n: int | None, digits: int) -> str:
-    """``mean ± sd (n)``; without sd or n where there is none."""
+def cell(mean: float | None, sd: float | None, n: int | str | None, digits: int) -> str:
+    """``mean ± sd (n)``; without sd or n where there is none. n in words stands beside no mean, too."""
     if mean is None:
-        return EMPTY
+        return f"{EMPTY} ({n})" if isinstance(n, str) else EMPTY
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}") + ("" if n is None else f" ({n})")
 
 

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from results.frame import Key, Run, group, read_runs
+from results.frame import Key, ResultsError, Run, group, read_runs
 from results.measures import ACCURACY, LOSS, Level, Mark, Score, Until
 
+DATASETS = {  # what readers call them, by dataset.name
+    "pydocs": "the Python documentation", "wikitext2": "WikiText-2", "wikitext103": "WikiText-103",
+    "enwiki2015": "English Wikipedia (2015)", "cifar10": "CIFAR-10",
+}  # fmt: skip
 PaperValue = tuple[float, float | None]  # mean, standard deviation (None where the paper gives none)
 
 
@@ -99,8 +103,9 @@ class TableSpec:
 
     Attributes:
         name: Stem of the files written.
-        title: Heading.
+        subject: Its heading, but for the dataset.
         runs: First folder below the folder of runs.
+        dataset: ``dataset.name`` of all its runs.
         rows: In the order shown; the first is the baseline, all others are compared with it.
         levels: Columns read along the run, besides test score and PFLOPs.
         paper: The paper's table, for rows of the baseline's model.
@@ -108,12 +113,18 @@ class TableSpec:
     """
 
     name: str
-    title: str
+    subject: str
     runs: str
+    dataset: str
     rows: tuple[Row, ...]
     levels: tuple[Level, ...]
     paper: PaperTable | None = None
     score: Score = LOSS
+
+    @property
+    def title(self) -> str:
+        """Heading."""
+        return f"{self.subject} on {DATASETS[self.dataset]}"
 
     @property
     def baseline(self) -> Key:
@@ -128,11 +139,17 @@ class TableSpec:
         """Read the runs of all rows, in the rows' order, each sorted by seed.
 
         Raises:
-            ResultsError: If a run is missing, incomplete, failed or damaged, or seeds and configurations do not match.
+            ResultsError: If a run is missing, incomplete, failed, damaged or of another dataset, or seeds and
+                configurations do not match.
         """
         keys = [row.key for row in self.rows]
         runs = read_runs(root, self.runs, keys)
         for run in runs:
+            if (dataset := run.config["dataset"]["name"]) != self.dataset:
+                raise ResultsError(
+                    f"{run.path} has dataset={dataset}, but {self.name} is of dataset={self.dataset}: keep it below "
+                    "another name=..., and train this one on its dataset."
+                )
             self.score.check(run)
         return group(runs, keys, Path(root) / self.runs, seeds)
 
@@ -145,15 +162,15 @@ def _four_methods(model: str, label: str = "BERT") -> tuple[Row, ...]:
 SCALES = (("", ""), ("_mini", ", mini"))
 _MARKS = (Mark(1), Mark(2), Mark(3))
 _ACCURACIES = {"": (0.95, 0.99), "_mini": (0.8, 0.85, 0.9, 0.95, 0.99)}  # mini: the highest that all reach is wanted
-_TEXTS = {"": "WikiText-103", "_mini": "English Wikipedia (2015)"}
+_TEXTS = {"": "wikitext103", "_mini": "enwiki2015"}
 
 SPECS = {
     spec.name: spec
     for spec in (
-        TableSpec("demo", "Mini BERT on the Python documentation", "demo", _four_methods("bert_mini"), _MARKS),
+        TableSpec("demo", "Mini BERT", "demo", "pydocs", _four_methods("bert_mini"), _MARKS),
         *(
             TableSpec(
-                f"table1{suffix}", f"Table 1{scale}: BERT on WikiText-2", f"table1{suffix}",
+                f"table1{suffix}", f"Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
                 (*_four_methods(f"bert{suffix}"), Row(f"bert{suffix}_shallow", "baseline", "shallow")),
                 _MARKS, PAPER_TABLE_1,
             )
@@ -161,7 +178,7 @@ SPECS = {
         ),
         *(
             TableSpec(
-                f"table1_controls{suffix}", f"Controls of Table 1{scale}: BERT on WikiText-2", f"table1{suffix}",
+                f"table1_controls{suffix}", f"Controls of Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
                 (
                     Row(f"bert{suffix}", "baseline", "BERT"),
                     Row(f"bert{suffix}", "mat", "MAT"),
@@ -178,14 +195,14 @@ SPECS = {
         ),
         *(
             TableSpec(
-                f"table2{suffix}", f"Table 2{scale}: Switch Transformer on {_TEXTS[suffix]}", f"table2{suffix}",
+                f"table2{suffix}", f"Table 2{scale}: Switch Transformer", f"table2{suffix}", _TEXTS[suffix],
                 _four_methods(f"switch{suffix}", "Switch"), _MARKS, PAPER_TABLE_2,
             )
             for suffix, scale in SCALES
         ),
         *(
             TableSpec(
-                f"table3{suffix}", f"Table 3{scale}: VGG16 on CIFAR-10", f"table3{suffix}",
+                f"table3{suffix}", f"Table 3{scale}: VGG16", f"table3{suffix}", "cifar10",
                 _four_methods(f"vgg16{suffix}", "VGG16"), tuple(map(Until, _ACCURACIES[suffix])),
                 PAPER_TABLE_3, ACCURACY,
             )

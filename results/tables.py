@@ -17,9 +17,9 @@ from rich.console import Console
 
 from mat.errors import UserError
 from results.frame import Key, MissingRow, Run
-from results.measures import Mark, Until, mean_column, summarise
+from results.measures import Level, Mark, Until, mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
-from results.specs import SPECS, PaperTable, TableSpec
+from results.specs import DATASETS, SPECS, PaperTable, TableSpec
 
 
 def _number(
@@ -27,14 +27,21 @@ def _number(
 ) -> Column:
     """A column of ``mean ± sd (n)``, n being the frame's column ``count``, numbers multiplied by ``shown``.
 
+    The measure's own count stands as ``k of n``, also in an empty cell.
     ``stress``: which mean is the best, the highest (1) or the lowest (-1); none when 0.
     """
     means, sds = (_times(frame[column], shown) for column in (mean_column(measure), f"{measure}_sd"))
-    cells = zip(means, sds, frame[count], strict=True)
+    own = count == f"n_{measure}"
+    cells = zip(means, sds, _of(frame, count) if own else frame[count], strict=True)
     present = [stress * mean for mean in means if mean is not None]
     contest = stress and len(present) > 1  # alone in its column, a row is not the best of anything
     best = {row for row, mean in enumerate(means) if contest and mean is not None and stress * mean == max(present)}
-    return Column(f"{header}, mean ± sd (n)", [cell(*values, decimals(means)) for values in cells], best)
+    return Column(f"{header}, mean ± sd ({'k of ' * own}n)", [cell(*values, decimals(means)) for values in cells], best)
+
+
+def _of(frame: pd.DataFrame, count: str) -> list[str]:
+    """``k of n`` runs, by row."""
+    return [f"{k} of {n}" for k, n in zip(frame[count], frame["n"], strict=True)]
 
 
 def _times(values: Iterable[float | None], factor: float) -> list[float | None]:
@@ -52,13 +59,13 @@ def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -
     run, labels = rows[spec.baseline][0], Column("method", [row.label for row in spec.rows])
     name, better, shown = spec.score.name, spec.score.sign, spec.score.shown
 
-    def of(count: str) -> list[str]:
-        return [f"{k} of {n}" for k, n in zip(frame[count], frame["n"], strict=True)]
+    def count(level: Level) -> str:
+        return f"n_{level.measure}" if isinstance(level, Until) else "n"
 
     scores = [
         labels,
         Column("backward mode", list(frame["mode"])),
-        *(_number(frame, level.title(run), level.measure, stress=-1) for level in spec.levels),
+        *(_number(frame, level.title(run), level.measure, count(level), stress=-1) for level in spec.levels),
         _number(frame, f"best validation {name}", f"best_validation_{name}", stress=better, shown=shown),
         _number(frame, f"test {name} at best validation", f"test_{name}", stress=better, shown=shown),
     ]
@@ -70,12 +77,12 @@ def sections(spec: TableSpec, rows: dict[Key, list[Run]], frame: pd.DataFrame) -
         _number(frame, "overhead / total", "overhead_share"),
         _number(frame, "to own best", "pflops_to_best"),
         _number(frame, "to baseline's best", "pflops_to_baseline_best", stress=-1),
-        Column("runs that reached it", of("n_reached")),
+        Column("runs that reached it", _of(frame, "n_reached")),
         _number(frame, "to baseline's best / baseline's", "pflops_ratio", stress=-1),
     ]
     seconds = [
         labels,
-        Column("runs timed", of("n_timed")),
+        Column("runs timed", _of(frame, "n_timed")),
         _number(frame, "total", "seconds_total", "n_timed"),
         _number(frame, "to own best", "seconds_to_best", "n_timed"),
         _number(frame, "to baseline's best", "seconds_to_baseline_best", "n_timed", stress=-1),
@@ -132,6 +139,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
         ),
     }[type(spec.levels[0])]
     return [
+        f"Data: {DATASETS[spec.dataset]} (dataset={spec.dataset}).",
         f"Machine: {'; '.join(dict.fromkeys(machines))}.",
         f"Commit: {'; '.join(dict.fromkeys(commits))}.",
         f"Planned length of a dense run: {runs[0].config['train']['pflops']:.4g} PFLOPs. Seeds: {seeds}.",

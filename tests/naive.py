@@ -4,12 +4,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from tiny import Images
 from torch import Tensor
 
 from mat.attention import rotary_table
 from mat.bert import MaskedEncoder
 from mat.config import BertConfig
+from mat.data.images import ImageBatch
 from mat.data.masking import MaskedBatch
 from mat.vgg import Vgg
 
@@ -125,7 +125,7 @@ def filters(
     return x.mean((2, 3)) @ p["classifier.weight"].T + p["classifier.bias"], found
 
 
-def filter_gradients(model: Vgg, batch: Images, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
+def filter_gradients(model: Vgg, batch: ImageBatch, frozen: Collection[Unit] = ()) -> dict[str, Tensor | None]:
     """Gradient of the mean cross-entropy for every parameter; None where the loss does not depend on it."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     logits, _ = filters(p, batch.inputs, pools_of(model), frozen)
@@ -133,7 +133,7 @@ def filter_gradients(model: Vgg, batch: Images, frozen: Collection[Unit] = ()) -
     return dict(zip(p, torch.autograd.grad(loss, list(p.values()), allow_unused=True), strict=True))
 
 
-def filter_jacobian(model: Vgg, batch: Images) -> dict[str, Tensor]:
+def filter_jacobian(model: Vgg, batch: ImageBatch) -> dict[str, Tensor]:
     """d outputs / d parameter, (n, k, *parameter.shape), with the statistics of the batch as constants (section 5)."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     _, statistics = filters(p, batch.inputs, pools_of(model))

@@ -13,18 +13,21 @@ from omegaconf import DictConfig
 from mat.config import CONF, Config, register_schemas, resolve
 
 register_schemas()
-STEP = 2e-9  # PFLOPs of a dense training step of a small model, rounded up
+STEP = {"text": 2e-9, "image": 15e-9}  # PFLOPs of a dense training step of a small model, rounded up
 SMALL = {
     "text": (
         "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
-        "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
+        "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16", "train.batch=8",
     ),
-    "image": ("model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8"),
+    # An epoch has nine steps, the last of which is a short one.
+    "image": ("model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8", "train.batch=128"),
 }  # fmt: skip
+VGG = ("model=vgg16_mini", "selection=filters_mini", "train=images_mini")
+SWITCH = ("model=switch_mini", "model.experts=4", "model.capacity_factor=1.1", "selection=experts_mini")
 SHORT = (
     "selection.samples=4", "selection.projections=1", "selection.interval=0.05",
     "hardware=cpu", "hardware.precision=float32",
-    "train.batch=8", "train.lr=1e-2", "train.eval_samples=16", "train.eval_batch=256", "train.log_steps=5",
+    "train.lr=1e-2", "train.eval_samples=16", "train.eval_batch=256", "train.log_steps=5",
     "train.checkpoint_steps=7", "tracking.progress=false",
 )  # fmt: skip
 
@@ -37,12 +40,12 @@ def composed(*overrides: str) -> DictConfig:
 
 def small_overrides(cache: Path, *overrides: str, steps: int = 40, modality: str = "text") -> list[str]:
     """Overrides of a run as long as so many dense steps."""
-    return [f"dataset.cache={cache}", *SMALL[modality], *SHORT, f"train.pflops={steps * STEP}", *overrides]
+    return [f"dataset.cache={cache}", *SMALL[modality], *SHORT, f"train.pflops={steps * STEP[modality]}", *overrides]
 
 
-def small(cache: Path, *overrides: str, steps: int = 40) -> Config:
+def small(cache: Path, *overrides: str, steps: int = 40, modality: str = "text") -> Config:
     """The configuration of a run as long as so many dense steps."""
-    return resolve(composed(*small_overrides(cache, *overrides, steps=steps)))
+    return resolve(composed(*small_overrides(cache, *overrides, steps=steps, modality=modality)))
 
 
 def one_sentence(message: str) -> bool:

@@ -165,9 +165,11 @@ REFUSED = [  # overrides, a part of the sentence
     ("train.log_steps=0", "train.log_steps=0"),
     ("train.checkpoint_steps=0", "train.checkpoint_steps=0"),
     ("selection.units=[heads,fnn]", "did you mean ffn?"),
+    ("selection.units=[heads,experts]", "selection.units=experts is none of model=bert_mini: add selection=mini"),
     ("selection.units=[]", "method=baseline"),
     ("selection.interval=0.1", "selection.interval=0.1"),
     ("selection.mode=dense", "choose one of cut, exact"),
+    ("selection.cut_last=1", "selection.cut_last=1 is for the layers of a VGG"),
     ("selection.share=1.5", "selection.share=1.5"),
     ("selection.share=null", "exactly one of them"),
     ("selection.alpha=0.5", "exactly one of them"),
@@ -176,7 +178,6 @@ REFUSED = [  # overrides, a part of the sentence
     ("selection.beta=-1", "selection.beta=-1"),
     ("selection.samples=0", "selection.samples=0"),
     ("selection.reduction=mean", "selection.reduction=mean"),
-    ("model=vgg16_mini dataset=digits selection=filters_mini selection.reduction=online", "selection.reduction=online"),
     ("selection.projections=0", "selection.projections=0"),
     ("method.policy=top", "method.policy=top"),
     ("method.score=lambda", "did you mean lambda_max?"),
@@ -207,7 +208,14 @@ REFUSED_OF_IMAGES = [
     ("dataset.validation=0", "dataset.validation=0"),
     ("dataset.padding=-1", "dataset.padding=-1"),
     ("dataset.padding=33", "dataset.padding=33"),
-    ("selection.units=[heads]", "choose one of filters"),
+    ("selection.units=[filter]", "did you mean filters?"),
+    ("selection.units=[heads]", "selection.units=heads is none of model=vgg16_mini: add selection=filters_mini train"),
+    ("analysis=[descent]", "leave it out for model=vgg"),
+    ("analysis=[attention]", "leave it out for model=vgg"),
+    ("selection.reduction=online", "selection.reduction=online"),
+    ("selection.cut_last=14", "within [0, 13]"),
+    ("selection.cut_last=-1", "selection.cut_last=-1"),
+    ("selection.cut_last=2 selection.mode=sampled", "selection.mode=exact"),
 ]
 
 
@@ -233,6 +241,12 @@ def test_senseless_values_are_refused_in_one_sentence(family, overrides, part, r
     assert part in message and one_sentence(message), message
     key = overrides.split()[0].partition("=")[0]
     assert key in message or key.partition(".")[0] in message, message
+
+
+def test_the_text_defaults_do_not_train_images():
+    with pytest.raises(UserError, match="add selection=filters_mini train=images_mini"):
+        resolve(composed("model=vgg16_mini", "dataset=digits"))
+    resolve(composed("model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"))
 
 
 def test_every_number_has_bounds():

@@ -1,6 +1,7 @@
 """Text, tokens and masks: the right text, tokenised once in bounded memory, hidden reproducibly."""
 
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -20,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from short_runs import one_sentence
+from short_runs import composed, one_sentence
 from tokenizers import Tokenizer
 
-from mat.config import TextConfig
+from mat.config import TextConfig, resolve
 from mat.data import tokens
 from mat.data.masking import MaskedBatch, mask, masked_per_sequence
 from mat.data.text import SPLITS, open_text
@@ -176,6 +177,18 @@ def test_real_wikitext_2_is_what_it_should_be():
     words = {s: sum(len(line.split()) for line in splits[s]) for s in SPLITS}
     assert words == {"train": 2051910, "validation": 213886, "test": 241211}
     assert any("<unk>" in line for line in splits["train"])
+
+
+@pytest.mark.skipif("MAT_DATA" not in os.environ, reason="needs wikitext-103-slice below MAT_DATA")
+def test_real_enwiki2015_is_what_it_should_be():
+    """Of the training split the first of three files."""
+    read = open_text(resolve(composed("dataset=enwiki2015")).dataset)
+    lines = {split: list(itertools.islice(itertools.chain.from_iterable(read[split]), 99_285)) for split in SPLITS}
+    assert {s: read[s].rows for s in SPLITS} == {"train": 297_667, "validation": 3760, "test": 4358}
+    counts = {s: sum(len(line.split()) + 1 for line in lines[s]) for s in SPLITS}  # a line ends with one
+    assert counts == {"train": 5_007_638, "validation": 217_646, "test": 245_569}
+    unknown = {s: sum(line.count("<unk>") for line in lines[s]) for s in SPLITS}
+    assert unknown == {"train": 0, "validation": 1657, "test": 2492}  # WikiText-103's training text has some
 
 
 # --- tokens

@@ -1,5 +1,6 @@
 """Whole runs: the folder they leave, the budget they keep, and that an interrupted run gives what a whole one does."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -15,14 +16,16 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
-from short_runs import STEP, assert_same, events, one_sentence, result, small
+from short_runs import STEP, SWITCH, VGG, assert_same, events, one_sentence, result, small
 
 from mat import engine, methods, ntk
 from mat.config import Config, validate
 from mat.engine import PFLOP, Training
 from mat.errors import RunFailed, UserError
 from mat.flops import flop_counter
+from mat.interface import Flops
 from mat.runs import RunFolder
+from mat.vgg import Vgg
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
 EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",
@@ -42,10 +45,10 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Uninterrupted runs by their overrides, each made once."""
     made: dict[tuple[str, ...], tuple[Config, Path]] = {}
 
-    def run(*overrides: str, steps: int = 26) -> tuple[Config, Path]:
-        key = (*overrides, str(steps))
+    def run(*overrides: str, steps: int = 26, modality: str = "text") -> tuple[Config, Path]:
+        key = (*overrides, str(steps), modality)
         if key not in made:
-            config = small(cache, *overrides, steps=steps)
+            config = small(cache, *overrides, steps=steps, modality=modality)
             folder = tmp_path_factory.mktemp("finished") / "run"
             assert engine.run(config, folder) is not None
             made[key] = config, folder
@@ -139,6 +142,18 @@ def test_folder_of_another_run_is_refused_by_name(finished, key, value):
     assert not (folder / "failure.json").exists()
 
 
+def test_a_run_made_before_a_key_existed_had_its_default(cache, tmp_path):
+    config = small(cache, "method=baseline", steps=6)
+    summary, known = engine.run(config, tmp_path / "run"), tmp_path / "run" / "config.yaml"
+    recorded = OmegaConf.load(known)
+    del recorded.selection.cut_last
+    OmegaConf.save(recorded, known)
+    assert engine.run(config, tmp_path / "run") == summary
+    cut = dataclasses.replace(config, selection=dataclasses.replace(config.selection, cut_last=1))
+    with pytest.raises(UserError, match=r"holds a run with another selection.cut_last"):
+        engine.run(cut, tmp_path / "run")
+
+
 def test_what_is_not_science_may_change(finished):
     config, folder = finished("method=mat")
     changed = dataclasses.replace(
@@ -202,7 +217,7 @@ def test_run_without_a_single_step_is_refused(cache, tmp_path):
 @pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
 def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
     marks = [0.25, 0.3484, 0.35, 0.65]  # of the plan; all but one meet a regular evaluation, the last one the end
-    pflops = 51 * STEP  # here they meet but for rounding
+    pflops = 51 * STEP["text"]  # here they meet but for rounding
     assert 14 * 0.025 * (pflops * PFLOP) != 0.35 * pflops * PFLOP
     given = [f"train.marks={[m * pflops for m in marks]}", f"train.pflops={pflops}", "method.budget=0.65"]
     config, folder = finished(f"method={method}", *given)
@@ -214,7 +229,7 @@ def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
         assert later is None or later["pflops"] > mark - 0.025 * pflops
     assert len(evaluations) == 26 + 1
     overhead = max(np.diff([e["pflops_overhead"] for e in evaluations]))
-    assert max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP + overhead
+    assert max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP["text"] + overhead
     assert evaluations[-1]["step"] == summary_of(folder)["steps"]
 
 
@@ -236,6 +251,19 @@ def test_ledger_equals_what_a_counter_sees_over_a_run(method, reduction, mode, c
     assert summary["steps"] >= 3
     few = {"baseline": 0, "multirate": 1, "static": 2}
     assert summary["selections"] == few[method] if method in few else summary["selections"] > 2
+
+
+@pytest.mark.parametrize("cut_last", [0, 1, 2])
+def test_ledger_of_filters_equals_the_counter_whichever_layers_are_cut(cut_last, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "_scores_on", lambda *_: {"loss": 1.0, "accuracy": 0.5})
+    given = ("method=mat", "train.accumulation=2", f"selection.cut_last={cut_last}", "hardware.gather_block=1")
+    config = small(cache, *VGG, *given, modality="image", steps=20)
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    with flop_counter() as counter:
+        summary = training.train()
+    assert [layer.mode for layer in training.index.layers] == ["exact"] * (2 - cut_last) + ["cut"] * cut_last
+    assert summary["selections"] > 2 and summary["active_share"] < 1
+    assert training.spent.everything == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("method", "row"), [("mat", "lambda_max"), ("gradnorm", "gradnorm")])
@@ -266,6 +294,84 @@ def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, ro
     units = pd.read_parquet(tmp_path / "run" / "units.parquet")
     for t, wanted in enumerate(expected):
         np.testing.assert_allclose(units[units["t"] == t][row], wanted, rtol=2e-4)
+
+
+# --- what Tables 2 and 3 read
+
+
+def test_a_step_back_propagates_the_loss_and_the_routers_losses_by_share(cache, tmp_path, monkeypatch):
+    config = small(cache, *SWITCH, "method=baseline", "train.accumulation=2")
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    batch = training.data.train_batch(0, 8)[0].take(torch.arange(5))  # parts of 3 and 2
+    twin, expected = copy.deepcopy(training.model).train(), []
+    for part in batch.split(2):
+        loss, extra = twin.loss(part), twin.auxiliary_loss()
+        assert extra > 0.01  # what a step without it would lack
+        expected.append(float((loss + extra).detach() * part.samples / 5))
+    given, backward = [], torch.autograd.backward
+
+    def spy(tensor: torch.Tensor) -> None:
+        given.append(float(tensor.detach()))
+        backward(tensor)
+
+    monkeypatch.setattr(torch.autograd, "backward", spy)
+    training._train_step(batch, Flops())
+    assert given == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(older, cache, tmp_path, monkeypatch):
+    """Digits: 1,137 training images, in nine steps of 128 but for the last, of 113."""
+    config = small(cache, *VGG, "method=baseline", modality="image", steps=24)
+    seen, metrics = [], Vgg.metrics
+
+    def spy(self: Vgg, outputs: torch.Tensor, batch: Any) -> dict[str, float]:
+        found = metrics(self, outputs, batch)
+        if self.training:
+            seen.append((found["accuracy"], batch.samples))
+        return found
+
+    monkeypatch.setattr(Vgg, "metrics", spy)
+    if older:  # its checkpoint does not tell the samples of a step, which then counts as a whole batch
+        run_interrupted(config, tmp_path / "run", "_train_step", 8, "sigterm")
+        latest = tmp_path / "run" / "checkpoint" / "latest.pt"
+        state = torch.load(latest, weights_only=True)
+        assert len(state["recent"]) == 8
+        state["recent"] = [{"accuracy": m["accuracy"]} for m in state["recent"]]
+        torch.save(state, latest)
+    engine.run(config, tmp_path / "run")
+    logged = events(tmp_path / "run", "train")
+    assert [n for _, n in seen[:9]] == [128] * 8 + [113] and logged[-1]["step"] > 18
+    for event in logged:
+        last = seen[max(0, event["step"] - 9) : event["step"]]
+        correct = sum(accuracy * n for accuracy, n in last)
+        assert event.get("accuracy") == (None if len(last) < 9 else pytest.approx(correct / 1137, rel=1e-12))
+
+
+def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(cache, tmp_path, monkeypatch):
+    """Not from those of the lowest loss, nor from the last ones, nor from an equal accuracy later on."""
+    config = small(cache, *VGG, "method=baseline", modality="image", steps=12)
+    scores_on, weights = Training._scores_on, []
+
+    def scripted(self: Training, split: str, samples: int | None) -> dict[str, float]:
+        if split == "test":
+            return scores_on(self, split, samples)
+        weights.append(copy.deepcopy(self.model.state_dict()))
+        return {"loss": 1 / len(weights), "accuracy": {11: 0.75, 14: 0.75}.get(len(weights), 0.25)}
+
+    monkeypatch.setattr(Training, "_scores_on", scripted)
+    engine.run(config, tmp_path / "run")
+    evaluations, summary = events(tmp_path / "run", "evaluation"), summary_of(tmp_path / "run")
+    assert summary["best_validation_accuracy"] == max(e["accuracy"] for e in evaluations) == 0.75
+    assert (summary["best_step"], summary["best_validation_loss"]) == (evaluations[10]["step"], 1 / 11)
+    assert 0 < summary["best_step"] < evaluations[13]["step"] < summary["steps"]
+    training = Training(config, RunFolder(tmp_path / "twin", config))
+    training.model.load_state_dict(weights[10])
+    (batch,) = training.data.evaluation_batches("test", None, 360)
+    with torch.no_grad():
+        correct = training.model.eval()(batch).argmax(1) == batch.targets
+    assert summary["test_accuracy"] == pytest.approx(float(correct.float().mean()), rel=1e-6)
+    assert events(tmp_path / "run", "test")[0]["accuracy"] == summary["test_accuracy"]
 
 
 # --- learning
@@ -385,9 +491,24 @@ INTERRUPTIONS = [  # overrides, verb, call, how
 ]
 
 
-@pytest.mark.parametrize(("overrides", "verb", "call", "how"), INTERRUPTIONS)
-def test_interrupted_run_gives_the_same_numbers(overrides, verb, call, how, finished, tmp_path):
-    config, reference = finished(*overrides)
+OTHER_MODELS = [  # modality, overrides, verb, call, how
+    ("image", (*VGG, "method=mat", "selection.mode=sampled"), "_train_step", 12, "before"),  # past the first full epoch
+    ("image", (*VGG, "method=mat", "selection.mode=sampled"), "_train_step", 13, "sigterm"),
+    ("image", (*VGG, "method=mat", "selection.mode=sampled"), "_select", 5, "after"),
+    ("image", (*VGG, "method=mat"), "_train_step", 4, "sigterm"),
+    ("image", (*VGG, "method=mat"), "_train_step", 12, "after"),
+    ("image", (*VGG, "method=mat"), "_evaluate", 17, "after"),
+    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_train_step", 9, "before"),
+    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_train_step", 10, "sigterm"),
+    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_select", 5, "before"),
+]
+
+
+@pytest.mark.parametrize(
+    ("modality", "overrides", "verb", "call", "how"), [*(("text", *row) for row in INTERRUPTIONS), *OTHER_MODELS]
+)
+def test_interrupted_run_gives_the_same_numbers(modality, overrides, verb, call, how, finished, tmp_path):
+    config, reference = finished(*overrides, modality=modality)
     run_interrupted(config, tmp_path / "run", verb, call, how)
     assert engine.run(config, tmp_path / "run") is not None
     assert_same(result(tmp_path / "run"), result(reference))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,9 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from short_runs import composed, events, one_sentence, small
+from short_runs import SWITCH, composed, events, one_sentence, small
+from test_units import (
+    active_gradients,
+    active_rows,
+    assert_same_gradients,
+    frozen_units,
+    named_layers,
+    set_gates,
+)
 from tiny import shapes, tiny_batch, tiny_switch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mat import engine, flops, gram, ntk, switch
 from mat.bert import FeedForward
@@ -167,8 +176,7 @@ def test_equal_probabilities_go_to_the_first_expert() -> None:
     assert layer._seen[1].tolist() == [9, 0, 0, 0]
 
 
-@pytest.mark.parametrize("mode", ["cut", "exact"])
-def test_a_single_expert_is_a_dense_feed_forward_layer(mode: BackwardMode) -> None:
+def test_a_single_expert_is_a_dense_feed_forward_layer() -> None:
     """Its probability is 1 and its capacity all tokens; values and gradients."""
     layer, dense = layer_of(1), FeedForward(WIDTH, HIDDEN, 1).double()
     with torch.no_grad():
@@ -211,7 +219,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(mode: BackwardMode) -> 
 @pytest.mark.parametrize("active", [[], [1], [0, 2, 3]], ids=str)
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 def test_the_router_learns_as_if_nothing_were_frozen(mode: BackwardMode, active: list[int]) -> None:
-    """To the last bit, given the same gradient of the output: it needs the experts' forward values only."""
+    """To rounding, given the same gradient of the output: it needs the experts' forward values only."""
     found = []
     for units in ([0, 1, 2, 3], active):
         layer = layer_of(4, 0.75)
@@ -289,29 +297,9 @@ def test_monitors_are_largest_load_dropped_share_and_entropy() -> None:
 # --- the whole model
 
 
-def rows_of(model: nn.Module, dense: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Of unit parameters the active rows, zero if they had no token; None where no unit is active."""
-    wanted = dict(dense)
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, UnitLayer):
-            for name in layer.unit_parameters():
-                found = dense[f"{prefix}.{name}"]
-                rows = torch.zeros_like(layer.get_parameter(name)) if found is None else found
-                wanted[f"{prefix}.{name}"] = rows[torch.from_numpy(layer.active)] if layer.n_active else None
-    return wanted
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
-    found = {name: p.grad for name, p in model.named_parameters()}
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, UnitLayer):
-            found |= {f"{prefix}.{name}": layer.gradient(name) for name in layer.unit_parameters()}
-    return found
-
-
-def set_gates(model: nn.Module, counts: tuple[int, ...], mode: BackwardMode) -> None:
-    for layer, count in zip(unit_layers(model), counts, strict=True):
-        layer.set_active(np.arange(layer.n_units) >= layer.n_units - count, mode)
+def last_of_each(*counts: int) -> list[bool]:
+    """The last so many of the three units of every layer."""
+    return [unit >= 3 - count for count in counts for unit in range(3)]
 
 
 COUNTS = [(3, 3, 3, 3), (0, 0, 0, 0), (1, 2, 3, 1), (2, 0, 0, 1)]
@@ -322,18 +310,14 @@ COUNTS = [(3, 3, 3, 3), (0, 0, 0, 0), (1, 2, 3, 1), (2, 0, 0, 1)]
 def test_gradients_of_the_model_equal_the_reference(case: dict[str, Any], counts: tuple[int, ...]) -> None:
     mode = case["mode"]
     model, batch = tiny_switch(norm=case["norm"], switch_every=case["switch_every"]), tiny_batch()
-    set_gates(model, counts, mode)
-    frozen = {
-        (name, int(u)) for name, layer in model.named_modules() if isinstance(layer, UnitLayer)
-        for u in np.flatnonzero(~layer.active)
-    }  # fmt: skip
+    set_gates(model, last_of_each(*counts), mode)
     model.loss(batch).backward()
-    dense = naive.gradients(model, batch, frozen if mode == "cut" else ())
-    wanted, found = rows_of(model, dense), gradients_of(model)
-    assert {n for n, g in found.items() if g is None} == {n for n, g in wanted.items() if g is None}
-    for name, gradient in found.items():
-        if gradient is not None:
-            assert_close(gradient, wanted[name], name, 1e-10)  # type: ignore[arg-type]
+    dense = naive.gradients(model, batch, frozen_units(model) if mode == "cut" else ())
+    for prefix, layer in named_layers(model).items():  # active experts without a token have a gradient of zero
+        for name, parameter in layer.unit_parameters().items():
+            if dense[f"{prefix}.{name}"] is None:
+                dense[f"{prefix}.{name}"] = torch.zeros_like(parameter)
+    assert_same_gradients(active_gradients(model), active_rows(model, dense), rtol=1e-9)
 
 
 def test_newly_active_experts_train_and_frozen_ones_stay_bit_identical() -> None:
@@ -364,15 +348,13 @@ def test_newly_active_experts_train_and_frozen_ones_stay_bit_identical() -> None
 
 def test_accumulation_equals_the_full_batch_where_nothing_is_dropped() -> None:
     model, batch = tiny_switch(), tiny_batch(samples=6)
-    set_gates(model, COUNTS[2], "cut")
+    set_gates(model, last_of_each(*COUNTS[2]), "cut")
     model.loss(batch).backward()
-    wanted = {n: None if g is None else g.clone() for n, g in gradients_of(model).items()}
+    wanted = {n: None if g is None else g.clone() for n, g in active_gradients(model).items()}
     UnitAdamW(model, (0.9, 0.98), 1e-6, 0.1).clear()
     for part in batch.split(3):
         (model.loss(part) / 3).backward()
-    for name, gradient in gradients_of(model).items():
-        if gradient is not None:
-            assert_close(gradient, wanted[name], name)  # type: ignore[arg-type]
+    assert_same_gradients(active_gradients(model), wanted, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["cut", "exact"])
@@ -483,7 +465,7 @@ def test_experts_alone_have_the_rows_of_all_units_and_gates_do_not_matter(measur
     model, batch, _ = measured
     every = ntk.estimate(model, batch)
     model = copy.deepcopy(model)
-    set_gates(model, (1, 0, 2, 1), "cut")
+    set_gates(model, last_of_each(1, 0, 2, 1), "cut")
     found = ntk.estimate(model, batch, UnitIndex(unit_layers(model), ["experts"]))
     assert_close(*(torch.from_numpy(v) for v in (found.lambda_max, every.lambda_max[every.index.kind == "experts"])))
 
@@ -516,7 +498,7 @@ def test_online_estimate_equals_the_probes_where_nothing_is_dropped() -> None:
 @pytest.mark.parametrize("case", shapes(mode=("cut", "exact"), counts=COUNTS, switch_every=(1, 2)), ids=str)
 def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -> None:
     model = tiny_switch(capacity_factor=factor, switch_every=case["switch_every"], ffn_hidden=21)
-    set_gates(model, case["counts"], case["mode"])
+    set_gates(model, last_of_each(*case["counts"]), case["mode"])
     for samples in (5, 2):
         batch = tiny_batch(samples=samples)
         with flops.flop_counter() as forward:
@@ -524,6 +506,8 @@ def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -
         with flops.flop_counter() as backward:
             loss.backward()
         wanted = flops.training_step(model, batch)
+        needed = flops.training_step(model, batch, padded=False)
+        assert all(a <= b for a, b in zip(astuple(needed), astuple(wanted), strict=True))
         vocabulary = wanted.vocabulary // 3
         assert forward.get_total_flops() == wanted.forward + vocabulary
         assert backward.get_total_flops() == wanted.input_grad + wanted.weight_grad + 2 * vocabulary
@@ -551,6 +535,9 @@ def test_layer_by_hand() -> None:
     assert layer.step_flops(2, 6, 1, "exact") == Flops(router + 16 * slot, router + 16 * slot, router + 4 * slot)
     assert layer.step_flops(2, 6, 1, "cut", padded=False) == Flops(
         router + 12 * slot, router + 3 * slot, router + 3 * slot
+    )
+    assert layer_of(4, 0.5).step_flops(2, 6, 1, "cut", padded=False) == Flops(  # 2 slots each
+        router + 8 * slot, router + 2 * slot, router + 2 * slot
     )
 
 
@@ -602,8 +589,7 @@ def test_senseless_values_are_refused_in_one_sentence(override: str, part: str) 
 
 @pytest.mark.parametrize("method", ["baseline", "mat"])
 def test_a_run_logs_what_the_router_does(method: str, tmp_path: Path, cache: Path) -> None:
-    chosen = ("model=switch_mini", "model.experts=4", "selection=experts_mini", f"method={method}")
-    config = small(cache, *chosen, steps=40)
+    config = small(cache, *SWITCH, f"method={method}")
     summary = engine.run(config, tmp_path / "run")
     assert summary is not None and summary["steps"] > 10
     logged = events(tmp_path / "run", "train")

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import naive
 import numpy as np
@@ -11,15 +11,18 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from short_runs import composed
 from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units, set_gates
-from tiny import Images, tiny_images, tiny_vgg
+from tiny import tiny_images, tiny_vgg
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from mat import flops, ntk
-from mat.config import HardwareConfig, VggConfig
+from mat.config import Config, resolve
+from mat.data.images import ImageBatch
 from mat.interface import Flops
+from mat.models import build
 from mat.optim import UnitSGD
 from mat.units import BackwardMode, UnitIndex, unit_layers
 from mat.vgg import Maps, Vgg
@@ -27,7 +30,6 @@ from mat.vgg import Maps, Vgg
 COUNTS = (4, 6, 5, 7)  # filters of tiny_vgg's layers
 N_UNITS = sum(COUNTS)
 MODES: tuple[BackwardMode, ...] = ("cut", "exact", "sampled")
-FULL = [[64, 64], [128, 128], [256] * 3, [512] * 3, [512] * 3]
 
 
 def first_of_each(*counts: int) -> list[bool]:
@@ -88,6 +90,19 @@ def test_gradients_and_statistics_equal_the_reference(
         torch.testing.assert_close(layer.variance, 0.9 + 0.1 * variance * count / (count - 1), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("cut_last", range(5))
+@pytest.mark.parametrize("active", ACTIVE)
+def test_the_last_layers_alone_are_cut(active: str, cut_last: int) -> None:
+    """``selection.cut_last``: as if the outputs of these layers' frozen filters, and no others, were detached."""
+    model, batch = tiny_vgg(), tiny_images()
+    modes: list[BackwardMode] = [*["exact"] * (4 - cut_last), *["cut"] * cut_last]  # type: ignore[list-item]
+    UnitIndex(unit_layers(model)).set_active(np.array(ACTIVE[active]), modes)
+    assert step_flops(model, batch) == flops.training_step(model, batch)  # runs the step, too
+    detached = {(name, u) for name, u in frozen_units(model) if int(name.removeprefix("features.")) >= 4 - cut_last}
+    expected = naive.filter_gradients(model, batch, detached)
+    assert_same_gradients(active_gradients(model), active_rows(model, expected), rtol=1e-9)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_in_evaluation_mode(mode: BackwardMode) -> None:
     """Running statistics then normalise; they do not move, and the gates work as in training."""
@@ -133,7 +148,7 @@ def test_sampled_gradients_average_to_the_exact_ones(monkeypatch: pytest.MonkeyP
     assert model.features[2].carrying() < 5
 
 
-def convolutions(model: Vgg, batch: Images) -> list[tuple[str, int, int]]:
+def convolutions(model: Vgg, batch: ImageBatch) -> list[tuple[str, int, int]]:
     """What the backward ran: (input or weight gradient, filters, input channels)."""
     seen: list[tuple[str, int, int]] = []
 
@@ -177,7 +192,7 @@ def test_the_backward_ends_below_the_lowest_active_filter(mode: BackwardMode) ->
     assert convolutions(model, tiny_images()) == []
 
 
-def kept_bytes(model: Vgg, batch: Images) -> int:
+def kept_bytes(model: Vgg, batch: ImageBatch) -> int:
     """Bytes of all storages that autograd keeps between the forward and the backward."""
     storages: dict[int, int] = {}
 
@@ -225,7 +240,7 @@ def test_bfloat16_autocast(mode: BackwardMode) -> None:
         if not gated:
             set_gates(model, ACTIVE["all"])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(Images(batch.inputs.float(), batch.targets))
+            loss = model.loss(ImageBatch(batch.inputs.float(), batch.targets))
         loss.backward()
         found = active_gradients(model)
         exact = copy.deepcopy(model).double()
@@ -336,7 +351,7 @@ def test_a_stand_in_has_no_memory_and_no_values() -> None:
 # --- the ledger
 
 
-def step_flops(model: Vgg, batch: Images) -> Flops:
+def step_flops(model: Vgg, batch: ImageBatch) -> Flops:
     """What torch's counter sees of a training step; the weight gradients' part of the backward is the ledger's."""
     with flops.flop_counter() as forward:
         loss = model.loss(batch)
@@ -387,25 +402,28 @@ def test_a_layer_by_hand() -> None:
     )
 
 
-def full_vgg16() -> Vgg:
-    with torch.device("meta"):
-        return Vgg(VggConfig("vgg16", stages=FULL), 10, 3, 32, HardwareConfig(device="cpu", precision="float32"))
+def full_vgg16(device: str) -> tuple[Vgg, Config]:
+    """The model of ``model=vgg16``, and its configuration."""
+    config = resolve(composed("model=vgg16", "dataset=cifar10", "selection=filters", "train=images"))
+    with torch.device(device):
+        return cast(Vgg, build(config, 10)), config
 
 
 def test_a_dense_epoch_of_vgg16_on_50_000_images() -> None:
     """paper.md section 5: 0.0938 PFLOP executed (0.0940 = three times forward: the images want no gradient)."""
-    model = full_vgg16()
-    assert [layer.n_units for layer in unit_layers(model)] == [n for stage in FULL for n in stage]
+    model, config = full_vgg16("meta")
+    assert [layer.n_units for layer in unit_layers(model)] == [n for n in cfgs["D"] if n != "M"]
     assert len(UnitIndex(unit_layers(model))) == 4224
-    step = flops.training_step(model, Images(torch.empty(1, device="meta"), torch.empty(1, device="meta")))
+    step = flops.training_step(model, ImageBatch(torch.empty(1, device="meta"), torch.empty(1, device="meta")))
     assert step.figure * 50_000 / 1e15 == pytest.approx(0.0938, abs=5e-5)
     assert 3 * step.forward * 50_000 / 1e15 == pytest.approx(0.0940, abs=5e-5)
+    assert config.train.pflops / (step.figure * 45_000 / 1e15) == pytest.approx(202, abs=0.5)  # conf/train/images.yaml
 
 
 # --- the estimator
 
 
-def estimate(model: Vgg, batch: Images, **options: Any) -> ntk.Mntk:
+def estimate(model: Vgg, batch: ImageBatch, **options: Any) -> ntk.Mntk:
     return ntk.estimate(model, batch, UnitIndex(unit_layers(model)), kernels=True, **options)
 
 
@@ -490,8 +508,7 @@ def test_features_equal_torchvision() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.2)
-    hardware = HardwareConfig(device="cpu", precision="float32")
-    ours = Vgg(VggConfig("vgg16", stages=FULL), 10, 3, 32, hardware)
+    ours, _ = full_vgg16("cpu")
     ours.load_torchvision(theirs.state_dict(prefix="features."))
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     for training in (True, False):  # the second pass reads the running statistics that the first one moved

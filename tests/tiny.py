@@ -1,14 +1,14 @@
 """Models and batches small enough for references that loop over everything."""
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from mat.bert import Bert
 from mat.config import BertConfig, HardwareConfig, SwitchConfig, VggConfig
+from mat.data.images import ImageBatch
 from mat.data.masking import MaskedBatch
 from mat.switch import Switch
 from mat.units import unit_layers
@@ -89,27 +89,6 @@ def tiny_batch(
     return MaskedBatch(tokens, positions, targets)
 
 
-@dataclass
-class Images:
-    """Images with their classes."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    length = 1
-
-    @property
-    def samples(self) -> int:
-        return len(self.inputs)
-
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.inputs.to(device), self.targets.to(device))
-
-    def split(self, parts: int) -> list["Images"]:
-        pairs = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
-        return [Images(*pair) for pair in pairs]
-
-
 def tiny_vgg(
     *, stages: tuple[tuple[int, ...], ...] = ((4, 6), (5, 7)), classes: int = 3, channels: int = 2, size: int = 6,
     block: int = 2, gather: float = 0.8, seed: int = 0, dtype: torch.dtype = torch.float64,
@@ -130,11 +109,11 @@ def tiny_vgg(
 def tiny_images(
     *, samples: int = 5, channels: int = 2, size: int = 6, classes: int = 3, seed: int = 0,
     dtype: torch.dtype = torch.float64,
-) -> Images:  # fmt: skip
+) -> ImageBatch:  # fmt: skip
     """Random images and classes."""
     random = torch.Generator().manual_seed(seed)
     images = torch.randn(samples, channels, size, size, generator=random, dtype=torch.float64).to(dtype)
-    return Images(images, torch.randint(classes, (samples,), generator=random))
+    return ImageBatch(images, torch.randint(classes, (samples,), generator=random))
 
 
 def shapes(**axes: tuple[object, ...]) -> list[dict[str, object]]:

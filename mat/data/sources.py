@@ -7,6 +7,7 @@ import glob
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -112,28 +113,28 @@ def _parquet(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -
     import pyarrow
     import pyarrow.parquet as pq
 
-    damaged = (pyarrow.ArrowException, OSError)
+    @contextmanager
+    def opened(file: str) -> Iterator[Any]:
+        try:
+            yield pq.ParquetFile(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file} is not a readable Parquet file: copy it again.") from error
 
     def read(files: list[str]) -> Iterator[Rows]:
         for file in files:
-            try:
-                first = 0
-                for batch in pq.ParquetFile(file).iter_batches(PIECE, columns=list(columns)):
+            first = 0
+            with opened(file) as parquet:
+                for batch in parquet.iter_batches(PIECE, columns=list(columns)):
                     yield Rows(batch, file, first)
                     first += batch.num_rows
-            except damaged as error:
-                raise UserError(f"{file} is not a readable Parquet file: copy it again.") from error
 
     streams = {}
     for split, files in _files(config, splits).items():
         rows = 0
         for file in files:
-            try:
-                opened = pq.ParquetFile(file)
-            except damaged as error:
-                raise UserError(f"{file} is not a readable Parquet file: copy it again.") from error
-            _require(opened.schema_arrow, file, columns, f"copy the Parquet files of {config.name} there")
-            rows += opened.metadata.num_rows
+            with opened(file) as parquet:
+                _require(parquet.schema_arrow, file, columns, f"copy the Parquet files of {config.name} there")
+                rows += parquet.metadata.num_rows
         streams[split] = Stream(rows, lambda files=files: read(files))  # type: ignore[misc]
     return streams
 
