@@ -1,6 +1,7 @@
 """What a run folder tells at this moment, whatever state it is in: for ``mat.show`` and the report."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,13 +48,13 @@ class Glance:
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """The evaluations on the validation split, in the order they were made."""
-        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation"])
+        """The evaluations on the validation split in the order they were made, without that of a diverged model."""
+        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation" and math.isfinite(e["loss"])])
 
     @property
     def best(self) -> float | None:
         """The lowest validation loss so far."""
-        return min((e["loss"] for e in self.events if e["event"] == "evaluation"), default=None)
+        return None if self.evaluations.empty else float(self.evaluations["loss"].min())
 
     @cached_property
     def _pace(self) -> tuple[float, float, int]:

@@ -111,6 +111,14 @@ def test_many_units_are_shown_by_layer(root: Path) -> None:
     assert heat.y == ("heads 0", "heads 1") and heat.z[0].tolist() == [1, 1 / charts.MANY, 1 / charts.MANY]
 
 
+def test_a_diverged_run_does_not_stop_the_page(root: Path) -> None:
+    path = root / "table1_mini" / "method=mat,model=bert_mini" / "seed=1"
+    last = look(path).events[-2]
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(last | {"event": "evaluation", "loss": float("nan")}) + "\n")
+    assert "1 failed" in text_of(report.build(root))
+
+
 def test_without_runs_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
     assert one_sentence(capsys.readouterr().err.removeprefix("error: ")) and not (tmp_path / "x.html").exists()

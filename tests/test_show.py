@@ -85,6 +85,16 @@ def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "0%" in capsys.readouterr().out
 
 
+def test_a_diverged_evaluation_is_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_live(tmp_path / "seed=0", failure="the validation loss is nan")
+    last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(last | {"loss": float("nan")}) + "\n")
+    run = look(path)
+    assert run.best == 5.25 and run.evaluations["loss"].tolist() == [5.25]
+    assert main([str(path)]) == 0 and "validation nan (best 5.25)" in capsys.readouterr().out
+
+
 def test_a_wrong_path_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         assert main([str(path)]) == 2
