@@ -128,10 +128,11 @@ def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, see
         page.add(f"<h3>{escape(spec.title)}</h3>")
         try:
             rows = spec.load(root, seeds)
+            blocks = sections(spec, rows, summarise(rows, spec.baseline, spec.levels, spec.score))
         except UserError as error:
             page.missing([f"No {spec.name}: {error}"])
             continue
-        page.add(*map(to_html, sections(spec, rows, summarise(rows, spec.baseline, spec.levels, spec.score))))
+        page.add(*map(to_html, blocks))
         page.add("<details class='note'><summary>How to read it</summary><ul>",
                  *(f"<li>{escape(note)}</li>" for note in notes(spec, rows)), "</ul></details>")  # fmt: skip
 

@@ -14,7 +14,7 @@ import pytest
 from mat.glance import look
 from results import charts, report
 from tests.short_runs import one_sentence
-from tests.test_results import write_run
+from tests.test_results import edit, write_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -65,7 +65,8 @@ def test_says_what_is_missing_and_shows_the_rest(root: Path) -> None:
         assert heading in page
 
 
-def test_table_of_a_whole_sweep(root: Path) -> None:
+def complete(root: Path) -> None:
+    """Make the sweep whole: five rows of three seeds."""
     shutil.rmtree(root / "table1_mini" / "method=mat,model=bert_mini")
     for method in ("multirate", "mat"):
         for seed in range(3):
@@ -74,8 +75,20 @@ def test_table_of_a_whole_sweep(root: Path) -> None:
     for seed in range(3):
         write_run(root, "baseline", seed, [9, 3], model="bert_mini_shallow", name="table1_mini", method__policy="all",
                   selection__interval=0.04, dataset__name="wikitext2")  # fmt: skip
+
+
+def test_table_of_a_whole_sweep(root: Path) -> None:
+    complete(root)
     page = text_of(report.build(root))
     assert "Loss (nats per masked token)" in page and "No table1_mini" not in page and "15 complete" in page
+
+
+def test_says_what_a_whole_sweep_cannot_be_compared_by(root: Path) -> None:
+    complete(root)
+    edit(root / "table1_mini" / "method=baseline,model=bert_mini" / "seed=1" / "summary.json",
+         lambda summary: summary.update(pflops_to_best=0.0))  # fmt: skip
+    page = text_of(report.build(root))
+    assert "No table1_mini: " in page and "is best before its first step" in page and "Curves and ledger" in page
 
 
 def test_commands_are_exact(root: Path) -> None:
