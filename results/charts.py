@@ -23,17 +23,22 @@ MANY = 200  # units beyond which a chart shows layers instead
 
 
 def row_name(run: Glance) -> str:
-    """What runs that differ in their seed alone have in common."""
-    return f"{run.config['method']['name']}, {run.config['model']['name']}"
+    """What runs that differ in their seed alone have in common: method, model, the folder's other overrides."""
+    method, model = run.config["method"]["name"], run.config["model"]["name"]
+    told = {"default", f"method={method}", f"model={model}"}
+    return ", ".join([method, model, *(part for part in run.path.parent.name.split(",") if part not in told)])
 
 
-def style_of(run: Glance, base: str) -> tuple[str, str]:
-    """Colour and dash of a run's row; a model other than ``base`` is grey."""
-    colour, dash = LINES.get(run.config["method"]["name"], (OTHER_MODEL, ":"))
-    return (
-        colour if run.config["model"]["name"] == base else OTHER_MODEL,
-        {"-": "solid", "--": "dash"}.get(dash, "dot"),
-    )
+def styles(rows: Mapping[str, Sequence[Glance]], base: str) -> dict[str, tuple[str, str]]:
+    """Colour and dash by row: a model other than ``base`` is grey, rows of one method differ by their dashes."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, (run, *_) in rows.items():
+        colour, line = LINES.get(run.config["method"]["name"], (OTHER_MODEL, ":"))
+        colour = colour if run.config["model"]["name"] == base else OTHER_MODEL
+        usual = {"-": "solid", "--": "dash"}.get(line, "dot")
+        free = (dash for dash in (usual, *DASHES) if (colour, dash) not in found.values())
+        found[name] = colour, next(free, usual)
+    return found
 
 
 def _layout(figure: go.Figure, title: str, height: int) -> go.Figure:
@@ -63,7 +68,7 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
             if not seen:
                 continue
             grid, mean, spread = band(seen, axis, points=150)
-            colour, dash = style_of(seen[0], base)
+            colour, dash = styles(rows, base)[name]
             later = grid >= grid[-1] / 10  # the fall from initialisation would flatten the rest
             low, high = min(low, (mean - spread).min()), max(high, (mean + spread)[later].max())
             edge = {"x": [*grid, *grid[::-1]], "y": [*(mean + spread), *(mean - spread)[::-1]]}

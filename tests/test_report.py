@@ -13,6 +13,7 @@ import pytest
 
 from mat.glance import look
 from results import charts, report
+from results.curves import LINES
 from tests.short_runs import one_sentence
 from tests.test_results import edit, write_run
 
@@ -96,6 +97,15 @@ def test_commands_are_exact(root: Path) -> None:
     assert report.command_of(runs["mat", 1]) == ("python launch.py +experiment=table1_mini method=mat seed=1", True)
     made_up = "python launch.py +experiment=table1_mini method=mat model=bert_mini seed=0"
     assert report.command_of(runs["mat", 0]) == (made_up, False)
+
+
+def test_rows_are_named_by_what_their_runs_share(tmp_path: Path) -> None:
+    folders = ("default", "method=mat", "method=mat,model=bert_mini", "method=mat,selection.share=0.5")
+    runs = [look(write_run(tmp_path, "mat", seed, [9, 8], folder=folder)) for seed, folder in enumerate(folders)]
+    names = [charts.row_name(run) for run in runs]
+    assert names == ["mat, bert_mini"] * 3 + ["mat, bert_mini, selection.share=0.5"]
+    looks = charts.styles({names[0]: runs[:3], names[3]: runs[3:]}, "bert_mini")
+    assert looks[names[0]] == (LINES["mat"][0], "solid") and looks[names[3]] == (LINES["mat"][0], "dot")
 
 
 def test_every_chart_has_title_and_axis_labels(root: Path) -> None:
