@@ -28,10 +28,10 @@ class Source:
     suffix: str
 
     def runs(self, experiment: str, method: str) -> list[Glance]:
-        """The complete runs of a method, of the model that has most of them.
+        """The complete runs of a method: one configuration, of the model with the shortest name (others vary it).
 
         Raises:
-            ResultsError: If there is none.
+            ResultsError: If there is none, or if they differ in more than the seed.
         """
         folder = self.root / f"{experiment}{self.suffix}"
         seen = [look(path) for path in runs_below(folder)]
@@ -39,7 +39,13 @@ class Source:
         if not found:
             raise ResultsError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")
         model = min(found, key=lambda run: len(run.config["model"]["name"])).config["model"]["name"]
-        return [run for run in found if run.config["model"]["name"] == model]
+        kept = [run for run in found if run.config["model"]["name"] == model]
+        if len(names := dict.fromkeys(run.path.parent.name for run in kept)) > 1:
+            raise ResultsError(
+                f"{folder} holds method={method} model={model} in {len(names)} folders ({'; '.join(names)}), but a "
+                "figure shows one configuration: keep one of them and train the others under a name of their own."
+            )
+        return kept
 
     def table(self, experiment: str, method: str, name: str) -> pd.DataFrame:
         """A table of the first of these runs, ``<name>.parquet``."""
