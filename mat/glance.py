@@ -74,6 +74,11 @@ class Glance:
         return "running" if self.quiet < max(PATIENCE, SLOW * seconds / gaps) else "interrupted"
 
     @property
+    def timed(self) -> bool:
+        """Whether the run has the machine to itself, so that its seconds may be shown."""
+        return self.environment.get("exclusive") is True
+
+    @property
     def budget(self) -> float:
         """PFLOPs that the run is to spend."""
         return float(self.config["train"]["pflops"] * self.config["method"]["budget"])

@@ -64,7 +64,7 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
     for column, (axis, label) in enumerate(axes.items(), start=1):
         figure.update_xaxes(title_text=label, rangemode="tozero", tickformat=".4~r", col=column)
         for name, runs in rows.items():
-            seen = [r for r in runs if len(r.evaluations) and (axis != "seconds" or r.environment.get("exclusive"))]
+            seen = [r for r in runs if len(r.evaluations) and (axis != "seconds" or r.timed)]
             if not seen:
                 continue
             grid, mean, spread = band(seen, axis, points=150)
@@ -85,7 +85,7 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
             )  # fmt: skip
     if low < high:
         figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
-    if not any(run.environment.get("exclusive") for runs in rows.values() for run in runs):
+    if not any(run.timed for runs in rows.values() for run in runs):
         figure.add_annotation(text=ALONE, xref="paper", yref="paper", x=0.5, y=0.5, showarrow=False)
     figure.update_yaxes(title_text="validation loss (nats)", col=1)
     return _layout(figure, "Validation loss, mean over seeds ± 1 sd", 460)
@@ -98,7 +98,7 @@ def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:
     names = list(rows)
 
     def mean(key: str, timed: bool = False) -> list[float | None]:
-        kept = [[r for r in runs if not timed or r.environment.get("exclusive")] for runs in rows.values()]
+        kept = [[r for r in runs if not timed or r.timed] for runs in rows.values()]
         values = [[value for r in runs if (value := r.last(key)) is not None] for runs in kept]
         return [float(np.mean(v)) if v else None for v in values]
 

@@ -147,7 +147,7 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
         "best validation loss": [number(run.best) for run in runs],
         "test loss": [number(run.last("loss", "test")) for run in runs],
         "PFLOPs": [number(run.last("pflops")) for run in runs],
-        "seconds": [number(run.last("seconds")) for run in runs],
+        "seconds": [number(run.last("seconds") if run.timed else None) for run in runs],
         "active share": [number(run.last("active_share"), 3) for run in runs],
         "backward mode": [run.config["selection"]["mode"] for run in runs],
     }
@@ -157,7 +157,7 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
         e = run.environment
         text = (f"{e.get('device_name', '–')}, {e.get('threads', '–')} threads, {e.get('precision', '–')}; "
                 f"{', '.join(f'{k} {v}' for k, v in e.get('versions', {}).items())}; commit {str(e.get('commit'))[:12]}"
-                f"{' with changes' if e.get('dirty') else ''}; machine {'its own' if e.get('exclusive') else 'shared'}"
+                f"{' with changes' if e.get('dirty') else ''}; machine {'its own' if run.timed else 'shared'}"
                 f"{', resumed' if e.get('resumed') else ''}")  # fmt: skip
         where.setdefault(text, []).append(str(run.path.relative_to(root)))
     paths = ["; ".join(names) for names in where.values()]

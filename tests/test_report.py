@@ -142,6 +142,13 @@ def test_a_diverged_run_does_not_stop_the_page(root: Path) -> None:
     assert "1 failed" in text_of(report.build(root))
 
 
+def test_seconds_of_a_shared_machine_are_not_shown(root: Path) -> None:
+    rows = (re.findall(r"<td>(.*?)</td>", row) for row in report.build(root).split("</tr>"))
+    seconds = {cells[0]: cells[6] for cells in rows if len(cells) == 9}
+    assert seconds["table1_mini/method=baseline,model=bert_mini/seed=0"] == "40"
+    assert seconds["table1_mini/method=rand,model=bert_mini/seed=0"] == "–"
+
+
 def test_without_runs_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
     assert one_sentence(capsys.readouterr().err.removeprefix("error: ")) and not (tmp_path / "x.html").exists()
