@@ -5,6 +5,7 @@ apart is also told by dashes or by position.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mat.glance import Glance
-from results.curves import LINES, OTHER_MODEL, band
+from results.curves import LINES, OTHER_MODEL, Array, band
+from results.frame import ResultsError
 
 COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
 LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
@@ -55,40 +57,68 @@ def _fade(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.16)"
 
 
+class Line(NamedTuple):
+    """A line of a learning curve: the mean over n runs of a row, or one run by itself (n = 0)."""
+
+    x: Array
+    y: Array
+    spread: Array
+    who: str
+    n: int
+
+
+def _lines(row: str, runs: Sequence[Glance], axis: str) -> list[Line]:
+    """A row's complete runs as their mean, the others each by itself: with them the mean would end at the youngest."""
+    seen = [run for run in runs if len(run.evaluations) and (axis != "seconds" or run.timed)]
+    whole, lines = [run for run in seen if run.status == "complete"], []
+    if whole:
+        try:
+            lines.append(Line(*band(whole, axis, points=150), row, len(whole)))
+        except ResultsError:  # they have no range in common
+            whole = []
+    for run in (run for run in seen if run not in whole):
+        x, y = (run.evaluations[key].to_numpy(float) for key in (axis, "loss"))
+        lines.append(Line(x, y, np.zeros_like(y), f"{row}, seed {run.config['seed']}, {run.status}", 0))
+    return lines
+
+
 def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
-    """Validation loss against PFLOPs, seconds and steps: mean over seeds, band of one sample standard deviation."""
+    """Validation loss against PFLOPs, seconds and steps: means over complete runs with bands, other runs thin."""
     axes = {"pflops": "PFLOPs executed", "seconds": "seconds (training, selections, estimator)", "step": "steps"}
     titles = ("against compute", "against time (runs alone on their machine)", "against steps")
     figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
-    low, high = np.inf, -np.inf
+    looks, spans = styles(rows, base), []
     for column, (axis, label) in enumerate(axes.items(), start=1):
         figure.update_xaxes(title_text=label, rangemode="tozero", tickformat=".4~r", col=column)
-        for name, runs in rows.items():
-            seen = [r for r in runs if len(r.evaluations) and (axis != "seconds" or r.timed)]
-            if not seen:
-                continue
-            grid, mean, spread = band(seen, axis, points=150)
-            colour, dash = styles(rows, base)[name]
-            later = grid >= grid[-1] / 10  # the fall from initialisation would flatten the rest
-            low, high = min(low, (mean - spread).min()), max(high, (mean + spread)[later].max())
-            edge = {"x": [*grid, *grid[::-1]], "y": [*(mean + spread), *(mean - spread)[::-1]]}
-            common = {"legendgroup": name, "name": f"{name} (n = {len(seen)})"}
-            figure.add_scatter(
-                **edge, **common, fill="toself", fillcolor=_fade(colour), line={"width": 0}, mode="lines",
-                showlegend=False, hoverinfo="skip", row=1, col=column,
-            )  # fmt: skip
-            figure.add_scatter(
-                x=grid, y=mean, customdata=spread, **common, mode="lines" if grid[0] < grid[-1] else "markers",
-                line={"color": colour, "dash": dash},
-                showlegend=axis == "pflops", row=1, col=column,
-                hovertemplate=f"%{{y:.4f}} ± %{{customdata:.4f}} nats at %{{x:.5g}}<extra>{name}</extra>",
-            )  # fmt: skip
+        for row, runs in rows.items():
+            colour, dash = looks[row]
+            common = {"legendgroup": row, "showlegend": False, "row": 1, "col": column}
+            for x, y, spread, who, n in _lines(row, runs, axis):
+                later = x >= x[-1] / 10  # the fall from initialisation would flatten the rest
+                spans.append((n > 0, (y - spread).min(), (y + spread)[later].max()))
+                figure.add_scatter(
+                    x=[*x, *x[::-1]], y=[*(y + spread), *(y - spread)[::-1]], fill="toself", fillcolor=_fade(colour),
+                    line={"width": 0}, mode="lines", hoverinfo="skip", **common,
+                )  # fmt: skip
+                figure.add_scatter(
+                    x=x, y=y, customdata=spread, mode="lines" if x[0] < x[-1] else "markers", **common,
+                    line={"color": colour, "dash": dash, "width": 2 if n else 0.8},
+                    hovertemplate=f"%{{y:.4f}} ± %{{customdata:.4f}} nats at %{{x:.5g}}<extra>{who}</extra>",
+                )  # fmt: skip
+    for row, runs in rows.items():
+        colour, dash = looks[row]
+        count = sum(run.status == "complete" for run in runs)
+        figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": colour, "dash": dash}, legendgroup=row,
+                           name=f"{row} (n = {count})", row=1, col=1)  # fmt: skip
+    # The view is that of the means where there are some: a run that has only begun is still near initialisation.
+    shown = [span for span in spans if span[0]] or spans
+    low, high = min((span[1] for span in shown), default=0), max((span[2] for span in shown), default=0)
     if low < high:
         figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
     if not any(run.timed for runs in rows.values() for run in runs):
         figure.add_annotation(text=ALONE, xref="paper", yref="paper", x=0.5, y=0.5, showarrow=False)
     figure.update_yaxes(title_text="validation loss (nats)", col=1)
-    return _layout(figure, "Validation loss, mean over seeds ± 1 sd", 460)
+    return _layout(figure, "Validation loss, mean over complete runs ± 1 sd; unfinished runs thin", 460)
 
 
 def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from mat.errors import UserError
 from mat.glance import Glance
-from results.frame import Key, Run
+from results.frame import Key, ResultsError, Run
 from results.measures import LOSS, Score
 from results.specs import SPECS, Row, TableSpec
 
@@ -54,9 +54,20 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
     Returns:
         Grid, mean and sample standard deviation (0 for one run), each of shape (points,). The grid goes from the
         latest first to the earliest last evaluation, so that no run is extrapolated.
+
+    Raises:
+        ResultsError: If there is no such range: one run's evaluations end before another's begin.
     """
     curves = [np.stack([run.evaluations[axis].astype(float), score.shown * score.values(run)], 1) for run in runs]
-    grid = np.linspace(max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves), points)
+    begins, ends = [float(curve[0, 0]) for curve in curves], [float(curve[-1, 0]) for curve in curves]
+    start, end = max(begins), min(ends)
+    if start > end:
+        early, late = runs[ends.index(end)].path, runs[begins.index(start)].path
+        raise ResultsError(
+            f"{early} is last evaluated at {axis}={end:.4g}, before {late} is first at {start:.4g}, so that there is no "
+            "mean of them: train one again."
+        )
+    grid = np.linspace(start, end, points)
     values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
     spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
     return grid, values.mean(axis=0), spread

@@ -119,6 +119,26 @@ def test_every_chart_has_title_and_axis_labels(root: Path) -> None:
         assert all(axis.title.text for axis in axes)
 
 
+def test_means_are_over_complete_runs_and_others_are_thin(tmp_path: Path) -> None:
+    runs = [look(write_run(tmp_path, "mat", seed, [9, 8, 4 + 2 * seed], speed=1)) for seed in (0, 1)]
+    young = write_run(tmp_path, "mat", 2, [90, 80], speed=0.1)
+    (young / "summary.json").unlink()
+    figure = charts.curves({"mat, bert_mini": [*runs, look(young)]}, "bert_mini")
+    steps = [trace for trace in figure.data if trace.xaxis == "x3" and trace.hoverinfo != "skip"]
+    mean, alone = steps
+    assert mean.x[0] == 1 and mean.x[-1] == 3 and mean.y[-1] == 5 and mean.line.width > alone.line.width
+    assert list(alone.x) == [1, 2] and list(alone.y) == [90, 80] and "seed 2, running" in alone.hovertemplate
+    assert figure.layout.yaxis.range[1] < 10  # of the means
+    assert [trace.name for trace in figure.data if trace.showlegend is None] == ["mat, bert_mini (n = 2)"]
+
+
+def test_complete_runs_without_a_common_range_are_each_alone(tmp_path: Path) -> None:
+    runs = [look(write_run(tmp_path, "mat", seed, [9, 8], speed=10.0**seed)) for seed in (0, 1)]
+    figure = charts.curves({"mat, bert_mini": runs}, "bert_mini")
+    lines = [trace for trace in figure.data if trace.xaxis == "x" and trace.hovertemplate]
+    assert [list(line.x) for line in lines] == [[1, 2], [10, 20]]
+
+
 def test_heat_map_shows_state_and_eigenvalue(root: Path) -> None:
     run = next(run for run in map(look, report.runs_below(root)) if run.units is not None)
     (heat,) = charts.active_set(run).data
@@ -187,7 +207,7 @@ def test_in_a_browser(root: Path, tmp_path: Path, browser: str) -> None:
     assert console == []
     drawn = re.findall(r'class="[^"]*js-plotly-plot', done.stdout)
     assert 'data-ready="' in done.stdout and len(drawn) == 6  # curves, ledger, and two charts of each chosen run
-    for title in ("Validation loss, mean over seeds", "FLOPs ledger", "Active set", "Top eigenvalues"):
+    for title in ("Validation loss, mean over complete runs", "FLOPs ledger", "Active set", "Top eigenvalues"):
         assert re.search(rf'class="gtitle"[^>]*>{title}', done.stdout), title
     assert "<title>chosen method=mat,model=bert_mini/seed=1" in done.stdout
 

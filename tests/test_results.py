@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from mat.glance import look
 from results import curves, tables
 from results.frame import ResultsError, group, read_runs
 from results.measures import ACCURACY, LOSS, Mark, Until, against, of_run, summarise
@@ -557,6 +558,13 @@ def test_band_covers_what_all_seeds_cover(root: Path) -> None:
     assert grid.tolist() == [1, 2, 3, 4] and mean.tolist() == [9, 8, 5, 3] and spread.tolist() == [0, 0, 0, 1]
     grid, mean, spread = curves.band(rows[BASELINE][:1], "seconds", LOSS, points=3)
     assert grid.tolist() == [10, 25, 40] and mean.tolist() == [9, 6.5, 2] and not spread.any()
+
+
+def test_band_of_runs_that_share_no_range_is_refused(tmp_path: Path) -> None:
+    early, late = (look(write_run(tmp_path, "mat", seed, [9, 8], speed=speed)) for seed, speed in ((0, 1), (1, 5)))
+    with pytest.raises(ResultsError, match=r"seed=0 is last evaluated at pflops=2, before .*seed=1 is first at 5"):
+        curves.band([late, early], "pflops")
+    assert curves.band([late, early], "step", points=2)[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
