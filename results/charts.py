@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mat.glance import Glance
-from results.curves import LINES, OTHER_MODEL, Array, band
+from results.curves import LINES, OTHER_MODEL, Array, band, count
 from results.frame import ResultsError
 
 COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
@@ -73,7 +73,7 @@ def _lines(row: str, runs: Sequence[Glance], axis: str) -> list[Line]:
     whole, lines = [run for run in seen if run.status == "complete"], []
     if whole:
         try:
-            lines.append(Line(*band(whole, axis, points=150), row, len(whole)))
+            lines.append(Line(*band(whole, axis, points=150), f"{row}, n = {len(whole)}", len(whole)))
         except ResultsError:  # they have no range in common
             whole = []
     for run in (run for run in seen if run not in whole):
@@ -85,7 +85,8 @@ def _lines(row: str, runs: Sequence[Glance], axis: str) -> list[Line]:
 def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
     """Validation loss against PFLOPs, seconds and steps: means over complete runs with bands, other runs thin."""
     axes = {"pflops": "PFLOPs executed", "seconds": "seconds (training, selections, estimator)", "step": "steps"}
-    titles = ("against compute", "against time (runs alone on their machine)", "against steps")
+    timed = count([run for run in runs if run.status == "complete" and run.timed] for runs in rows.values())
+    titles = ("against compute", f"against time (runs alone on their machine, {timed})", "against steps")
     figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     looks, spans = styles(rows, base), []
     for column, (axis, label) in enumerate(axes.items(), start=1):
@@ -96,20 +97,22 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
             for x, y, spread, who, n in _lines(row, runs, axis):
                 later = x >= x[-1] / 10  # the fall from initialisation would flatten the rest
                 spans.append((n > 0, (y - spread).min(), (y + spread)[later].max()))
-                figure.add_scatter(
-                    x=[*x, *x[::-1]], y=[*(y + spread), *(y - spread)[::-1]], fill="toself", fillcolor=_fade(colour),
-                    line={"width": 0}, mode="lines", hoverinfo="skip", **common,
-                )  # fmt: skip
+                if n > 1:
+                    figure.add_scatter(
+                        x=[*x, *x[::-1]], y=[*(y + spread), *(y - spread)[::-1]], fill="toself",
+                        fillcolor=_fade(colour), line={"width": 0}, mode="lines", hoverinfo="skip", **common,
+                    )  # fmt: skip
+                about = "%{y:.4f}" + (" ± %{customdata:.4f}" if n > 1 else "")
                 figure.add_scatter(
                     x=x, y=y, customdata=spread, mode="lines" if x[0] < x[-1] else "markers", **common,
                     line={"color": colour, "dash": dash, "width": 2 if n else 0.8},
-                    hovertemplate=f"%{{y:.4f}} ± %{{customdata:.4f}} nats at %{{x:.5g}}<extra>{who}</extra>",
+                    hovertemplate=f"{about} nats at %{{x:.5g}}<extra>{who}</extra>",
                 )  # fmt: skip
     for row, runs in rows.items():
         colour, dash = looks[row]
-        count = sum(run.status == "complete" for run in runs)
+        whole = sum(run.status == "complete" for run in runs)
         figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": colour, "dash": dash}, legendgroup=row,
-                           name=f"{row} (n = {count})", row=1, col=1)  # fmt: skip
+                           name=f"{row} (n = {whole})", row=1, col=1)  # fmt: skip
     # The view is that of the means where there are some: a run that has only begun is still near initialisation.
     shown = [span for span in spans if span[0]] or spans
     low, high = min((span[1] for span in shown), default=0), max((span[2] for span in shown), default=0)

@@ -8,7 +8,7 @@ sample standard deviation to either side, both interpolated on a grid that all s
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,20 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
     if start > end:
         early, late = runs[ends.index(end)].path, runs[begins.index(start)].path
         raise ResultsError(
-            f"{early} is last evaluated at {axis}={end:.4g}, before {late} is first at {start:.4g}, so that there is no "
+            f"{early} is last evaluated at {axis}={end:.4g}, before {late} is first at {start:.4g}, so there is no "
             "mean of them: train one again."
         )
     grid = np.linspace(start, end, points)
     values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
     spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
     return grid, values.mean(axis=0), spread
+
+
+def count(rows: Iterable[Sequence[object]]) -> str:
+    """How many runs are behind the lines of a panel: "n = 3", or "n = 0 to 3" where rows differ."""
+    sizes = [len(runs) for runs in rows]
+    low, high = min(sizes), max(sizes)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 def line_of(spec: TableSpec, row: Row) -> tuple[str, str]:
@@ -132,7 +139,7 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
             xlabel="PFLOPs executed",
             ylabel=f"validation {spec.score.name} ({spec.score.unit})",
         )
-        right.set(title="Against time, of runs that had the machine to themselves",
+        right.set(title=f"Against time, of runs alone on their machine ({count(timed.values())})",
                   xlabel="seconds of training, selection and estimator")  # fmt: skip
         figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6)

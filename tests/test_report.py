@@ -132,6 +132,14 @@ def test_means_are_over_complete_runs_and_others_are_thin(tmp_path: Path) -> Non
     assert [trace.name for trace in figure.data if trace.showlegend is None] == ["mat, bert_mini (n = 2)"]
 
 
+def test_the_seconds_have_an_n_of_their_own(tmp_path: Path) -> None:
+    runs = [look(write_run(tmp_path, "mat", seed, [9, 8], exclusive=seed == 0)) for seed in (0, 1)]
+    figure = charts.curves({"mat, bert_mini": runs}, "bert_mini")
+    assert figure.layout.annotations[1].text == "against time (runs alone on their machine, n = 1)"
+    hover = {trace.xaxis: trace.hovertemplate for trace in figure.data if trace.hovertemplate}
+    assert "±" in hover["x"] and "n = 2" in hover["x"] and "±" not in hover["x2"] and "n = 1" in hover["x2"]
+
+
 def test_complete_runs_without_a_common_range_are_each_alone(tmp_path: Path) -> None:
     runs = [look(write_run(tmp_path, "mat", seed, [9, 8], speed=10.0**seed)) for seed in (0, 1)]
     figure = charts.curves({"mat, bert_mini": runs}, "bert_mini")

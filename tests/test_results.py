@@ -585,6 +585,13 @@ def test_curves_without_a_timed_run(mini: Path) -> None:
     assert "no run had the machine to itself" in (mini.parent / "out" / "table1_mini_curves.svg").read_text()
 
 
+def test_curves_name_how_many_runs_were_timed(mini: Path) -> None:
+    assert curves.main(arguments(mini)) == 0
+    svg = (mini.parent / "out" / "table1_mini_curves.svg").read_text()
+    assert "of runs alone on their machine (n = 0 to 3)" in svg  # none of multirate
+    assert curves.count([[1], [2]]) == "n = 1"
+
+
 def test_curves_are_drawn_the_same_twice(mini: Path) -> None:
     assert curves.main(arguments(mini)) == 0
     png, svg = (mini.parent / "out" / f"table1_mini_curves.{suffix}" for suffix in ("png", "svg"))
