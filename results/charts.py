@@ -125,31 +125,31 @@ def curves(rows: Mapping[str, Sequence[Glance]], base: str) -> go.Figure:
 
 
 def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:
-    """PFLOPs needed and executed (by column) and seconds, side by side; means over the runs so far."""
+    """PFLOPs needed and executed (by column) and seconds, side by side; means over complete runs."""
     titles = ("PFLOPs needed by formula", "PFLOPs executed", "seconds (runs alone on their machine)")
     figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     names = list(rows)
 
-    def mean(key: str, timed: bool = False) -> list[float | None]:
-        kept = [[r for r in runs if not timed or r.timed] for runs in rows.values()]
-        values = [[value for r in runs if (value := r.last(key)) is not None] for runs in kept]
-        return [float(np.mean(v)) if v else None for v in values]
-
-    def bar(values: list[float | None], name: str, colour: str, column: int, unit: str) -> None:
+    def bar(key: str, name: str, colour: str, column: int, unit: str) -> None:
+        whole = ([r for r in runs if r.status == "complete" and (unit != "s" or r.timed)] for runs in rows.values())
+        values = [[float(r.last(key)) for r in runs if r.last(key) is not None] for runs in whole]
         figure.add_bar(
-            y=names, x=values, name=name, orientation="h", marker={"color": colour}, row=1, col=column,
-            hovertemplate=f"%{{x:.4g}} {unit}<extra>{name}</extra>",
+            y=names, x=[np.mean(v) if v else None for v in values], customdata=[len(v) for v in values], name=name,
+            orientation="h", marker={"color": colour}, row=1, col=column,
+            hovertemplate=f"%{{x:.4g}} {unit}, n = %{{customdata}}<extra>{name}</extra>",
         )  # fmt: skip
 
-    bar(mean("pflops_needed"), "needed", "#009E73", 1, "PFLOPs")
+    bar("pflops_needed", "needed", "#009E73", 1, "PFLOPs")
     for key, colour in COLUMNS.items():
-        bar(mean(f"pflops_{key}"), key.replace("_", " "), colour, 2, "PFLOPs")
-    bar(mean("seconds", timed=True), "seconds", "#8A8A8A", 3, "s")
+        bar(f"pflops_{key}", key.replace("_", " "), colour, 2, "PFLOPs")
+    bar("seconds", "seconds", "#8A8A8A", 3, "s")
     for column, label in enumerate(("PFLOPs", "PFLOPs", "seconds"), start=1):
         figure.update_xaxes(title_text=label, tickformat=".4~r", nticks=6, col=column)
     figure.update_yaxes(title_text="method, model", autorange="reversed", col=1)
     figure.update_layout(barmode="stack")
-    return _layout(figure, "FLOPs ledger: needed, executed, and seconds; mean over runs", 230 + 36 * len(names))
+    return _layout(
+        figure, "FLOPs ledger: needed, executed, and seconds; means over complete runs", 230 + 36 * len(names)
+    )
 
 
 def _folded(units: pd.DataFrame) -> tuple[pd.DataFrame, bool]:

@@ -147,6 +147,14 @@ def test_complete_runs_without_a_common_range_are_each_alone(tmp_path: Path) -> 
     assert [list(line.x) for line in lines] == [[1, 2], [10, 20]]
 
 
+def test_ledger_is_of_complete_runs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "mat", seed, [9, 8, 7, 6, 5][: 2 + seed], exclusive=seed != 2) for seed in range(4)]
+    (runs[3] / "summary.json").unlink()
+    bars = charts.ledger({"mat, bert_mini": [look(path) for path in runs]}).data
+    (seconds,) = (bar for bar in bars if bar.name == "seconds")
+    assert list(seconds.x) == [25] and list(seconds.customdata) == [2]  # of 20 and 30; 40 shared, 50 still runs
+
+
 def test_heat_map_shows_state_and_eigenvalue(root: Path) -> None:
     run = next(run for run in map(look, report.runs_below(root)) if run.units is not None)
     (heat,) = charts.active_set(run).data
