@@ -166,6 +166,12 @@ def _folded(units: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
     return rows.assign(name=[f"{kind} {layer}" for kind, layer in zip(rows["kind"], rows["layer"], strict=True)]), True
 
 
+def _score_name(run: Glance, layers: bool) -> str:
+    """What a run's units are ranked by, for hovers."""
+    assert run.units is not None
+    return ("median " if layers else "") + ("gradient norm" if "gradnorm" in run.units else "lambda_max")
+
+
 def active_set(run: Glance) -> go.Figure:
     """Heat-map of the active set, units by time, with the eigenvalue on hover."""
     assert run.units is not None
@@ -187,8 +193,8 @@ def active_set(run: Glance) -> go.Figure:
     figure = go.Figure(go.Heatmap(
         z=matrix(state), x=times["t"], y=names, zmin=0 if layers else -1, zmax=1, colorscale=scale, colorbar=bar,
         xgap=1, ygap=1, customdata=np.stack(hover, axis=-1), hovertemplate="%{y}, t = %{x}, step %{customdata[2]}, "
-        "%{customdata[3]:.4g} PFLOPs<br>lambda_max %{customdata[0]:.4g}<br>threshold %{customdata[1]:.4g}"
-        "<extra></extra>",
+        "%{customdata[3]:.4g} PFLOPs<br>" + _score_name(run, layers) + " %{customdata[0]:.4g}<br>threshold "
+        "%{customdata[1]:.4g}<extra></extra>",
     ))  # fmt: skip
     figure.update_xaxes(title_text=f"selection t (one per {run.config['selection']['interval']:.3g} of the PFLOPs)")
     figure.update_yaxes(title_text="layer" if layers else "unit (kind layer.unit)", autorange="reversed", dtick=1,
@@ -210,7 +216,7 @@ def eigenvalues(run: Glance) -> go.Figure:
         key = f"{first['kind']} {first['layer']}"
         figure.add_scatter(
             x=one["pflops"], y=one["score"], mode="lines", line=line, opacity=0.75, legendgroup=key, name=key,
-            showlegend=not any(t.name == key for t in figure.data), hovertemplate=f"{name}: %{{y:.4g}}<extra></extra>",
+            showlegend=not any(t.name == key for t in figure.data), hovertemplate=f"{name}: {_score_name(run, layers)} %{{y:.4g}}<extra></extra>",
         )  # fmt: skip
     for kind in kinds:
         level = rows[rows["kind"] == kind].drop_duplicates("t")

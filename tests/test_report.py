@@ -163,6 +163,17 @@ def test_heat_map_shows_state_and_eigenvalue(root: Path) -> None:
     assert heat.customdata[:3, 0, 0].tolist() == [1, 10, 100] and heat.customdata[0, :, 2].tolist() == [0, 10, 20]
 
 
+@pytest.mark.parametrize(("score", "name"), [("lambda_max", "lambda_max"), ("gradnorm", "gradient norm")])
+def test_hovers_name_what_they_show(score: str, name: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path, "gradnorm", 0, [9, 8], selection__interval=0.04)
+    for units, said in ((3, name), (charts.MANY, f"median {name}")):
+        add_units(path, units=units)
+        pd.read_parquet(path / "units.parquet").rename(columns={"lambda_max": score}).to_parquet(path / "units.parquet")
+        run = look(path)
+        (heat,), (course, *_) = charts.active_set(run).data, charts.eigenvalues(run).data
+        assert f"<br>{said} %{{customdata[0]" in heat.hovertemplate and f": {said} %{{y" in course.hovertemplate
+
+
 def test_many_units_are_shown_by_layer(root: Path) -> None:
     path = next(run.path for run in map(look, report.runs_below(root)) if run.units is not None)
     add_units(path, layers=2, units=charts.MANY)
