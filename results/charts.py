@@ -5,7 +5,7 @@ apart is also told by dashes or by position.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A
 DASHES = ("solid", "dot", "dash", "dashdot")
 FROZEN, ACTIVE, STOPPED = "#E3E3E3", "#0072B2", "#E69F00"
 ALONE = "no run had the machine to itself"
-MANY = 200  # units beyond which a chart shows layers instead
+MANY = 400  # units beyond which a chart shows layers instead; BERT's 288 are shown
 
 
 def row_name(run: Glance) -> str:
@@ -156,7 +156,7 @@ def _folded(units: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
     """Rows to show, and whether they are layers: of many units a layer's share and median eigenvalue."""
     score = "lambda_max" if "lambda_max" in units else "gradnorm"
     units = units.rename(columns={score: "score"})
-    if len(units[units["t"] == 0]) <= MANY:
+    if len(units[["kind", "layer", "unit"]].drop_duplicates()) <= MANY:
         where = zip(units["kind"], units["layer"], units["unit"], strict=True)
         return units.assign(name=[f"{kind} {layer}.{unit}" for kind, layer, unit in where]), False
     keys = ["t", "step", "pflops", "kind", "layer"]
@@ -173,18 +173,25 @@ def _score_name(run: Glance, layers: bool) -> str:
 
 
 def active_set(run: Glance) -> go.Figure:
-    """Heat-map of the active set, units by time, with the eigenvalue on hover."""
+    """Heat-map of the active set, units by time, with state and eigenvalue on hover."""
     assert run.units is not None
     rows, layers = _folded(run.units)
     names, times = list(dict.fromkeys(rows["name"])), rows.drop_duplicates("t")
 
-    def matrix(values: pd.Series) -> pd.DataFrame:
-        wide = pd.DataFrame({"name": rows["name"], "t": rows["t"], "value": values.astype(float)})
+    def matrix(values: "pd.Series[Any]") -> pd.DataFrame:
+        wide = pd.DataFrame({"name": rows["name"], "t": rows["t"], "value": values})
         return wide.pivot(index="name", columns="t", values="value").loc[names]
 
-    state = rows["active"].astype(float) if layers else rows["active"].astype(float).where(~rows["stopped"], -1.0)
-    hover = [matrix(rows[column]) for column in ("score", "threshold")]
+    active, stopped = rows["active"].astype(float), rows["stopped"].astype(float)
+    if layers:
+        state, text = active, active.map("active {:.0%}, ".format) + stopped.map("stopped {:.0%}".format)
+    else:
+        state = active.where(stopped == 0, -1.0)
+        text = state.map({-1.0: "stopped", 0.0: "frozen", 1.0: "active"})
+    hover = [matrix(rows[column].astype(float)) for column in ("score", "threshold")]
     hover += [pd.DataFrame(np.tile(times[c], (len(names), 1))) for c in ("step", "pflops")]
+    height = 13 if len(names) <= 100 else 5  # of a row, in pixels; thin ones are labelled by the first of a layer
+    labelled = names if height > 8 else rows.drop_duplicates(["kind", "layer"])["name"]
     scale = [[0, FROZEN], [1, ACTIVE]]
     bar: dict[str, object] = {"title": {"text": "active share"}}
     if not layers:
@@ -192,14 +199,14 @@ def active_set(run: Glance) -> go.Figure:
         bar = {"tickvals": [-2 / 3, 0, 2 / 3], "ticktext": ["stopped", "frozen", "active"]}
     figure = go.Figure(go.Heatmap(
         z=matrix(state), x=times["t"], y=names, zmin=0 if layers else -1, zmax=1, colorscale=scale, colorbar=bar,
-        xgap=1, ygap=1, customdata=np.stack(hover, axis=-1), hovertemplate="%{y}, t = %{x}, step %{customdata[2]}, "
-        "%{customdata[3]:.4g} PFLOPs<br>" + _score_name(run, layers) + " %{customdata[0]:.4g}<br>threshold "
-        "%{customdata[1]:.4g}<extra></extra>",
+        xgap=1, ygap=1 if height > 8 else 0, customdata=np.stack(hover, axis=-1), text=matrix(text),
+        hovertemplate="%{y}: %{text}, t = %{x}, step %{customdata[2]}, %{customdata[3]:.4g} PFLOPs<br>"
+        f"{_score_name(run, layers)} %{{customdata[0]:.4g}}<br>threshold %{{customdata[1]:.4g}}<extra></extra>",
     ))  # fmt: skip
     figure.update_xaxes(title_text=f"selection t (one per {run.config['selection']['interval']:.3g} of the PFLOPs)")
-    figure.update_yaxes(title_text="layer" if layers else "unit (kind layer.unit)", autorange="reversed", dtick=1,
-                        tickfont={"size": 9}, showgrid=False)  # fmt: skip
-    return _layout(figure, "Active set" + (", share by layer" if layers else ""), 200 + 13 * len(names))
+    figure.update_yaxes(title_text="layer" if layers else "unit (kind layer.unit)", autorange="reversed",
+                        tickvals=labelled, tickfont={"size": 9}, showgrid=False)  # fmt: skip
+    return _layout(figure, "Active set" + (", share by layer" if layers else ""), 200 + height * len(names))
 
 
 def eigenvalues(run: Glance) -> go.Figure:
@@ -216,7 +223,8 @@ def eigenvalues(run: Glance) -> go.Figure:
         key = f"{first['kind']} {first['layer']}"
         figure.add_scatter(
             x=one["pflops"], y=one["score"], mode="lines", line=line, opacity=0.75, legendgroup=key, name=key,
-            showlegend=not any(t.name == key for t in figure.data), hovertemplate=f"{name}: {_score_name(run, layers)} %{{y:.4g}}<extra></extra>",
+            showlegend=not any(t.name == key for t in figure.data),
+            hovertemplate=f"{name}: {_score_name(run, layers)} %{{y:.4g}}<extra></extra>",
         )  # fmt: skip
     for kind in kinds:
         level = rows[rows["kind"] == kind].drop_duplicates("t")

@@ -23,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 def add_units(path: Path, layers: int = 2, units: int = 3) -> None:
     """Three selections; unit 0 trains, unit 1 is frozen from t = 1 on, unit 2 has stopped at t = 2."""
     rows = [{"t": t, "step": 10 * t, "pflops": float(t + 1), "kind": "heads", "layer": layer, "unit": unit,
-             "lambda_max": 10.0 ** unit, "delta": 1.0, "threshold": 50.0, "active": t == 0 or unit == 0,
+             "lambda_max": 10.0 ** min(unit, 99), "delta": 1.0, "threshold": 50.0, "active": t == 0 or unit == 0,
              "stopped": t == 2 and unit == 2}
             for t in range(3) for layer in range(layers) for unit in range(units)]  # fmt: skip
     pd.DataFrame(rows).to_parquet(path / "units.parquet")
@@ -160,6 +160,7 @@ def test_heat_map_shows_state_and_eigenvalue(root: Path) -> None:
     (heat,) = charts.active_set(run).data
     assert heat.y[:3] == ("heads 0.0", "heads 0.1", "heads 0.2") and list(heat.x) == [0, 1, 2]
     assert heat.z[:3].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, -1]]
+    assert heat.text[:3, 2].tolist() == ["active", "frozen", "stopped"] and "%{text}" in heat.hovertemplate
     assert heat.customdata[:3, 0, 0].tolist() == [1, 10, 100] and heat.customdata[0, :, 2].tolist() == [0, 10, 20]
 
 
@@ -174,10 +175,19 @@ def test_hovers_name_what_they_show(score: str, name: str, tmp_path: Path) -> No
         assert f"<br>{said} %{{customdata[0]" in heat.hovertemplate and f": {said} %{{y" in course.hovertemplate
 
 
+def test_the_units_of_a_whole_bert_are_rows(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "mat", 0, [9, 8], selection__interval=0.04)
+    add_units(path, layers=12, units=24)
+    figure = charts.active_set(look(path))
+    assert len(figure.data[0].y) == 288 and figure.layout.height < 2000
+    assert list(figure.layout.yaxis.tickvals) == [f"heads {layer}.0" for layer in range(12)]
+
+
 def test_many_units_are_shown_by_layer(root: Path) -> None:
     path = next(run.path for run in map(look, report.runs_below(root)) if run.units is not None)
     add_units(path, layers=2, units=charts.MANY)
     (heat,) = charts.active_set(look(path)).data
+    assert heat.text[0].tolist() == ["active 100%, stopped 0%", "active 0%, stopped 0%", "active 0%, stopped 0%"]
     assert heat.y == ("heads 0", "heads 1") and heat.z[0].tolist() == [1, 1 / charts.MANY, 1 / charts.MANY]
 
 
