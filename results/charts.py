@@ -13,11 +13,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mat.glance import Glance
-from results.curves import LINES, OTHER_MODEL, Array, band, count
+from results.curves import LINES, OTHER_MODEL, Array, band, count, layer_colours
 from results.frame import ResultsError
 
 COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
-LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
 DASHES = ("solid", "dot", "dash", "dashdot")
 FROZEN, ACTIVE, STOPPED = "#E3E3E3", "#0072B2", "#E69F00"
 ALONE = "no run had the machine to itself"
@@ -215,11 +214,11 @@ def eigenvalues(run: Glance) -> go.Figure:
     rows, layers = _folded(run.units)
     gradnorm = "gradnorm" in run.units
     figure = go.Figure()
-    kinds = list(dict.fromkeys(rows["kind"]))
+    kinds, colours = list(dict.fromkeys(rows["kind"])), layer_colours(rows["layer"])
     for name, one in rows.groupby("name", sort=False):
         first = one.iloc[0]
         dash = DASHES[kinds.index(first["kind"]) % len(DASHES)]
-        line = {"color": LAYERS[int(first["layer"]) % len(LAYERS)], "dash": dash, "width": 1.2}
+        line = {"color": colours[first["layer"]], "dash": dash, "width": 1.2}
         key = f"{first['kind']} {first['layer']}"
         figure.add_scatter(
             x=one["pflops"], y=one["score"], mode="lines", line=line, opacity=0.75, legendgroup=key, name=key,

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mat.errors import UserError
@@ -35,6 +36,7 @@ LINES = {
     "mat": ("#D55E00", "-"), "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
 }  # fmt: skip
 OTHER_MODEL = "#8A8A8A"
+LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
@@ -71,6 +73,15 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
     values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
     spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
     return grid, values.mean(axis=0), spread
+
+
+def layer_colours(layers: Iterable[int]) -> dict[int, str]:
+    """A colour for every layer. Depth is ordered: more layers than can be told apart run through viridis."""
+    known = sorted({int(layer) for layer in layers})
+    if len(known) <= len(LAYERS):
+        return dict(zip(known, LAYERS, strict=False))
+    steps = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(known)))  # its end is too bright on white
+    return dict(zip(known, map(to_hex, steps), strict=True))
 
 
 def count(rows: Iterable[Sequence[object]]) -> str:

@@ -8,7 +8,7 @@ with one sentence; the others are still made.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,10 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
-from results.curves import LINES, STYLE, band
+from results.curves import LINES, STYLE, band, layer_colours
 from results.observed import Source, border, gap_opens, losses, rank_correlation
 
-LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A", "#000000")
 STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
 KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
 ALONG = "PFLOPs executed"
@@ -34,9 +33,9 @@ ALONG = "PFLOPs executed"
 
 
 def _courses(axes: Axes, rows: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "unit")) -> None:
+    colours = layer_colours(rows["layer"])
     for _, one in rows.groupby(list(by), sort=False):
-        layer = int(one["layer"].iloc[0])
-        axes.plot(one["pflops"], one[value], color=LAYERS[layer % len(LAYERS)], linewidth=1.3, alpha=0.85)
+        axes.plot(one["pflops"], one[value], color=colours[one["layer"].iloc[0]], linewidth=1.3, alpha=0.85)
 
 
 def _tidy(figure: Figure) -> None:
@@ -53,8 +52,8 @@ def _tidy(figure: Figure) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _layer_legend(figure: Figure, layers: Sequence[int]) -> None:
-    handles = [Line2D([], [], color=LAYERS[n % len(LAYERS)], label=f"layer {n}") for n in layers]
+def _layer_legend(figure: Figure, layers: Iterable[int]) -> None:
+    handles = [Line2D([], [], color=colour, label=f"layer {n}") for n, colour in layer_colours(layers).items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=8)
 
 
@@ -74,7 +73,7 @@ def figure1(source: Source) -> tuple[Figure, str]:
     right.set(title="Jointly (dark: early, bright: late)", xlabel="effective rank", ylabel="lambda_max", xscale="log",
               yscale="log")  # fmt: skip
     figure.suptitle("Figure 1: heads of BERT on WikiText-2", x=0.01, ha="left")
-    _layer_legend(figure, sorted(both["layer"].unique()))
+    _layer_legend(figure, both["layer"])
     end = both[both["t"] == both["t"].max()]
     by_t = both.groupby("t").apply(lambda g: rank_correlation(g["effective_rank"], g["eigenvalue"]))
     rank_end, top_end = end["effective_rank"], end["eigenvalue"]
@@ -129,9 +128,10 @@ def figure3(source: Source) -> tuple[Figure, str]:
     last = layers[layers["t"] == layers["t"].max()]
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    colours = layer_colours(last["layer"])
     for layer, one in last.groupby("layer"):
         left.plot(one["rank"], one["eigenvalue"] / one["eigenvalue"].max(), ".-", markersize=4,
-                  color=LAYERS[int(layer) % len(LAYERS)], linewidth=1)  # fmt: skip
+                  color=colours[layer], linewidth=1)  # fmt: skip
     left.set(title="Spectrum at the last selection", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
              xscale="log", ylim=(1e-4, 1.5))  # fmt: skip
     _courses(middle, top, "eigenvalue", ("layer",))
@@ -139,7 +139,7 @@ def figure3(source: Source) -> tuple[Figure, str]:
     _courses(right, top, "share", ("layer",))
     right.set(title="Share of the trace", xlabel=ALONG, ylabel="lambda_1 / trace", ylim=(0, 1))
     figure.suptitle("Figure 3: layer-wise mNTK of BERT (all parameters of a layer)", x=0.01, ha="left")
-    _layer_legend(figure, sorted(top["layer"].unique()))
+    _layer_legend(figure, top["layer"])
     later = top[top["t"] > 0]
     second = last[last["rank"] <= 2].groupby("layer")["eigenvalue"].agg(lambda v: v.iloc[0] / v.iloc[1])
     end = top[top["t"] == top["t"].max()]
@@ -217,7 +217,7 @@ def figure5(source: Source) -> tuple[Figure, str]:
     middle.set(title="Size of the information space", xlabel=ALONG, ylabel=f"eigenvalues of {network['rank'].max()}")
     right.set(title="Share of the trace it holds", xlabel=ALONG, ylabel="share", ylim=(0, 1))
     figure.suptitle("Figure 5: information and nuisance space (black dashed: all layers)", x=0.01, ha="left")
-    _layer_legend(figure, sorted(found[found["layer"] >= 0]["layer"].unique()))
+    _layer_legend(figure, found[found["layer"] >= 0]["layer"])
     count, share = (frame[frame["layer"] < 0][name] for frame, name in ((found, "count"), (held, "held")))
     return figure, (
         f"information space of all layers: {count.iloc[0]} of {network['rank'].max()} eigenvalues at the start, "

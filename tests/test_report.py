@@ -179,6 +179,7 @@ def test_the_units_of_a_whole_bert_are_rows(tmp_path: Path) -> None:
     path = write_run(tmp_path, "mat", 0, [9, 8], selection__interval=0.04)
     add_units(path, layers=12, units=24)
     figure = charts.active_set(look(path))
+    assert len({course.line.color for course in charts.eigenvalues(look(path)).data}) == 12 + 1  # and the threshold
     assert len(figure.data[0].y) == 288 and figure.layout.height < 2000
     assert list(figure.layout.yaxis.tickvals) == [f"heads {layer}.0" for layer in range(12)]
 

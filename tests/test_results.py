@@ -572,6 +572,13 @@ def test_every_row_has_a_line_of_its_own(spec: TableSpec) -> None:
     assert len({curves.line_of(spec, row) for row in spec.rows}) == len(spec.rows)
 
 
+def test_layers_have_colours_of_their_own_and_many_are_ordered() -> None:
+    assert curves.layer_colours([2, 0, 1]) == dict(enumerate(curves.LAYERS[:3]))
+    many = curves.layer_colours(range(12))
+    bright = [sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) for c in many.values()]
+    assert len(set(many.values())) == 12 and bright == sorted(bright)
+
+
 def test_band_of_accuracies_is_in_percent(root: Path) -> None:
     rows = group(read_runs(root, "t"), [BASELINE], root / "t")
     _, mean, spread = curves.band(rows[BASELINE], "pflops", ACCURACY, points=4)
