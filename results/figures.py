@@ -263,24 +263,29 @@ def equation3(source: Source) -> tuple[Figure, str]:
         keys = ["kind", "layer", "unit"]
         units, kernels = source.table("figure4", method, "units"), source.table("figure4", method, "kernels")
         top = kernels[kernels["scope"] == "unit"].groupby(keys)["eigenvalue"].mean()
-        each = units.groupby(keys).agg(distance=("distance", "last"), active=("active", "mean")).join(top)
-        for kind, some in each.groupby("kind", sort=False):
-            style = {"s": 22, "marker": marker, "color": KINDS.get(str(kind), "#8A8A8A"), "alpha": 0.75}
-            left.scatter(some["eigenvalue"], some["distance"], label=f"{label}, {kind}", **style)
+        of_unit = {"distance": ("distance", "last"), "active": ("active", "mean"), "stopped": ("stopped", "last")}
+        each = units.groupby(keys).agg(**of_unit).join(top)
+        for (kind, stopped), some in each.groupby(["kind", "stopped"], sort=False):
+            colour = KINDS.get(str(kind), "#8A8A8A")
+            style = {"s": 22, "marker": "X" if stopped else marker, "color": colour, "alpha": 0.75}
+            name = f"{label}, {kind}{', stopped' if stopped else ''}"
+            left.scatter(some["eigenvalue"], some["distance"], label=name, **style)
             middle.scatter(some["active"], some["distance"], **style)
         x, validation, train = losses(run)
         mean = units.groupby("pflops")["distance"].mean()
-        right.plot(np.interp(x, mean.index, mean), validation - train, color=LINES[method][0], label=label)
+        known = (x >= mean.index.min()) & (x <= mean.index.max())  # the last selection is before the last evaluation
+        away = np.interp(x[known], mean.index, mean)
+        right.plot(away, (validation - train)[known], color=LINES[method][0], label=label)
         rho = [(kind, rank_correlation(some["eigenvalue"], some["distance"])) for kind, some in each.groupby("kind")]
         low = each["active"] < 0.5
         moved = (f", mean distance {each[low]['distance'].mean():.2f} (frozen most of the time) and "
                  f"{each[~low]['distance'].mean():.2f}") if low.any() else ""  # fmt: skip
         said.append(f"{label}: Spearman of lambda_max and distance " + ", ".join(f"{v:+.2f} ({k!s})" for k, v in rho)
                     + f"{moved}, gap at the end {validation[-1] - train[-1]:.2f} nats")  # fmt: skip
-    away = "distance ||theta - theta_0||"
-    left.set(title="By eigenvalue", xlabel="lambda_max, mean over the run", xscale="log", ylabel=away)
-    middle.set(title="By freezing", xlabel="share of selections active", ylabel=away)
-    right.set(title="Generalisation gap", xlabel=f"{away}, mean", ylabel="validation - training loss (nats)")
+    distance = "distance ||theta - theta_0||"
+    left.set(title="By eigenvalue", xlabel="lambda_max, mean over the run", xscale="log", ylabel=distance)
+    middle.set(title="By freezing", xlabel="share of selections active", ylabel=distance)
+    right.set(title="Generalisation gap", xlabel=f"{distance}, mean", ylabel="validation - training loss (nats)")
     figure.suptitle("Eq. (3): distance from initialisation, in the runs of Figure 4", x=0.01, ha="left")
     return figure, "; ".join(said)
 

@@ -112,6 +112,16 @@ def test_numbers_of_figure_3(root: Path) -> None:
     assert f"lambda_1 holds {share:.2f} of a layer's trace" in figures.figure3(Source(root, "_mini"))[1]
 
 
+def test_eq_3_marks_stopped_units_and_ends_with_the_records(root: Path) -> None:
+    figure, _ = figures.equation3(Source(root, "_mini"))
+    units = pd.read_parquet(next(root.glob("figure4_mini/method=mat*/seed=0/units.parquet")))
+    stopped = units[(units["t"] == 3) & units["stopped"]]
+    points = {c.get_label(): len(c.get_offsets()) for c in figure.axes[0].collections}
+    marked = [n for name, n in points.items() if name.startswith("MAT") and name.endswith("stopped")]
+    assert sum(marked) == len(stopped) > 0 and sum(points.values()) == 20
+    assert [len(line.get_xdata()) for line in figure.axes[2].lines] == [2, 2]  # evaluated at 1 to 4, recorded to 2.7
+
+
 def test_command_line_writes_files_and_names_what_is_missing(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
