@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
 from results.curves import LINES, STYLE, band, layer_colours
-from results.observed import Source, border, gap_opens, losses, rank_correlation
+from results.observed import Source, border, gap_opens, losses, rank_correlation, separability, spectrum
 
 STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
 KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
@@ -36,6 +37,11 @@ def _courses(axes: Axes, rows: pd.DataFrame, value: str, by: Sequence[str] = ("l
     colours = layer_colours(rows["layer"])
     for _, one in rows.groupby(list(by), sort=False):
         axes.plot(one["pflops"], one[value], color=colours[one["layer"].iloc[0]], linewidth=1.3, alpha=0.85)
+
+
+def _spectrum(axes: Axes, eigenvalues: pd.Series, **style: Any) -> None:
+    values = spectrum(eigenvalues.to_numpy(float))
+    axes.plot(np.arange(1, len(values) + 1), values, ".-", markersize=4, linewidth=1, **style)
 
 
 def _tidy(figure: Figure) -> None:
@@ -130,14 +136,13 @@ def figure3(source: Source) -> tuple[Figure, str]:
     left, middle, right = figure.subplots(1, 3)
     colours = layer_colours(last["layer"])
     for layer, one in last.groupby("layer"):
-        left.plot(one["rank"], one["eigenvalue"] / one["eigenvalue"].max(), ".-", markersize=4,
-                  color=colours[layer], linewidth=1)  # fmt: skip
+        _spectrum(left, one["eigenvalue"], color=colours[layer])
     left.set(title="Spectrum at the last selection", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
-             xscale="log", ylim=(1e-4, 1.5))  # fmt: skip
+             xscale="log")  # fmt: skip
     _courses(middle, top, "eigenvalue", ("layer",))
     middle.set(title="Principal eigenvalue", xlabel=ALONG, ylabel="lambda_1 of the layer's mNTK", yscale="log")
     _courses(right, top, "share", ("layer",))
-    right.set(title="Share of the trace", xlabel=ALONG, ylabel="lambda_1 / trace", ylim=(0, 1))
+    right.set(title="Share of the trace", xlabel=ALONG, ylabel="lambda_1 / trace", ylim=(0, None))
     figure.suptitle("Figure 3: layer-wise mNTK of BERT (all parameters of a layer)", x=0.01, ha="left")
     _layer_legend(figure, top["layer"])
     later = top[top["t"] > 0]
@@ -200,13 +205,13 @@ def figure5(source: Source) -> tuple[Figure, str]:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for t, colour in zip((times[0], times[len(times) // 2], times[-1]), ("#8A8A8A", "#56B4E9", "#0072B2"), strict=True):
-        one = network[network["t"] == t]
-        values = one["eigenvalue"].to_numpy(float)
-        left.plot(one["rank"], values / values[0], ".-", markersize=4, linewidth=1, color=colour, label=f"t = {t}")
-        left.axvline(border(values) + 0.5, color=colour, linestyle="--", linewidth=1)
-    left.annotate("information | nuisance", (0.5, 0.03), xycoords="axes fraction", ha="center", fontsize=8.5)
-    left.set(title="All layers (dashed: border)", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
-             ylim=(1e-4, 1.5))  # fmt: skip
+        values = network[network["t"] == t]["eigenvalue"]
+        _spectrum(left, values, color=colour, label=f"t = {t}")
+        last = border(values.to_numpy(float)) + 0.5
+        left.axvline(last, color=colour, linestyle="--", linewidth=1)
+    for text, side in (("information ", "right"), (" nuisance", "left")):
+        left.text(last, 0.03, text, transform=left.get_xaxis_transform(), ha=side, color=colour, fontsize=8.5)
+    left.set(title="All layers (dashed: border)", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log")
     spectra = kernels[kernels["scope"] != "unit"].groupby(["layer", "t", "pflops"])["eigenvalue"]
     found = spectra.apply(lambda v: border(v.to_numpy(float))).rename("count").reset_index()
     held = spectra.apply(lambda v: v.nlargest(border(v.to_numpy(float))).sum() / v.sum()).rename("held").reset_index()
@@ -215,13 +220,17 @@ def figure5(source: Source) -> tuple[Figure, str]:
         whole = frame[frame["layer"] < 0]
         axes.plot(whole["pflops"], whole[value], color="black", linewidth=2, linestyle="--")
     middle.set(title="Size of the information space", xlabel=ALONG, ylabel=f"eigenvalues of {network['rank'].max()}")
-    right.set(title="Share of the trace it holds", xlabel=ALONG, ylabel="share", ylim=(0, 1))
+    middle.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(title="Share of the trace it holds", xlabel=ALONG, ylabel="share")
     figure.suptitle("Figure 5: information and nuisance space (black dashed: all layers)", x=0.01, ha="left")
     _layer_legend(figure, found[found["layer"] >= 0]["layer"])
     count, share = (frame[frame["layer"] < 0][name] for frame, name in ((found, "count"), (held, "held")))
+    clear = network.groupby("t")["eigenvalue"].apply(lambda v: separability(v.to_numpy(float)))
+    most = int(network["rank"].max())
     return figure, (
-        f"information space of all layers: {count.iloc[0]} of {network['rank'].max()} eigenvalues at the start, "
-        f"{count.iloc[-1]} at the end, with {share.iloc[0]:.2f} and {share.iloc[-1]:.2f} of the trace"
+        f"information space of all layers: {count.iloc[0]} of {most} eigenvalues at the start, {count.iloc[-1]} at the "
+        f"end, with {share.iloc[0]:.2f} and {share.iloc[-1]:.2f} of the trace; separability {clear.iloc[0]:.2f} and "
+        f"{clear.iloc[-1]:.2f}, of logs at equal distances {separability(np.geomspace(1, 1e-3, most)):.2f}"
     )
 
 

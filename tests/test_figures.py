@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mat.glance import look
 from results import figures
 from results.frame import ResultsError
-from results.observed import Source, border, gap_opens, losses, rank_correlation
+from results.observed import Source, border, gap_opens, losses, rank_correlation, separability, spectrum
 from tests.short_runs import one_sentence
 from tests.test_results import write_run
 
@@ -32,6 +32,19 @@ def test_border_by_hand() -> None:
     assert border(np.array([1000.0, 100, 1])) == 2  # logs 3, 2 | 0: squares 1/2 within; 3 | 2, 0 has 2
     assert border(np.array([1000.0, 10, 1])) == 1
     assert border(np.array([5.0])) == 1
+
+
+@pytest.mark.parametrize("n", [2, 9, 64])
+def test_a_straight_spectrum_is_cut_in_the_middle_and_hardly_separable(n: int) -> None:
+    straight = np.geomspace(1, 1e-3, n)
+    assert border(straight) in (n // 2, -(-n // 2))
+    assert separability(straight) == pytest.approx(0.75 * (1 if n % 2 else n**2 / (n**2 - 1)))
+
+
+def test_separability_of_two_plateaus() -> None:
+    assert separability(np.array([100.0, 100, 1, 1, 1])) == pytest.approx(1)
+    assert separability(np.array([1000.0, 100, 1, 1e-9])) == pytest.approx(25 / 28)  # 3, 2 | 0: 25/6 of 42/9
+    assert spectrum(np.array([1.0, 4, -1e-9])).tolist() == [1, 0.25]
 
 
 def test_gap_opens_where_it_stays_open() -> None:
@@ -110,6 +123,19 @@ def test_numbers_of_figure_3(root: Path) -> None:
     later = kernels[(kernels["scope"] == "layer") & (kernels["t"] > 0)].groupby(["t", "layer"])["eigenvalue"]
     share = (later.max() / later.sum()).mean()
     assert f"lambda_1 holds {share:.2f} of a layer's trace" in figures.figure3(Source(root, "_mini"))[1]
+
+
+def test_numbers_and_label_of_figure_5(root: Path) -> None:
+    figure, said = figures.figure5(Source(root, "_mini"))
+    kernels = pd.read_parquet(next(root.glob("figure1_mini/method=baseline*/seed=0/kernels.parquet")))
+    network = kernels[kernels["scope"] == "network"].groupby("t")["eigenvalue"].apply(np.array)
+    counts = [border(network[t]) for t in (0, 3)]
+    shares = [network[t][:n].sum() / network[t].sum() for t, n in zip((0, 3), counts, strict=True)]
+    assert f"{counts[0]} of 6 eigenvalues at the start, {counts[1]} at the end" in said
+    assert f"with {shares[0]:.2f} and {shares[1]:.2f} of the trace" in said
+    clear = [separability(network[t]) for t in (0, 3)]
+    assert f"separability {clear[0]:.2f} and {clear[1]:.2f}, of logs at equal distances {0.75 * 36 / 35:.2f}" in said
+    assert [text.get_position()[0] for text in figure.axes[0].texts] == [counts[1] + 0.5] * 2
 
 
 def test_eq_3_marks_stopped_units_and_ends_with_the_records(root: Path) -> None:
