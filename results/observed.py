@@ -49,11 +49,22 @@ class Source:
 
     def table(self, experiment: str, method: str, name: str) -> pd.DataFrame:
         """A table of the first of these runs, ``<name>.parquet``."""
-        run = self.runs(experiment, method)[0]
-        path = run.path / f"{name}.parquet"
-        if not path.is_file():
-            raise ResultsError(f"{path} is missing: remove that run folder and run make figures again.")
-        return pd.read_parquet(path)
+        return read_table(self.runs(experiment, method)[0], name)
+
+
+def read_table(run: Glance, name: str) -> pd.DataFrame:
+    """A table of a run, ``<name>.parquet``.
+
+    Raises:
+        ResultsError: If it is missing, or does not begin with the run (observers can be added to one on its way).
+    """
+    path = run.path / f"{name}.parquet"
+    if not path.is_file():
+        raise ResultsError(f"{path} is missing: remove that run folder and run make figures again.")
+    table = pd.read_parquet(path)
+    if table["t"].min() > 0:
+        raise ResultsError(f"{path} begins at t={table['t'].min()}: remove that run folder and run make figures again.")
+    return table
 
 
 def spectrum(eigenvalues: Array) -> Array:

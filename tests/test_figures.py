@@ -181,3 +181,11 @@ def test_configurations_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"method=mat; method=mat,selection\.share=0\.5") as refused:
         source.runs("t", "mat")
     assert one_sentence(str(refused.value))
+
+
+def test_a_table_that_begins_in_mid_run_is_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "mat", 0, [9])
+    pd.DataFrame({"t": [5, 6]}).to_parquet(path / "kernels.parquet")
+    with pytest.raises(ResultsError, match=r"kernels\.parquet begins at t=5") as refused:
+        Source(tmp_path, "").table("t", "mat", "kernels")
+    assert one_sentence(str(refused.value))
