@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
 from results.curves import LINES, STYLE, band, layer_colours
-from results.observed import Source, border, gap_opens, losses, rank_correlation, separability, spectrum
+from results.observed import Source, border, gap_opens, losses, rank_correlation, read_table, separability, spectrum
 
 STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
 KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
@@ -80,21 +80,24 @@ def figure1(source: Source) -> tuple[Figure, str]:
               yscale="log")  # fmt: skip
     figure.suptitle("Figure 1: heads of BERT on WikiText-2", x=0.01, ha="left")
     _layer_legend(figure, both["layer"])
-    end = both[both["t"] == both["t"].max()]
+    start, end = (both[both["t"] == t] for t in (0, both["t"].max()))
     by_t = both.groupby("t").apply(lambda g: rank_correlation(g["effective_rank"], g["eigenvalue"]))
     rank_end, top_end = end["effective_rank"], end["eigenvalue"]
+    loss = source.runs("figure1", "baseline")[0].evaluations["loss"].iloc[-1]
     return figure, (
-        f"effective rank of heads {both[both['t'] == 0]['effective_rank'].mean():.1f} at the start, "
-        f"{rank_end.min():.1f} to {rank_end.max():.1f} at the end; lambda_max differs by a factor "
-        f"{top_end.max() / top_end.min():.0f} between heads there; Spearman of the two over heads "
-        f"{by_t.iloc[1:].mean():+.2f} (mean), {by_t.iloc[-1]:+.2f} (end)"
+        f"effective rank of heads {start['effective_rank'].mean():.1f} at the start, "
+        f"{rank_end.min():.1f} to {rank_end.max():.1f} at the end; mean lambda_max grows by a factor "
+        f"{top_end.mean() / start['eigenvalue'].mean():.0f} and differs by a factor "
+        f"{top_end.max() / top_end.min():.0f} between heads at the end; Spearman of the two over heads "
+        f"{by_t.iloc[1:].mean():+.2f} (mean), {by_t.iloc[-1]:+.2f} (end); the run ends at {loss:.2f} nats"
     )
 
 
 def figure2(source: Source) -> tuple[Figure, str]:
     """The moving threshold over the units' eigenvalues, and validation loss against FLOPs (Table 1's runs)."""
     runs = {method: source.runs("table1", method) for method in ("baseline", "mat")}
-    units = source.table("table1", "mat", "units")
+    tables = [read_table(run, "units") for run in runs["mat"]]
+    units = tables[0]
     state = np.where(units["stopped"], "stopped", np.where(units["active"], "active", "frozen"))
     kinds = list(dict.fromkeys(units["kind"]))
     figure = Figure(figsize=(4.1 * (len(kinds) + 1), 4.2), layout="constrained")
@@ -114,14 +117,15 @@ def figure2(source: Source) -> tuple[Figure, str]:
         panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
         final[method] = mean[-1]
     panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
-    seed = runs["mat"][0].config["seed"]
-    figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seed}), and what it costs", x=0.01, ha="left")
+    seeds = [run.config["seed"] for run in runs["mat"]]
+    figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seeds[0]}), and what it costs", x=0.01, ha="left")
     changes = units.groupby(["kind", "layer", "unit"])["active"].agg(lambda a: int((a.diff() != 0)[2:].sum()))
-    stopped = units[units["t"] == units["t"].max()]["stopped"].sum()
+    stops = [table[table["t"] == table["t"].max()]["stopped"].sum() for table in tables]
+    stopped = ", ".join(f"{n} (seed {seed})" for n, seed in zip(stops, seeds, strict=True))
     return figure, (
         f"active share {units[units['t'] > 0]['active'].mean():.2f} after the first interval; "
         f"{(changes > 0).mean():.0%} of the units change after t = 1, {changes.mean():.1f} times on average; "
-        f"{stopped} of {len(changes)} stop; final validation loss {final['mat']:.3f} (MAT) and "
+        f"of {len(changes)} units stop {stopped}; final validation loss {final['mat']:.3f} (MAT) and "
         f"{final['baseline']:.3f} (BERT)"
     )
 
@@ -149,11 +153,14 @@ def figure3(source: Source) -> tuple[Figure, str]:
     second = last[last["rank"] <= 2].groupby("layer")["eigenvalue"].agg(lambda v: v.iloc[0] / v.iloc[1])
     end = top[top["t"] == top["t"].max()]
     share, start = later["share"], top[top["t"] == 0]["share"].mean()
+    units = kernels[(kernels["scope"] == "unit") & (kernels["t"] > 0)]
+    held = (units["eigenvalue"] / units["trace"]).groupby(units["kind"]).agg(["mean", "max"])
+    single = ", ".join(f"{one['mean']:.2f} ({kind}, {one['max']:.2f} at most)" for kind, one in held.iterrows())
     return figure, (
         f"lambda_1 holds {share.mean():.2f} of a layer's trace on average ({share.min():.2f} to {share.max():.2f}; "
         f"{start:.2f} at the start) with {layers['rank'].max()} eigenvalues; lambda_1 / lambda_2 {second.min():.1f} to "
         f"{second.max():.1f} and a factor {end['eigenvalue'].max() / end['eigenvalue'].min():.1f} between layers at "
-        "the end"
+        f"the end; of single units' traces it holds {single}"
     )
 
 
@@ -187,9 +194,10 @@ def figure4(source: Source) -> tuple[Figure, str]:
             course = units.groupby("pflops")["eigenvalue"].median()
             there = float(np.interp(x[opened], course.index, course))
             said.append(
-                f"{label}: gap opens at {x[opened]:.4g} PFLOPs (best validation {validation.min():.3f} at "
-                f"{x[validation.argmin()]:.4g}), {validation[-1] - train[-1]:.2f} nats at the end; median lambda_max "
-                f"{there:.3g} there, {course.iloc[-1]:.3g} at the end"
+                f"{label}: gap opens at {x[opened]:.4g} PFLOPs, step {run.evaluations['step'].iloc[opened]} (best "
+                f"validation {validation.min():.3f} at {x[validation.argmin()]:.4g}), "
+                f"{validation[-1] - train[-1]:.2f} nats at the end; median lambda_max {there:.3g} there, "
+                f"{course.iloc[-1]:.3g} at the end"
             )
         else:
             said.append(f"{label}: the gap does not open (at most {(validation - train).max():.2f} nats)")
@@ -252,14 +260,19 @@ def equation2(source: Source) -> tuple[Figure, str]:
              xlabel="measured (nats per step size)", ylabel="predicted from the top eigenpair (same)")  # fmt: skip
     right.set(title="Predicted / measured", xlabel=ALONG, ylabel="ratio", ylim=(0, 1.05))
     figure.suptitle("Eq. (2): trainability", x=0.01, ha="left")
-    later = rows[rows["t"] > 0].groupby("t")
-    by = ("predicted", "lambda_max")
-    rho = [np.mean([rank_correlation(g[name], g["measured"]) for _, g in later]) for name in by]
-    ratio, start = rows[rows["t"] > 0]["ratio"], rows[rows["t"] == 0]["ratio"]
+    middles = rows.groupby("t")["ratio"].median()
+    most, others = middles.idxmax(), rows[rows["t"] != middles.idxmax()]["ratio"]
+
+    def rho(value: str, some: pd.DataFrame) -> float:
+        by_t = some[some["t"] > 0].groupby("t")
+        return float(np.mean([rank_correlation(one[value], one["measured"]) for _, one in by_t]))
+
+    within = ", ".join(f"{rho('lambda_max', some):+.2f} within {kind}" for kind, some in rows.groupby("kind"))
     return figure, (
-        f"the top eigenpair predicts {ratio.median():.2f} of the measured drop (median; {start.median():.2f} at the "
-        f"start); Spearman with the measured drop over units {rho[0]:+.2f} of the prediction, {rho[1]:+.2f} of "
-        "lambda_max alone (means over selections)"
+        f"the top eigenpair predicts {middles.max():.2f} of the measured drop at t = {most} (median), "
+        f"{others.median():.2f} at the other selections; Spearman with the measured drop over units "
+        f"{rho('predicted', rows):+.2f} of the prediction, {rho('lambda_max', rows):+.2f} of lambda_max alone "
+        f"({within}; means over selections after the first)"
     )
 
 
@@ -285,12 +298,18 @@ def equation3(source: Source) -> tuple[Figure, str]:
         known = (x >= mean.index.min()) & (x <= mean.index.max())  # the last selection is before the last evaluation
         away = np.interp(x[known], mean.index, mean)
         right.plot(away, (validation - train)[known], color=LINES[method][0], label=label)
-        rho = [(kind, rank_correlation(some["eigenvalue"], some["distance"])) for kind, some in each.groupby("kind")]
+        found = []
+        for kind, some in each.groupby("kind"):
+            layers = [rank_correlation(one["eigenvalue"], one["distance"]) > 0 for _, one in some.groupby("layer")]
+            found.append(f"{rank_correlation(some['eigenvalue'], some['distance']):+.2f} ({kind!s}; positive within "
+                         f"{sum(layers)} of {len(layers)} layers)")  # fmt: skip
         low = each["active"] < 0.5
-        moved = (f", mean distance {each[low]['distance'].mean():.2f} (frozen most of the time) and "
-                 f"{each[~low]['distance'].mean():.2f}") if low.any() else ""  # fmt: skip
-        said.append(f"{label}: Spearman of lambda_max and distance " + ", ".join(f"{v:+.2f} ({k!s})" for k, v in rho)
-                    + f"{moved}, gap at the end {validation[-1] - train[-1]:.2f} nats")  # fmt: skip
+        parts = (f" ({each[low]['distance'].mean():.2f} of those frozen most of the time, "
+                 f"{each[~low]['distance'].mean():.2f} of the others)") if low.any() else ""  # fmt: skip
+        said.append(
+            f"{label}: Spearman of lambda_max and distance {', '.join(found)}, mean distance "
+            f"{each['distance'].mean():.2f}{parts}, gap at the end {validation[-1] - train[-1]:.2f} nats"
+        )
     distance = "distance ||theta - theta_0||"
     left.set(title="By eigenvalue", xlabel="lambda_max, mean over the run", xscale="log", ylabel=distance)
     middle.set(title="By freezing", xlabel="share of selections active", ylabel=distance)

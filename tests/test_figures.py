@@ -82,9 +82,8 @@ def observed(path: Path, rng: np.random.Generator) -> None:
     rows[rows["kind"] == "heads"].assign(effective_rank=lambda f: rng.uniform(1, 9, len(f))).to_parquet(
         path / "attention.parquet"
     )
-    rows.assign(lambda_max=score, predicted=score / 3, first_order=score, measured=score, eta=1e-3).to_parquet(
-        path / "descent.parquet"
-    )
+    rows.assign(lambda_max=np.where(rows["kind"] == "heads", score, 101 - score), predicted=score / (3 + rows["t"]),
+                first_order=score, measured=score, eta=1e-3).to_parquet(path / "descent.parquet")  # fmt: skip
     tables = [rows.assign(scope="unit", rank=1, eigenvalue=score, trace=2 * score)]
     for t in range(4):
         for scope, layer in (("layer", 0), ("layer", 1), ("network", -1)):
@@ -103,6 +102,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("table1_mini", "figure1_mini", "figure4_mini"):
         for method in ("baseline", "mat"):
             observed(write_run(runs, method, 0, [9, 8, 5, 4.5 if name[0] == "t" else 9], name=name), rng)
+    for path in runs.glob("figure4_mini/*/seed=0/metrics.jsonl"):  # training goes on to 1.5, 5.5 where validation rises
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        late = [e | {"loss": e["loss"] - 4} if e["event"] == "train" and e["step"] > 2 else e for e in lines]
+        path.write_text("".join(json.dumps(event) + "\n" for event in late))
     write_run(runs, "baseline", 0, [9, 1], model="bert_mini_shallow", name="table1_mini")
     return runs
 
@@ -118,16 +121,70 @@ def test_every_figure_is_drawn_with_titles_and_labels(name: str, root: Path, tmp
         assert (axes.get_xlabel() or shared_x) and (axes.get_ylabel() or shared_y)
 
 
+def table_of(root: Path, run: str, name: str) -> pd.DataFrame:
+    return pd.read_parquet(next(root.glob(f"{run}*/seed=0/{name}.parquet")))
+
+
+def spearman(rows: pd.DataFrame, one: str, other: str) -> float:
+    return float(rows[[one, other]].corr(method="spearman").iloc[0, 1])
+
+
+def test_numbers_of_figure_1(root: Path) -> None:
+    heads = table_of(root, "figure1_mini/method=baseline", "attention")
+    units = table_of(root, "figure1_mini/method=baseline", "units").query("kind == 'heads'")
+    both = heads.assign(top=units["lambda_max"].to_numpy())
+    start, end = both[both["t"] == 0], both[both["t"] == 3]
+    said = figures.figure1(Source(root, "_mini"))[1]
+    assert f"heads {start['effective_rank'].mean():.1f} at the start, {end['effective_rank'].min():.1f} to" in said
+    assert f"grows by a factor {end['top'].mean() / start['top'].mean():.0f} and" in said
+    assert f"differs by a factor {end['top'].max() / end['top'].min():.0f} between heads at the end" in said
+    assert f"{spearman(end, 'effective_rank', 'top'):+.2f} (end)" in said and "ends at 9.00 nats" in said
+
+
+def test_numbers_of_figure_2(tmp_path: Path) -> None:
+    write_run(tmp_path, "baseline", 0, [9, 8], name="table1")
+    units = pd.DataFrame([(t, float(t), "heads", 0, unit, 9.0, 5.0) for t in range(5) for unit in range(4)],
+                         columns=["t", "pflops", "kind", "layer", "unit", "lambda_max", "threshold"])  # fmt: skip
+    active = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=bool).ravel()
+    for seed, stopped in ((2, 0), (3, 2)):
+        path = write_run(tmp_path, "mat", seed, [9, 7], name="table1")
+        at_end = (units["t"] == 4) & (units["unit"] < stopped)
+        units.assign(active=active, stopped=at_end).to_parquet(path / "units.parquet")
+    said = figures.figure2(Source(tmp_path, ""))[1]
+    assert "active share 0.38" in said and "of 4 units stop 0 (seed 2), 2 (seed 3)" in said
+    assert "50% of the units change after t = 1, 0.8 times on average" in said  # unit 0 twice, unit 1 once
+    assert "7.000 (MAT) and 8.000 (BERT)" in said
+
+
 def test_numbers_of_figure_3(root: Path) -> None:
-    kernels = pd.read_parquet(next(root.glob("figure1_mini/method=baseline*/seed=0/kernels.parquet")))
+    kernels = table_of(root, "figure1_mini/method=baseline", "kernels")
     later = kernels[(kernels["scope"] == "layer") & (kernels["t"] > 0)].groupby(["t", "layer"])["eigenvalue"]
     share = (later.max() / later.sum()).mean()
-    assert f"lambda_1 holds {share:.2f} of a layer's trace" in figures.figure3(Source(root, "_mini"))[1]
+    said = figures.figure3(Source(root, "_mini"))[1]
+    assert f"lambda_1 holds {share:.2f} of a layer's trace" in said
+    assert "of single units' traces it holds 0.50 (ffn, 0.50 at most), 0.50 (heads, 0.50 at most)" in said
+
+
+def test_numbers_of_figure_4(root: Path) -> None:
+    units = table_of(root, "figure4_mini/method=mat", "units")
+    median = units[units["t"] == 3]["lambda_max"].median()
+    said = figures.figure4(Source(root, "_mini"))[1].split("; MAT: ")[1]
+    assert "gap opens at 3 PFLOPs, step 3 (best validation 5.000 at 3), 3.50 nats at the end" in said
+    assert f"{median:.3g} there, {median:.3g} at the end" in said  # recorded to 2.7 PFLOPs
+
+
+def test_numbers_of_equation_2(root: Path) -> None:
+    rows = table_of(root, "figure1_mini/method=baseline", "descent").query("t > 0")
+    said = figures.equation2(Source(root, "_mini"))[1]
+    assert "predicts 0.33 of the measured drop at t = 0 (median), 0.20 at the other selections" in said
+    mean = np.mean([spearman(one, "lambda_max", "measured") for _, one in rows.groupby("t")])
+    assert f"+1.00 of the prediction, {mean:+.2f} of lambda_max" in said
+    assert "(-1.00 within ffn, +1.00 within heads;" in said
 
 
 def test_numbers_and_label_of_figure_5(root: Path) -> None:
     figure, said = figures.figure5(Source(root, "_mini"))
-    kernels = pd.read_parquet(next(root.glob("figure1_mini/method=baseline*/seed=0/kernels.parquet")))
+    kernels = table_of(root, "figure1_mini/method=baseline", "kernels")
     network = kernels[kernels["scope"] == "network"].groupby("t")["eigenvalue"].apply(np.array)
     counts = [border(network[t]) for t in (0, 3)]
     shares = [network[t][:n].sum() / network[t].sum() for t, n in zip((0, 3), counts, strict=True)]
@@ -139,13 +196,22 @@ def test_numbers_and_label_of_figure_5(root: Path) -> None:
 
 
 def test_eq_3_marks_stopped_units_and_ends_with_the_records(root: Path) -> None:
-    figure, _ = figures.equation3(Source(root, "_mini"))
-    units = pd.read_parquet(next(root.glob("figure4_mini/method=mat*/seed=0/units.parquet")))
+    figure, said = figures.equation3(Source(root, "_mini"))
+    units = table_of(root, "figure4_mini/method=mat", "units")
     stopped = units[(units["t"] == 3) & units["stopped"]]
     points = {c.get_label(): len(c.get_offsets()) for c in figure.axes[0].collections}
     marked = [n for name, n in points.items() if name.startswith("MAT") and name.endswith("stopped")]
     assert sum(marked) == len(stopped) > 0 and sum(points.values()) == 20
     assert [len(line.get_xdata()) for line in figure.axes[2].lines] == [2, 2]  # evaluated at 1 to 4, recorded to 2.7
+    each = units.groupby(["kind", "layer", "unit"]).agg(
+        top=("lambda_max", "mean"), distance=("distance", "last"), active=("active", "mean")
+    )
+    ffn, frozen = each.loc["ffn"], each[each["active"] < 0.5]["distance"].mean()
+    within = sum(spearman(one, "top", "distance") > 0 for _, one in ffn.groupby("layer"))
+    mat = said.split("; MAT: ")[1]
+    assert f"{spearman(ffn, 'top', 'distance'):+.2f} (ffn; positive within {within} of 2 layers)" in mat
+    assert f"mean distance {each['distance'].mean():.2f} ({frozen:.2f} of those frozen most of the time" in mat
+    assert "gap at the end 3.50 nats" in mat
 
 
 def test_command_line_writes_files_and_names_what_is_missing(
