@@ -360,11 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder for the files (%(default)s)")
     chosen = parser.parse_args(arguments)
-    code = 0
+    source, code = Source(chosen.runs, chosen.suffix), 0
     for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
         try:
             with matplotlib.rc_context(STYLE):
-                figure, said = FIGURES[name](Source(chosen.runs, chosen.suffix))
+                figure, said = FIGURES[name](source)
                 chosen.out.mkdir(parents=True, exist_ok=True)
                 _tidy(figure)
                 stem = chosen.out / f"{name}{chosen.suffix}"
@@ -374,6 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"no {name}: {error}", file=sys.stderr)
             code = 2
+    for sentence in source.damaged:
+        print(f"left out: {sentence}", file=sys.stderr)
     return code
 
 

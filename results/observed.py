@@ -1,13 +1,13 @@
 """What the figures read of the runs, and the rules by which they mark something, each stated and tested."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from mat.glance import Glance, look, runs_below
+from mat.glance import Glance, look_below
 from results.frame import ResultsError
 
 Array = npt.NDArray[np.float64]
@@ -22,10 +22,12 @@ class Source:
     Attributes:
         root: Folder of all runs.
         suffix: ``_mini`` or nothing.
+        damaged: Sentences about runs that could not be read and were left out, as keys.
     """
 
     root: Path
     suffix: str
+    damaged: dict[str, None] = field(default_factory=dict)
 
     def runs(self, experiment: str, method: str) -> list[Glance]:
         """The complete runs of a method: one configuration, of the model with the shortest name (others vary it).
@@ -34,7 +36,8 @@ class Source:
             ResultsError: If there is none, or if they differ in more than the seed.
         """
         folder = self.root / f"{experiment}{self.suffix}"
-        seen = [look(path) for path in runs_below(folder)]
+        seen, damaged = look_below(folder)
+        self.damaged.update(dict.fromkeys(damaged))
         found = [run for run in seen if run.config["method"]["name"] == method and run.status == "complete"]
         if not found:
             raise ResultsError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")

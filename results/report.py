@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from mat.config import CONF
 from mat.errors import UserError
-from mat.glance import Glance, look, runs_below
+from mat.glance import Glance, look_below
 from mat.show import clock, number
 from results import charts
 from results.curves import LINES
@@ -209,16 +209,14 @@ def build(root: Path, seeds: int = 3) -> str:
         seeds: Least number of seeds per row of a table.
 
     Raises:
-        UserError: If there is no run at all.
+        UserError: If there is no run that can be read.
     """
-    page, experiments, damaged = Page(), dict[str, list[Glance]](), []
-    for path in runs_below(root):
-        try:
-            experiments.setdefault(path.relative_to(root).parts[0], []).append(look(path))
-        except UserError as error:
-            damaged.append(str(error))
+    page, experiments = Page(), dict[str, list[Glance]]()
+    found, damaged = look_below(root)
+    for run in found:
+        experiments.setdefault(run.path.relative_to(root).parts[0], []).append(run)
     if not experiments:
-        raise UserError(f"{root} holds no runs: train some first, or point --runs at them.")
+        raise UserError(next(iter(damaged), f"{root} holds no runs: train some first, or point --runs at them."))
     states = [run.status for runs in experiments.values() for run in runs]
     counts = ", ".join(f"<span class='{s}'>{states.count(s)} {s}</span>" for s in dict.fromkeys(sorted(states)))
     page.add("<h1>Modular Adaptive Training: runs</h1>", f"<p>{len(states)} runs: {counts}.</p>",

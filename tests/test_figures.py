@@ -1,6 +1,8 @@
 """Figures: the rules that mark something, and every figure drawn from small made-up runs."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +257,11 @@ def test_a_table_that_begins_in_mid_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"kernels\.parquet begins at t=5") as refused:
         Source(tmp_path, "").table("t", "mat", "kernels")
     assert one_sentence(str(refused.value))
+
+
+def test_damaged_runs_are_left_out_and_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = shutil.copytree(root, tmp_path / "runs")
+    path = write_run(runs, "baseline", 1, [9], name="figure1_mini")
+    (path / "config.yaml").write_text("seed: [")
+    assert figures.main(["equation2", "--suffix", "_mini", "--runs", str(runs), "--out", str(tmp_path)]) == 0
+    assert re.fullmatch(r"left out: .*figure1_mini/.*/seed=1 is damaged .*\n", capsys.readouterr().err)

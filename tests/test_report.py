@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mat.glance import look
+from mat.glance import look, runs_below
 from results import charts, report
 from results.curves import LINES
 from tests.short_runs import one_sentence
@@ -93,7 +93,7 @@ def test_says_what_a_whole_sweep_cannot_be_compared_by(root: Path) -> None:
 
 
 def test_commands_are_exact(root: Path) -> None:
-    runs = {(run.config["method"]["name"], run.config["seed"]): run for run in map(look, report.runs_below(root))}
+    runs = {(run.config["method"]["name"], run.config["seed"]): run for run in map(look, runs_below(root))}
     assert report.command_of(runs["mat", 1]) == ("python launch.py +experiment=table1_mini method=mat seed=1", True)
     made_up = "python launch.py +experiment=table1_mini method=mat model=bert_mini seed=0"
     assert report.command_of(runs["mat", 0]) == (made_up, False)
@@ -109,7 +109,7 @@ def test_rows_are_named_by_what_their_runs_share(tmp_path: Path) -> None:
 
 
 def test_every_chart_has_title_and_axis_labels(root: Path) -> None:
-    runs = [look(path) for path in report.runs_below(root)]
+    runs = [look(path) for path in runs_below(root)]
     rows = {charts.row_name(run): [run] for run in runs}
     run = next(run for run in runs if run.units is not None)
     figures = [charts.curves(rows, "bert_mini"), charts.ledger(rows), charts.active_set(run), charts.eigenvalues(run)]
@@ -156,7 +156,7 @@ def test_ledger_is_of_complete_runs(tmp_path: Path) -> None:
 
 
 def test_heat_map_shows_state_and_eigenvalue(root: Path) -> None:
-    run = next(run for run in map(look, report.runs_below(root)) if run.units is not None)
+    run = next(run for run in map(look, runs_below(root)) if run.units is not None)
     (heat,) = charts.active_set(run).data
     assert heat.y[:3] == ("heads 0.0", "heads 0.1", "heads 0.2") and list(heat.x) == [0, 1, 2]
     assert heat.z[:3].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, -1]]
@@ -185,7 +185,7 @@ def test_the_units_of_a_whole_bert_are_rows(tmp_path: Path) -> None:
 
 
 def test_many_units_are_shown_by_layer(root: Path) -> None:
-    path = next(run.path for run in map(look, report.runs_below(root)) if run.units is not None)
+    path = next(run.path for run in map(look, runs_below(root)) if run.units is not None)
     add_units(path, layers=2, units=charts.MANY)
     (heat,) = charts.active_set(look(path)).data
     assert heat.text[0].tolist() == ["active 100%, stopped 0%", "active 0%, stopped 0%", "active 0%, stopped 0%"]
@@ -198,6 +198,15 @@ def test_a_diverged_run_does_not_stop_the_page(root: Path) -> None:
     with open(path / "metrics.jsonl", "a") as file:
         file.write(json.dumps(last | {"event": "evaluation", "loss": float("nan")}) + "\n")
     assert "1 failed" in text_of(report.build(root))
+
+
+def test_damaged_runs_are_told(root: Path) -> None:
+    complete(root)
+    path = root / "table1_mini" / "method=mat,model=bert_mini" / "seed=1"
+    (path / "config.yaml").write_text("seed: [")
+    page = text_of(report.build(root))
+    assert "seed=1 is damaged (while parsing" in page and "seed=1/config.yaml is damaged: " in page
+    assert "No table1_mini: " in page and "14 complete" in page
 
 
 def test_seconds_of_a_shared_machine_are_not_shown(root: Path) -> None:
@@ -263,7 +272,7 @@ def test_the_browser_test_would_see_a_request(tmp_path: Path, browser: str) -> N
 
 
 def test_ages_do_not_matter_to_the_page(root: Path) -> None:
-    for path in report.runs_below(root):
+    for path in runs_below(root):
         for file in path.iterdir():
             os.utime(file, (time.time() - 86400,) * 2)
     assert "is interrupted" in text_of(report.build(root))

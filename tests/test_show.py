@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -102,10 +103,33 @@ def test_a_wrong_path_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         assert captured.out == "" and one_sentence(captured.err.removeprefix("error: "))
 
 
-def test_a_damaged_file_gives_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "text"), [
+    ("config.yaml", "seed: ["), ("config.yaml", "- 0"), ("config.yaml", "seed: 0"),
+    ("metrics.jsonl", "{]\n"), ("metrics.jsonl", "3\n"), ("metrics.jsonl", '{"event": "train", "pflops": 1}\n'),
+    ("metrics.jsonl", '{"event": "evaluation", "pflops": 1, "seconds": 1, "loss": null}\n'),
+    ("environment.json", "{"), ("summary.json", "3"), ("failure.json", "[]"), ("units.parquet", "PAR1"),
+])  # fmt: skip
+def test_a_damaged_file_gives_one_sentence(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_live(tmp_path / "x" / "seed=0")
+    write_live(tmp_path / "x" / "seed=1")
+    (path / name).write_text(text)
+    with pytest.raises(UserError, match=r"seed=0 is damaged \(.*\): delete") as refused:
+        look(path)
+    assert one_sentence(str(refused.value))
+    assert main([str(tmp_path)]) == 0  # the other is shown
+    shown = capsys.readouterr()
+    assert "x/seed=1" in shown.out and "x/seed=0" not in shown.out and one_sentence(shown.err.removeprefix("error: "))
+    shutil.rmtree(tmp_path / "x" / "seed=1")
+    write_live(tmp_path / "x" / "seed=1").joinpath("config.yaml").write_text("[]")
+    assert main([str(tmp_path)]) == 2 and capsys.readouterr().out == ""
+
+
+def test_units_without_a_column_are_damaged(tmp_path: Path) -> None:
     path = write_live(tmp_path / "seed=0")
-    (path / "metrics.jsonl").write_text("{]\n")
-    with pytest.raises(UserError, match="damaged"):
+    pd.DataFrame({"t": [0]}).to_parquet(path / "units.parquet")
+    with pytest.raises(UserError, match=r"units\.parquet has no active"):
         look(path)
 
 
