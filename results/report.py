@@ -123,9 +123,12 @@ def incomplete(runs: Sequence[Glance], rows: Mapping[str, Sequence[Glance]], roo
 def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
     keys = {(run.config["model"]["name"], run.config["method"]["name"]) for run in runs}
     for spec in (spec for spec in SPECS.values() if spec.runs == experiment):
-        if len(keys & {row.key for row in spec.rows}) < 2:  # nothing to compare
-            continue
         page.add(f"<h3>{escape(spec.title)}</h3>")
+        absent = [row for row in spec.rows if row.key not in keys]
+        if absent:
+            named = "; ".join(f"{row.label} (method={row.method}, model={row.model})" for row in absent)
+            page.missing([f"No {spec.name}: there is no run of {named}."])
+            continue
         try:
             rows = spec.load(root, seeds)
             blocks = sections(spec, rows, summarise(rows, spec.baseline, spec.levels, spec.score))
