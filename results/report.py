@@ -29,6 +29,7 @@ from results.specs import SPECS
 from results.tables import notes, sections
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+DEPTH = 3  # of a run below the folder of all runs: experiment, overrides, seed
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 0 24px 60px; }
 h1 { margin: 28px 0 4px; } h2 { margin: 48px 0 8px; border-top: 3px solid #222; padding-top: 12px; }
@@ -212,12 +213,15 @@ def build(root: Path, seeds: int = 3) -> str:
         seeds: Least number of seeds per row of a table.
 
     Raises:
-        UserError: If there is no run that can be read.
+        UserError: If there is no run that can be read, or ``root`` is a folder within that of all runs.
     """
     page, experiments = Page(), dict[str, list[Glance]]()
     found, damaged = look_below(root)
     for run in found:
-        experiments.setdefault(run.path.relative_to(root).parts[0], []).append(run)
+        parts = run.path.relative_to(root).parts
+        if len(parts) != DEPTH:
+            raise UserError(f"{run.path} is not {DEPTH} folders below {root}: point --runs at the folder of all runs.")
+        experiments.setdefault(parts[0], []).append(run)
     if not experiments:
         raise UserError(next(iter(damaged), f"{root} holds no runs: train some first, or point --runs at them."))
     states = [run.status for runs in experiments.values() for run in runs]
