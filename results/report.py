@@ -9,6 +9,7 @@ a sweep that is still running or partly failed: it shows what there is and says 
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -172,13 +173,18 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
         page.add("<p class='note'>Runs made before commands were recorded show what their folder's name tells.</p>")
 
 
+def base_model(runs: Sequence[Glance]) -> str:
+    """The model of most runs, whose rows are in colour; of several that with the shortest name, which others vary."""
+    counts = Counter(str(run.config["model"]["name"]) for run in runs)
+    return max(counts, key=lambda name: (counts[name], -len(name), name))
+
+
 def experiment_section(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
     """Everything about the runs below one name."""
     rows: dict[str, list[Glance]] = {}
     for run in sorted(runs, key=lambda r: [*LINES, name_of(r)].index(name_of(r))):
         rows.setdefault(charts.row_name(run), []).append(run)
-    models = [run.config["model"]["name"] for run in runs]
-    base = max(set(models), key=lambda m: (models.count(m), m))
+    base = base_model(runs)
     page.add(f"<h2 id='{escape(experiment)}'>{escape(experiment)}</h2>")
     page.missing(incomplete(runs, rows, root))
     _tables(page, experiment, runs, root, seeds)

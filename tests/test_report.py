@@ -113,6 +113,12 @@ def test_commands_are_exact(root: Path) -> None:
     assert report.command_of(runs["mat", 0]) == (made_up, False)
 
 
+def test_the_shorter_name_is_that_of_the_base_model(tmp_path: Path) -> None:
+    models = ("bert_mini", "bert_mini_shallow", "bert_mini_shallow")
+    runs = [look(write_run(tmp_path, "mat", seed, [9], model=model)) for seed, model in enumerate(models)]
+    assert report.base_model(runs[:2]) == "bert_mini" and report.base_model(runs) == "bert_mini_shallow"
+
+
 def test_rows_are_named_by_what_their_runs_share(tmp_path: Path) -> None:
     folders = ("default", "method=mat", "method=mat,model=bert_mini", "method=mat,selection.share=0.5")
     runs = [look(write_run(tmp_path, "mat", seed, [9, 8], folder=folder)) for seed, folder in enumerate(folders)]
