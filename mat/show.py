@@ -19,7 +19,7 @@ from rich.table import Table
 from mat.errors import UserError
 from mat.glance import Glance, look, look_below, runs_below
 
-LEVELS = " ▁▂▃▄▅▆▇█"  # shares 0 to 1
+LEVELS = "·▁▂▃▄▅▆▇█"  # shares 0 to 1; the first is for 0 alone
 COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 STYLES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
@@ -36,7 +36,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def course(units: pd.DataFrame) -> str:
     """Active share of some units over the selections, one block each; the newest is on the right."""
-    return "".join(LEVELS[round(8 * share)] for share in units.groupby("t")["active"].mean())
+    return "".join(LEVELS[max(share > 0, round(8 * share))] for share in units.groupby("t")["active"].mean())
 
 
 def show_run(run: Glance, console: Console) -> None:

@@ -54,7 +54,7 @@ def test_a_live_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("running", "75%", "ETA 0:00:10", "train 4", "validation 5.25", "forward 1.5", "3 of 4", "test –"):
         assert text in shown, text
     heads = {line.split()[1]: line.split() for line in shown.splitlines() if line.strip().startswith("heads")}
-    assert heads["0"][2:] == ["███", "2", "of", "2", "0"] and heads["1"][2:] == ["█", "0", "of", "2", "2"]
+    assert heads["0"][2:] == ["███", "2", "of", "2", "0"] and heads["1"][2:] == ["█··", "0", "of", "2", "2"]
 
 
 def test_states(tmp_path: Path) -> None:
@@ -135,5 +135,6 @@ def test_units_without_a_column_are_damaged(tmp_path: Path) -> None:
 
 def test_blocks_and_clock() -> None:
     frame = pd.DataFrame({"t": [0, 0, 1, 1, 2, 2], "active": [True, True, True, False, False, False]})
-    assert course(frame) == "█▄ "
+    assert course(frame) == "█▄·"
+    assert course(pd.DataFrame({"t": 0, "active": [True] + 99 * [False]})) == "▁"
     assert clock(3723.9) == "1:02:03" and clock(None) == "–"
