@@ -10,7 +10,8 @@ run gives the same numbers with and without them. They are no part of a method: 
 ``descent``    eq. (2): what the top eigenvalue predicts of a unit's loss drop, and the drop of one small step.
 
 Kernels come from m stacked random projections of the outputs (``mat.ntk``, reduction ``random``): their trace is
-unbiased, their top eigenvalue too large by a factor that the units share.
+unbiased, their top eigenvalue too large by a factor that depends on the spectrum, from about 1 where one eigenvalue
+holds the trace to about k / m where all are equal (k outputs a sample).
 """
 
 import copy

@@ -1,6 +1,7 @@
 """What a run folder tells at this moment, whatever state it is in: for ``mat.show`` and the report."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mat.errors import UserError
 
 PATIENCE, SLOW = 120.0, 20.0  # a run counts as alive for so many seconds, or so many gaps between its events
 WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "units.parquet")
+
+# What readers of a folder rely on, by file.
+CONFIGURED = ("seed", "model.name", "method.name", "method.budget", "selection.mode", "train.pflops")
+LOGGED = {"event", "pflops", "seconds"}
+RECORDED = {"t", "kind", "layer", "unit", "active", "stopped"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,13 @@ class Glance:
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """The evaluations on the validation split, in the order they were made."""
-        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation"])
+        """The evaluations on the validation split in the order they were made, without that of a diverged model."""
+        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation" and math.isfinite(e["loss"])])
 
     @property
     def best(self) -> float | None:
         """The lowest validation loss so far."""
-        return min((e["loss"] for e in self.events if e["event"] == "evaluation"), default=None)
+        return None if self.evaluations.empty else float(self.evaluations["loss"].min())
 
     @cached_property
     def _pace(self) -> tuple[float, float, int]:
@@ -71,6 +79,11 @@ class Glance:
             return "complete" if self.summary else "failed"
         _, seconds, gaps = self._pace
         return "running" if self.quiet < max(PATIENCE, SLOW * seconds / gaps) else "interrupted"
+
+    @property
+    def timed(self) -> bool:
+        """Whether the run has the machine to itself, so that its seconds may be shown."""
+        return self.environment.get("exclusive") is True
 
     @property
     def budget(self) -> float:
@@ -102,21 +115,64 @@ def look(path: Path) -> Glance:
     """
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is no run folder (it has no config.yaml): name one, or a folder above some.")
-    log, units = path / "metrics.jsonl", path / "units.parquet"
-    names = ("environment", "summary", "failure")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-        assert isinstance(config, dict)
-        lines = log.read_text().split("\n")[:-1] if log.is_file() else []  # what has no line feed yet is unfinished
-        files = {n: path / f"{n}.json" for n in names}
-        known = {n: json.loads(file.read_text()) if file.is_file() else {} for n, file in files.items()}
+        environment, summary, failure = (_json(path / f"{n}.json") for n in ("environment", "summary", "failure"))
         return Glance(
-            path, {str(k): v for k, v in config.items()}, known["environment"], [json.loads(line) for line in lines],
-            pd.read_parquet(units) if units.is_file() else None, known["summary"], known["failure"].get("reason"),
+            path, _config(path / "config.yaml"), environment, _events(path / "metrics.jsonl"),
+            _units(path / "units.parquet"), summary, failure.get("reason"),
             time.time() - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete that run folder and train it again.") from error
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise UserError(f"{path} is damaged ({reason}): delete that run folder and train it again.") from error
+
+
+def look_below(root: Path) -> tuple[list[Glance], list[str]]:
+    """The runs at or below a folder, sorted by path, and a sentence about each that is damaged."""
+    runs, damaged = [], []
+    for path in runs_below(root):
+        try:
+            runs.append(look(path))
+        except UserError as error:
+            damaged.append(str(error))
+    return runs, damaged
+
+
+def _config(path: Path) -> dict[str, Any]:
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path.name} is no mapping")
+    for key in CONFIGURED:
+        if OmegaConf.select(loaded, key) is None:
+            raise ValueError(f"{path.name} has no {key}")
+    config = OmegaConf.to_container(loaded)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's content; empty if it is not there."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no mapping")
+    return content
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # what has no line feed yet is unfinished
+    events = [json.loads(line) for line in lines]
+    for number, event in enumerate(events, start=1):
+        whole = isinstance(event, dict) and event.keys() >= LOGGED
+        if not whole or (event["event"] == "evaluation" and not isinstance(event.get("loss"), float | int)):
+            raise ValueError(f"{path.name}, line {number}, is no event")
+    return events
+
+
+def _units(path: Path) -> pd.DataFrame | None:
+    units = pd.read_parquet(path) if path.is_file() else None
+    if units is not None and (missing := sorted(RECORDED - set(units))):
+        raise ValueError(f"{path.name} has no {missing[0]}")
+    return units
 
 
 def runs_below(root: Path) -> list[Path]:

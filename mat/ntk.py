@@ -6,7 +6,8 @@ are differentiated, explicitly and by name:
 
 ``full``    all k outputs, k backward passes: the exact kernel (nk x nk). For tests and small models.
 ``random``  m projections of each sample's outputs on random signs, stacked: (nm x nm) / m. Its trace is an unbiased
-            estimate of the exact trace; its top eigenvalue over-estimates by a factor that units share.
+            estimate of the exact trace; its top eigenvalue over-estimates by a factor that depends on the unit's
+            spectrum: about 1 where one eigenvalue holds the trace, about k / m where all are equal (m < k).
 ``sum``     the sum of each sample's outputs over sqrt(k): (n x n). Cheap and a poor ranking; for comparison.
 ``loss``    the gradient of each sample's part of the mean loss: (n x n). Not an NTK; gives unit gradient norms.
 

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mat.errors import UserError
-from mat.glance import Glance, look, runs_below
+from mat.glance import Glance, look, look_below, runs_below
 
-LEVELS = " ▁▂▃▄▅▆▇█"  # shares 0 to 1
+LEVELS = "·▁▂▃▄▅▆▇█"  # shares 0 to 1; the first is for 0 alone
 COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 STYLES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
@@ -36,7 +36,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def course(units: pd.DataFrame) -> str:
     """Active share of some units over the selections, one block each; the newest is on the right."""
-    return "".join(LEVELS[round(8 * share)] for share in units.groupby("t")["active"].mean())
+    return "".join(LEVELS[max(share > 0, round(8 * share))] for share in units.groupby("t")["active"].mean())
 
 
 def show_run(run: Glance, console: Console) -> None:
@@ -85,19 +85,23 @@ def show_runs(runs: list[Glance], root: Path, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line. Returns 0, or 2 if there is nothing to show."""
+    """Command line. Returns 0, or 2 if there is nothing to show; damaged runs among others are told and left out."""
     parser = argparse.ArgumentParser(prog="python -m mat.show", description="Show a run folder, or all below one.")
     parser.add_argument("path", type=Path, help="a run folder, or a folder above some")
     path, console = parser.parse_args(arguments).path, Console()
     try:
-        if (below := runs_below(path)) in ([], [path]):
+        if runs_below(path) in ([], [path]):
             show_run(look(path), console)
-        else:
-            show_runs([look(run) for run in below], path, console)
+            return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    runs, damaged = look_below(path)
+    if runs:
+        show_runs(runs, path, console)
+    for sentence in damaged:
+        print(f"error: {sentence}", file=sys.stderr)
+    return 0 if runs else 2
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ sample standard deviation to either side, both interpolated on a grid that all s
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mat.errors import UserError
 from mat.glance import Glance
-from results.frame import Key, Run
+from results.frame import Key, ResultsError, Run
 from results.measures import LOSS, Score
 from results.specs import SPECS, Row, TableSpec
 
@@ -35,6 +36,7 @@ LINES = {
     "mat": ("#D55E00", "-"), "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
 }  # fmt: skip
 OTHER_MODEL = "#8A8A8A"
+LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
@@ -54,12 +56,39 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
     Returns:
         Grid, mean and sample standard deviation (0 for one run), each of shape (points,). The grid goes from the
         latest first to the earliest last evaluation, so that no run is extrapolated.
+
+    Raises:
+        ResultsError: If there is no such range: one run's evaluations end before another's begin.
     """
     curves = [np.stack([run.evaluations[axis].astype(float), score.shown * score.values(run)], 1) for run in runs]
-    grid = np.linspace(max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves), points)
+    begins, ends = [float(curve[0, 0]) for curve in curves], [float(curve[-1, 0]) for curve in curves]
+    start, end = max(begins), min(ends)
+    if start > end:
+        early, late = runs[ends.index(end)].path, runs[begins.index(start)].path
+        raise ResultsError(
+            f"{early} is last evaluated at {axis}={end:.4g}, before {late} is first at {start:.4g}, so there is no "
+            "mean of them: train one again."
+        )
+    grid = np.linspace(start, end, points)
     values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
     spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
     return grid, values.mean(axis=0), spread
+
+
+def layer_colours(layers: Iterable[int]) -> dict[int, str]:
+    """A colour for every layer. Depth is ordered: more layers than can be told apart run through viridis."""
+    known = sorted({int(layer) for layer in layers})
+    if len(known) <= len(LAYERS):
+        return dict(zip(known, LAYERS, strict=False))
+    steps = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(known)))  # its end is too bright on white
+    return dict(zip(known, map(to_hex, steps), strict=True))
+
+
+def count(rows: Iterable[Sequence[object]]) -> str:
+    """How many runs are behind the lines of a panel: "n = 3", or "n = 0 to 3" where rows differ."""
+    sizes = [len(runs) for runs in rows]
+    low, high = min(sizes), max(sizes)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 def line_of(spec: TableSpec, row: Row) -> tuple[str, str]:
@@ -121,7 +150,7 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
             xlabel="PFLOPs executed",
             ylabel=f"validation {spec.score.name} ({spec.score.unit})",
         )
-        right.set(title="Against time, of runs that had the machine to themselves",
+        right.set(title=f"Against time, of runs alone on their machine ({count(timed.values())})",
                   xlabel="seconds of training, selection and estimator")  # fmt: skip
         figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6)

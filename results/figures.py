@@ -8,8 +8,9 @@ with one sentence; the others are still made.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,10 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
-from results.curves import LINES, STYLE, band
-from results.observed import Source, border, gap_opens, losses, rank_correlation
+from results.curves import LINES, STYLE, band, layer_colours
+from results.observed import Source, border, gap_opens, losses, rank_correlation, read_table, separability, spectrum
 
-LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A", "#000000")
 STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
 KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
 ALONG = "PFLOPs executed"
@@ -34,9 +34,14 @@ ALONG = "PFLOPs executed"
 
 
 def _courses(axes: Axes, rows: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "unit")) -> None:
+    colours = layer_colours(rows["layer"])
     for _, one in rows.groupby(list(by), sort=False):
-        layer = int(one["layer"].iloc[0])
-        axes.plot(one["pflops"], one[value], color=LAYERS[layer % len(LAYERS)], linewidth=1.3, alpha=0.85)
+        axes.plot(one["pflops"], one[value], color=colours[one["layer"].iloc[0]], linewidth=1.3, alpha=0.85)
+
+
+def _spectrum(axes: Axes, eigenvalues: pd.Series, **style: Any) -> None:
+    values = spectrum(eigenvalues.to_numpy(float))
+    axes.plot(np.arange(1, len(values) + 1), values, ".-", markersize=4, linewidth=1, **style)
 
 
 def _tidy(figure: Figure) -> None:
@@ -53,8 +58,8 @@ def _tidy(figure: Figure) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _layer_legend(figure: Figure, layers: Sequence[int]) -> None:
-    handles = [Line2D([], [], color=LAYERS[n % len(LAYERS)], label=f"layer {n}") for n in layers]
+def _layer_legend(figure: Figure, layers: Iterable[int]) -> None:
+    handles = [Line2D([], [], color=colour, label=f"layer {n}") for n, colour in layer_colours(layers).items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=8)
 
 
@@ -74,22 +79,25 @@ def figure1(source: Source) -> tuple[Figure, str]:
     right.set(title="Jointly (dark: early, bright: late)", xlabel="effective rank", ylabel="lambda_max", xscale="log",
               yscale="log")  # fmt: skip
     figure.suptitle("Figure 1: heads of BERT on WikiText-2", x=0.01, ha="left")
-    _layer_legend(figure, sorted(both["layer"].unique()))
-    end = both[both["t"] == both["t"].max()]
+    _layer_legend(figure, both["layer"])
+    start, end = (both[both["t"] == t] for t in (0, both["t"].max()))
     by_t = both.groupby("t").apply(lambda g: rank_correlation(g["effective_rank"], g["eigenvalue"]))
     rank_end, top_end = end["effective_rank"], end["eigenvalue"]
+    loss = source.runs("figure1", "baseline")[0].evaluations["loss"].iloc[-1]
     return figure, (
-        f"effective rank of heads {both[both['t'] == 0]['effective_rank'].mean():.1f} at the start, "
-        f"{rank_end.min():.1f} to {rank_end.max():.1f} at the end; lambda_max differs by a factor "
-        f"{top_end.max() / top_end.min():.0f} between heads there; Spearman of the two over heads "
-        f"{by_t.iloc[1:].mean():+.2f} (mean), {by_t.iloc[-1]:+.2f} (end)"
+        f"effective rank of heads {start['effective_rank'].mean():.1f} at the start, "
+        f"{rank_end.min():.1f} to {rank_end.max():.1f} at the end; mean lambda_max grows by a factor "
+        f"{top_end.mean() / start['eigenvalue'].mean():.0f} and differs by a factor "
+        f"{top_end.max() / top_end.min():.0f} between heads at the end; Spearman of the two over heads "
+        f"{by_t.iloc[1:].mean():+.2f} (mean), {by_t.iloc[-1]:+.2f} (end); the run ends at {loss:.2f} nats"
     )
 
 
 def figure2(source: Source) -> tuple[Figure, str]:
     """The moving threshold over the units' eigenvalues, and validation loss against FLOPs (Table 1's runs)."""
     runs = {method: source.runs("table1", method) for method in ("baseline", "mat")}
-    units = source.table("table1", "mat", "units")
+    tables = [read_table(run, "units") for run in runs["mat"]]
+    units = tables[0]
     state = np.where(units["stopped"], "stopped", np.where(units["active"], "active", "frozen"))
     kinds = list(dict.fromkeys(units["kind"]))
     figure = Figure(figsize=(4.1 * (len(kinds) + 1), 4.2), layout="constrained")
@@ -109,14 +117,15 @@ def figure2(source: Source) -> tuple[Figure, str]:
         panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
         final[method] = mean[-1]
     panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
-    seed = runs["mat"][0].config["seed"]
-    figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seed}), and what it costs", x=0.01, ha="left")
+    seeds = [run.config["seed"] for run in runs["mat"]]
+    figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seeds[0]}), and what it costs", x=0.01, ha="left")
     changes = units.groupby(["kind", "layer", "unit"])["active"].agg(lambda a: int((a.diff() != 0)[2:].sum()))
-    stopped = units[units["t"] == units["t"].max()]["stopped"].sum()
+    stops = [table[table["t"] == table["t"].max()]["stopped"].sum() for table in tables]
+    stopped = ", ".join(f"{n} (seed {seed})" for n, seed in zip(stops, seeds, strict=True))
     return figure, (
         f"active share {units[units['t'] > 0]['active'].mean():.2f} after the first interval; "
         f"{(changes > 0).mean():.0%} of the units change after t = 1, {changes.mean():.1f} times on average; "
-        f"{stopped} of {len(changes)} stop; final validation loss {final['mat']:.3f} (MAT) and "
+        f"of {len(changes)} units stop {stopped}; final validation loss {final['mat']:.3f} (MAT) and "
         f"{final['baseline']:.3f} (BERT)"
     )
 
@@ -129,26 +138,29 @@ def figure3(source: Source) -> tuple[Figure, str]:
     last = layers[layers["t"] == layers["t"].max()]
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    colours = layer_colours(last["layer"])
     for layer, one in last.groupby("layer"):
-        left.plot(one["rank"], one["eigenvalue"] / one["eigenvalue"].max(), ".-", markersize=4,
-                  color=LAYERS[int(layer) % len(LAYERS)], linewidth=1)  # fmt: skip
+        _spectrum(left, one["eigenvalue"], color=colours[layer])
     left.set(title="Spectrum at the last selection", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
-             xscale="log", ylim=(1e-4, 1.5))  # fmt: skip
+             xscale="log")  # fmt: skip
     _courses(middle, top, "eigenvalue", ("layer",))
     middle.set(title="Principal eigenvalue", xlabel=ALONG, ylabel="lambda_1 of the layer's mNTK", yscale="log")
     _courses(right, top, "share", ("layer",))
-    right.set(title="Share of the trace", xlabel=ALONG, ylabel="lambda_1 / trace", ylim=(0, 1))
+    right.set(title="Share of the trace", xlabel=ALONG, ylabel="lambda_1 / trace", ylim=(0, None))
     figure.suptitle("Figure 3: layer-wise mNTK of BERT (all parameters of a layer)", x=0.01, ha="left")
-    _layer_legend(figure, sorted(top["layer"].unique()))
+    _layer_legend(figure, top["layer"])
     later = top[top["t"] > 0]
     second = last[last["rank"] <= 2].groupby("layer")["eigenvalue"].agg(lambda v: v.iloc[0] / v.iloc[1])
     end = top[top["t"] == top["t"].max()]
     share, start = later["share"], top[top["t"] == 0]["share"].mean()
+    units = kernels[(kernels["scope"] == "unit") & (kernels["t"] > 0)]
+    held = (units["eigenvalue"] / units["trace"]).groupby(units["kind"]).agg(["mean", "max"])
+    single = ", ".join(f"{one['mean']:.2f} ({kind}, {one['max']:.2f} at most)" for kind, one in held.iterrows())
     return figure, (
         f"lambda_1 holds {share.mean():.2f} of a layer's trace on average ({share.min():.2f} to {share.max():.2f}; "
         f"{start:.2f} at the start) with {layers['rank'].max()} eigenvalues; lambda_1 / lambda_2 {second.min():.1f} to "
         f"{second.max():.1f} and a factor {end['eigenvalue'].max() / end['eigenvalue'].min():.1f} between layers at "
-        "the end"
+        f"the end; of single units' traces it holds {single}"
     )
 
 
@@ -182,9 +194,10 @@ def figure4(source: Source) -> tuple[Figure, str]:
             course = units.groupby("pflops")["eigenvalue"].median()
             there = float(np.interp(x[opened], course.index, course))
             said.append(
-                f"{label}: gap opens at {x[opened]:.4g} PFLOPs (best validation {validation.min():.3f} at "
-                f"{x[validation.argmin()]:.4g}), {validation[-1] - train[-1]:.2f} nats at the end; median lambda_max "
-                f"{there:.3g} there, {course.iloc[-1]:.3g} at the end"
+                f"{label}: gap opens at {x[opened]:.4g} PFLOPs, step {run.evaluations['step'].iloc[opened]} (best "
+                f"validation {validation.min():.3f} at {x[validation.argmin()]:.4g}), "
+                f"{validation[-1] - train[-1]:.2f} nats at the end; median lambda_max {there:.3g} there, "
+                f"{course.iloc[-1]:.3g} at the end"
             )
         else:
             said.append(f"{label}: the gap does not open (at most {(validation - train).max():.2f} nats)")
@@ -200,13 +213,13 @@ def figure5(source: Source) -> tuple[Figure, str]:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for t, colour in zip((times[0], times[len(times) // 2], times[-1]), ("#8A8A8A", "#56B4E9", "#0072B2"), strict=True):
-        one = network[network["t"] == t]
-        values = one["eigenvalue"].to_numpy(float)
-        left.plot(one["rank"], values / values[0], ".-", markersize=4, linewidth=1, color=colour, label=f"t = {t}")
-        left.axvline(border(values) + 0.5, color=colour, linestyle="--", linewidth=1)
-    left.annotate("information | nuisance", (0.5, 0.03), xycoords="axes fraction", ha="center", fontsize=8.5)
-    left.set(title="All layers (dashed: border)", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log",
-             ylim=(1e-4, 1.5))  # fmt: skip
+        values = network[network["t"] == t]["eigenvalue"]
+        _spectrum(left, values, color=colour, label=f"t = {t}")
+        last = border(values.to_numpy(float)) + 0.5
+        left.axvline(last, color=colour, linestyle="--", linewidth=1)
+    for text, side in (("information ", "right"), (" nuisance", "left")):
+        left.text(last, 0.03, text, transform=left.get_xaxis_transform(), ha=side, color=colour, fontsize=8.5)
+    left.set(title="All layers (dashed: border)", xlabel="rank i", ylabel="lambda_i / lambda_1", yscale="log")
     spectra = kernels[kernels["scope"] != "unit"].groupby(["layer", "t", "pflops"])["eigenvalue"]
     found = spectra.apply(lambda v: border(v.to_numpy(float))).rename("count").reset_index()
     held = spectra.apply(lambda v: v.nlargest(border(v.to_numpy(float))).sum() / v.sum()).rename("held").reset_index()
@@ -215,13 +228,17 @@ def figure5(source: Source) -> tuple[Figure, str]:
         whole = frame[frame["layer"] < 0]
         axes.plot(whole["pflops"], whole[value], color="black", linewidth=2, linestyle="--")
     middle.set(title="Size of the information space", xlabel=ALONG, ylabel=f"eigenvalues of {network['rank'].max()}")
-    right.set(title="Share of the trace it holds", xlabel=ALONG, ylabel="share", ylim=(0, 1))
+    middle.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(title="Share of the trace it holds", xlabel=ALONG, ylabel="share")
     figure.suptitle("Figure 5: information and nuisance space (black dashed: all layers)", x=0.01, ha="left")
-    _layer_legend(figure, sorted(found[found["layer"] >= 0]["layer"].unique()))
+    _layer_legend(figure, found[found["layer"] >= 0]["layer"])
     count, share = (frame[frame["layer"] < 0][name] for frame, name in ((found, "count"), (held, "held")))
+    clear = network.groupby("t")["eigenvalue"].apply(lambda v: separability(v.to_numpy(float)))
+    most = int(network["rank"].max())
     return figure, (
-        f"information space of all layers: {count.iloc[0]} of {network['rank'].max()} eigenvalues at the start, "
-        f"{count.iloc[-1]} at the end, with {share.iloc[0]:.2f} and {share.iloc[-1]:.2f} of the trace"
+        f"information space of all layers: {count.iloc[0]} of {most} eigenvalues at the start, {count.iloc[-1]} at the "
+        f"end, with {share.iloc[0]:.2f} and {share.iloc[-1]:.2f} of the trace; separability {clear.iloc[0]:.2f} and "
+        f"{clear.iloc[-1]:.2f}, of logs at equal distances {separability(np.geomspace(1, 1e-3, most)):.2f}"
     )
 
 
@@ -243,14 +260,19 @@ def equation2(source: Source) -> tuple[Figure, str]:
              xlabel="measured (nats per step size)", ylabel="predicted from the top eigenpair (same)")  # fmt: skip
     right.set(title="Predicted / measured", xlabel=ALONG, ylabel="ratio", ylim=(0, 1.05))
     figure.suptitle("Eq. (2): trainability", x=0.01, ha="left")
-    later = rows[rows["t"] > 0].groupby("t")
-    by = ("predicted", "lambda_max")
-    rho = [np.mean([rank_correlation(g[name], g["measured"]) for _, g in later]) for name in by]
-    ratio, start = rows[rows["t"] > 0]["ratio"], rows[rows["t"] == 0]["ratio"]
+    middles = rows.groupby("t")["ratio"].median()
+    most, others = middles.idxmax(), rows[rows["t"] != middles.idxmax()]["ratio"]
+
+    def rho(value: str, some: pd.DataFrame) -> float:
+        by_t = some[some["t"] > 0].groupby("t")
+        return float(np.mean([rank_correlation(one[value], one["measured"]) for _, one in by_t]))
+
+    within = ", ".join(f"{rho('lambda_max', some):+.2f} within {kind}" for kind, some in rows.groupby("kind"))
     return figure, (
-        f"the top eigenpair predicts {ratio.median():.2f} of the measured drop (median; {start.median():.2f} at the "
-        f"start); Spearman with the measured drop over units {rho[0]:+.2f} of the prediction, {rho[1]:+.2f} of "
-        "lambda_max alone (means over selections)"
+        f"the top eigenpair predicts {middles.max():.2f} of the measured drop at t = {most} (median), "
+        f"{others.median():.2f} at the other selections; Spearman with the measured drop over units "
+        f"{rho('predicted', rows):+.2f} of the prediction, {rho('lambda_max', rows):+.2f} of lambda_max alone "
+        f"({within}; means over selections after the first)"
     )
 
 
@@ -263,24 +285,35 @@ def equation3(source: Source) -> tuple[Figure, str]:
         keys = ["kind", "layer", "unit"]
         units, kernels = source.table("figure4", method, "units"), source.table("figure4", method, "kernels")
         top = kernels[kernels["scope"] == "unit"].groupby(keys)["eigenvalue"].mean()
-        each = units.groupby(keys).agg(distance=("distance", "last"), active=("active", "mean")).join(top)
-        for kind, some in each.groupby("kind", sort=False):
-            style = {"s": 22, "marker": marker, "color": KINDS.get(str(kind), "#8A8A8A"), "alpha": 0.75}
-            left.scatter(some["eigenvalue"], some["distance"], label=f"{label}, {kind}", **style)
+        of_unit = {"distance": ("distance", "last"), "active": ("active", "mean"), "stopped": ("stopped", "last")}
+        each = units.groupby(keys).agg(**of_unit).join(top)
+        for (kind, stopped), some in each.groupby(["kind", "stopped"], sort=False):
+            colour = KINDS.get(str(kind), "#8A8A8A")
+            style = {"s": 22, "marker": "X" if stopped else marker, "color": colour, "alpha": 0.75}
+            name = f"{label}, {kind}{', stopped' if stopped else ''}"
+            left.scatter(some["eigenvalue"], some["distance"], label=name, **style)
             middle.scatter(some["active"], some["distance"], **style)
         x, validation, train = losses(run)
         mean = units.groupby("pflops")["distance"].mean()
-        right.plot(np.interp(x, mean.index, mean), validation - train, color=LINES[method][0], label=label)
-        rho = [(kind, rank_correlation(some["eigenvalue"], some["distance"])) for kind, some in each.groupby("kind")]
+        known = (x >= mean.index.min()) & (x <= mean.index.max())  # the last selection is before the last evaluation
+        away = np.interp(x[known], mean.index, mean)
+        right.plot(away, (validation - train)[known], color=LINES[method][0], label=label)
+        found = []
+        for kind, some in each.groupby("kind"):
+            layers = [rank_correlation(one["eigenvalue"], one["distance"]) > 0 for _, one in some.groupby("layer")]
+            found.append(f"{rank_correlation(some['eigenvalue'], some['distance']):+.2f} ({kind!s}; positive within "
+                         f"{sum(layers)} of {len(layers)} layers)")  # fmt: skip
         low = each["active"] < 0.5
-        moved = (f", mean distance {each[low]['distance'].mean():.2f} (frozen most of the time) and "
-                 f"{each[~low]['distance'].mean():.2f}") if low.any() else ""  # fmt: skip
-        said.append(f"{label}: Spearman of lambda_max and distance " + ", ".join(f"{v:+.2f} ({k!s})" for k, v in rho)
-                    + f"{moved}, gap at the end {validation[-1] - train[-1]:.2f} nats")  # fmt: skip
-    away = "distance ||theta - theta_0||"
-    left.set(title="By eigenvalue", xlabel="lambda_max, mean over the run", xscale="log", ylabel=away)
-    middle.set(title="By freezing", xlabel="share of selections active", ylabel=away)
-    right.set(title="Generalisation gap", xlabel=f"{away}, mean", ylabel="validation - training loss (nats)")
+        parts = (f" ({each[low]['distance'].mean():.2f} of those frozen most of the time, "
+                 f"{each[~low]['distance'].mean():.2f} of the others)") if low.any() else ""  # fmt: skip
+        said.append(
+            f"{label}: Spearman of lambda_max and distance {', '.join(found)}, mean distance "
+            f"{each['distance'].mean():.2f}{parts}, gap at the end {validation[-1] - train[-1]:.2f} nats"
+        )
+    distance = "distance ||theta - theta_0||"
+    left.set(title="By eigenvalue", xlabel="lambda_max, mean over the run", xscale="log", ylabel=distance)
+    middle.set(title="By freezing", xlabel="share of selections active", ylabel=distance)
+    right.set(title="Generalisation gap", xlabel=f"{distance}, mean", ylabel="validation - training loss (nats)")
     figure.suptitle("Eq. (3): distance from initialisation, in the runs of Figure 4", x=0.01, ha="left")
     return figure, "; ".join(said)
 
@@ -327,11 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder for the files (%(default)s)")
     chosen = parser.parse_args(arguments)
-    code = 0
+    source, code = Source(chosen.runs, chosen.suffix), 0
     for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
         try:
             with matplotlib.rc_context(STYLE):
-                figure, said = FIGURES[name](Source(chosen.runs, chosen.suffix))
+                figure, said = FIGURES[name](source)
                 chosen.out.mkdir(parents=True, exist_ok=True)
                 _tidy(figure)
                 stem = chosen.out / f"{name}{chosen.suffix}"
@@ -341,6 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"no {name}: {error}", file=sys.stderr)
             code = 2
+    for sentence in source.damaged:
+        print(f"left out: {sentence}", file=sys.stderr)
     return code
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from mat.config import INCIDENTAL, with_defaults
 from mat.errors import UserError
@@ -114,7 +115,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ResultsError(f"{path} is missing: run the same command again, or delete that run folder.")
-    loaded = OmegaConf.load(path)
+    try:
+        loaded = OmegaConf.load(path)
+    except (ValueError, OSError, YAMLError):
+        loaded = None
+    if not isinstance(loaded, DictConfig):
+        raise ResultsError(f"{path} is damaged: delete that run folder and train it again.")
     for key in CONFIGURED:
         if OmegaConf.select(loaded, key) is None:
             raise ResultsError(f"{path} has no {key}: delete that run folder and train it again.")

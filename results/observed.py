@@ -1,13 +1,13 @@
 """What the figures read of the runs, and the rules by which they mark something, each stated and tested."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from mat.glance import Glance, look, runs_below
+from mat.glance import Glance, look_below
 from results.frame import ResultsError
 
 Array = npt.NDArray[np.float64]
@@ -22,49 +22,87 @@ class Source:
     Attributes:
         root: Folder of all runs.
         suffix: ``_mini`` or nothing.
+        damaged: Sentences about runs that could not be read and were left out, as keys.
     """
 
     root: Path
     suffix: str
+    damaged: dict[str, None] = field(default_factory=dict)
 
     def runs(self, experiment: str, method: str) -> list[Glance]:
-        """The complete runs of a method, of the model that has most of them.
+        """The complete runs of a method: one configuration, of the model with the shortest name (others vary it).
 
         Raises:
-            ResultsError: If there is none.
+            ResultsError: If there is none, or if they differ in more than the seed.
         """
         folder = self.root / f"{experiment}{self.suffix}"
-        seen = [look(path) for path in runs_below(folder)]
+        seen, damaged = look_below(folder)
+        self.damaged.update(dict.fromkeys(damaged))
         found = [run for run in seen if run.config["method"]["name"] == method and run.status == "complete"]
         if not found:
             raise ResultsError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")
         model = min(found, key=lambda run: len(run.config["model"]["name"])).config["model"]["name"]
-        return [run for run in found if run.config["model"]["name"] == model]
+        kept = [run for run in found if run.config["model"]["name"] == model]
+        if len(names := dict.fromkeys(run.path.parent.name for run in kept)) > 1:
+            raise ResultsError(
+                f"{folder} holds method={method} model={model} in {len(names)} folders ({'; '.join(names)}), but a "
+                "figure shows one configuration: keep one of them and train the others under a name of their own."
+            )
+        return kept
 
     def table(self, experiment: str, method: str, name: str) -> pd.DataFrame:
         """A table of the first of these runs, ``<name>.parquet``."""
-        run = self.runs(experiment, method)[0]
-        path = run.path / f"{name}.parquet"
-        if not path.is_file():
-            raise ResultsError(f"{path} is missing: remove that run folder and run make figures again.")
-        return pd.read_parquet(path)
+        return read_table(self.runs(experiment, method)[0], name)
+
+
+def read_table(run: Glance, name: str) -> pd.DataFrame:
+    """A table of a run, ``<name>.parquet``.
+
+    Raises:
+        ResultsError: If it is missing, or does not begin with the run (observers can be added to one on its way).
+    """
+    path = run.path / f"{name}.parquet"
+    if not path.is_file():
+        raise ResultsError(f"{path} is missing: remove that run folder and run make figures again.")
+    table = pd.read_parquet(path)
+    if table["t"].min() > 0:
+        raise ResultsError(f"{path} begins at t={table['t'].min()}: remove that run folder and run make figures again.")
+    return table
+
+
+def spectrum(eigenvalues: Array) -> Array:
+    """Eigenvalues over the largest, descending; those below 1e-6 are rounding and left out."""
+    values: Array = np.sort(eigenvalues)[::-1] / eigenvalues.max()
+    return values[values > NOISE]
 
 
 def border(eigenvalues: Array) -> int:
     """How many eigenvalues belong to the information space; the others span the nuisance space.
 
-    The rule: of all cuts of the descending log eigenvalues into two groups, the one with the least squared deviation
-    within the groups (Otsu 1979; two means in one dimension, exactly). Eigenvalues below 1e-6 of the largest are
-    rounding and stay outside.
+    The rule: of all cuts of the log ``spectrum`` into two groups, the one with the least squared deviation within the
+    groups (Otsu 1979; two means in one dimension, exactly).
     """
-    values = np.sort(eigenvalues)[::-1]
-    logs = np.log10(values[values > NOISE * values[0]])
+    logs = np.log10(spectrum(eigenvalues))
     n = len(logs)
     if n < 2:
         return n
     k = np.arange(1, n)
     means = np.cumsum(logs)[:-1] / k, (logs.sum() - np.cumsum(logs)[:-1]) / (n - k)
     return int(k[np.argmax(k * (n - k) * (means[0] - means[1]) ** 2)])
+
+
+def separability(eigenvalues: Array) -> float:
+    """Share of the variance of the log ``spectrum`` that lies between the two sides of the border (Otsu's measure).
+
+    The rule finds a border in every spectrum. Logs at equal distances have none, and 3/4 by this measure (a little more
+    where their number is even); a border that deserves the name is well above.
+
+    Args:
+        eigenvalues: At least two different ones.
+    """
+    logs, k = np.log10(spectrum(eigenvalues)), border(eigenvalues)
+    sides = np.repeat([logs[:k].mean(), logs[k:].mean()], [k, len(logs) - k])
+    return float(sides.var() / logs.var())
 
 
 def gap_opens(gap: Array) -> int | None:

@@ -9,6 +9,7 @@ a sweep that is still running or partly failed: it shows what there is and says 
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from mat.config import CONF
 from mat.errors import UserError
-from mat.glance import Glance, look, runs_below
+from mat.glance import Glance, look_below
 from mat.show import clock, number
 from results import charts
 from results.curves import LINES
@@ -29,6 +30,7 @@ from results.specs import SPECS
 from results.tables import notes, sections
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+DEPTH = 3  # of a run below the folder of all runs: experiment, overrides, seed
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 0 24px 60px; }
 h1 { margin: 28px 0 4px; } h2 { margin: 48px 0 8px; border-top: 3px solid #222; padding-top: 12px; }
@@ -123,15 +125,19 @@ def incomplete(runs: Sequence[Glance], rows: Mapping[str, Sequence[Glance]], roo
 def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
     keys = {(run.config["model"]["name"], run.config["method"]["name"]) for run in runs}
     for spec in (spec for spec in SPECS.values() if spec.runs == experiment):
-        if len(keys & {row.key for row in spec.rows}) < 2:  # nothing to compare
-            continue
         page.add(f"<h3>{escape(spec.title)}</h3>")
+        absent = [row for row in spec.rows if row.key not in keys]
+        if absent:
+            named = "; ".join(f"{row.label} (method={row.method}, model={row.model})" for row in absent)
+            page.missing([f"No {spec.name}: there is no run of {named}."])
+            continue
         try:
             rows = spec.load(root, seeds)
+            blocks = sections(spec, rows, summarise(rows, spec.baseline, spec.levels, spec.score))
         except UserError as error:
             page.missing([f"No {spec.name}: {error}"])
             continue
-        page.add(*map(to_html, sections(spec, rows, summarise(rows, spec.baseline, spec.levels, spec.score))))
+        page.add(*map(to_html, blocks))
         page.add("<details class='note'><summary>How to read it</summary><ul>",
                  *(f"<li>{escape(note)}</li>" for note in notes(spec, rows)), "</ul></details>")  # fmt: skip
 
@@ -146,7 +152,7 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
         "best validation loss": [number(run.best) for run in runs],
         "test loss": [number(run.last("loss", "test")) for run in runs],
         "PFLOPs": [number(run.last("pflops")) for run in runs],
-        "seconds": [number(run.last("seconds")) for run in runs],
+        "seconds": [number(run.last("seconds") if run.timed else None) for run in runs],
         "active share": [number(run.last("active_share"), 3) for run in runs],
         "backward mode": [run.config["selection"]["mode"] for run in runs],
     }
@@ -156,7 +162,7 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
         e = run.environment
         text = (f"{e.get('device_name', '–')}, {e.get('threads', '–')} threads, {e.get('precision', '–')}; "
                 f"{', '.join(f'{k} {v}' for k, v in e.get('versions', {}).items())}; commit {str(e.get('commit'))[:12]}"
-                f"{' with changes' if e.get('dirty') else ''}; machine {'its own' if e.get('exclusive') else 'shared'}"
+                f"{' with changes' if e.get('dirty') else ''}; machine {'its own' if run.timed else 'shared'}"
                 f"{', resumed' if e.get('resumed') else ''}")  # fmt: skip
         where.setdefault(text, []).append(str(run.path.relative_to(root)))
     paths = ["; ".join(names) for names in where.values()]
@@ -167,13 +173,18 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
         page.add("<p class='note'>Runs made before commands were recorded show what their folder's name tells.</p>")
 
 
+def base_model(runs: Sequence[Glance]) -> str:
+    """The model of most runs, whose rows are in colour; of several that with the shortest name, which others vary."""
+    counts = Counter(str(run.config["model"]["name"]) for run in runs)
+    return max(counts, key=lambda name: (counts[name], -len(name), name))
+
+
 def experiment_section(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
     """Everything about the runs below one name."""
     rows: dict[str, list[Glance]] = {}
     for run in sorted(runs, key=lambda r: [*LINES, name_of(r)].index(name_of(r))):
         rows.setdefault(charts.row_name(run), []).append(run)
-    models = [run.config["model"]["name"] for run in runs]
-    base = max(set(models), key=lambda m: (models.count(m), m))
+    base = base_model(runs)
     page.add(f"<h2 id='{escape(experiment)}'>{escape(experiment)}</h2>")
     page.missing(incomplete(runs, rows, root))
     _tables(page, experiment, runs, root, seeds)
@@ -208,16 +219,17 @@ def build(root: Path, seeds: int = 3) -> str:
         seeds: Least number of seeds per row of a table.
 
     Raises:
-        UserError: If there is no run at all.
+        UserError: If there is no run that can be read, or ``root`` is a folder within that of all runs.
     """
-    page, experiments, damaged = Page(), dict[str, list[Glance]](), []
-    for path in runs_below(root):
-        try:
-            experiments.setdefault(path.relative_to(root).parts[0], []).append(look(path))
-        except UserError as error:
-            damaged.append(str(error))
+    page, experiments = Page(), dict[str, list[Glance]]()
+    found, damaged = look_below(root)
+    for run in found:
+        parts = run.path.relative_to(root).parts
+        if len(parts) != DEPTH:
+            raise UserError(f"{run.path} is not {DEPTH} folders below {root}: point --runs at the folder of all runs.")
+        experiments.setdefault(parts[0], []).append(run)
     if not experiments:
-        raise UserError(f"{root} holds no runs: train some first, or point --runs at them.")
+        raise UserError(next(iter(damaged), f"{root} holds no runs: train some first, or point --runs at them."))
     states = [run.status for runs in experiments.values() for run in runs]
     counts = ", ".join(f"<span class='{s}'>{states.count(s)} {s}</span>" for s in dict.fromkeys(sorted(states)))
     page.add("<h1>Modular Adaptive Training: runs</h1>", f"<p>{len(states)} runs: {counts}.</p>",

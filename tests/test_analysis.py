@@ -18,7 +18,7 @@ from mat.data import load
 from mat.data.tokens import MaskedText
 from mat.errors import UserError
 from mat.units import UnitIndex, unit_layers
-from tests.naive import gradients, jacobian, unit_jacobian
+from tests.naive import gradients, jacobian, rotate, unit_jacobian
 from tests.short_runs import assert_same, one_sentence, result, small
 from tests.tiny import tiny_batch, tiny_bert
 
@@ -55,8 +55,6 @@ def test_effective_rank_by_hand() -> None:
 
 @pytest.mark.parametrize("config", [{}, {"positions": "learned", "norm": "post"}])
 def test_attention_matrices_are_those_of_the_model(config: dict[str, str]) -> None:
-    from tests.naive import rotate
-
     view = seen(**config)
     table = OBSERVERS["attention"](view)
     assert len(table) == 2 * 3 and set(table["kind"]) == {"heads"}
@@ -68,6 +66,31 @@ def test_attention_matrices_are_those_of_the_model(config: dict[str, str]) -> No
             if layer.rotary is not None:
                 q, k = rotate(q, layer.rotary), rotate(k, layer.rotary)
             torch.testing.assert_close(layer.probabilities(x)[b, u], torch.softmax(q @ k.T / 2, -1))
+
+
+@pytest.mark.parametrize("config", [{}, {"positions": "learned", "norm": "post"}])
+def test_effective_rank_column_against_one_sample_at_a_time(config: dict[str, str]) -> None:
+    view = seen(**config)
+    inputs: dict[torch.nn.Module, torch.Tensor] = {}
+    for layer in unit_layers(view.model):
+        layer.register_forward_hook(lambda module, given, _: inputs.update({module: given[0]}))
+    view.model(view.probe)
+    expected = []
+    for layer in (layer for layer in unit_layers(view.model) if layer.kind == "heads"):
+        for u in range(layer.n_units):
+            ranks = []
+            for sample in inputs[layer].detach():
+                q, k, _ = (sample @ layer.qkv_weight[u].T + layer.qkv_bias[u]).detach().chunk(3, -1)
+                if layer.rotary is not None:
+                    q, k = rotate(q, layer.rotary), rotate(k, layer.rotary)
+                weights = torch.exp(q @ k.T / math.sqrt(q.shape[1]))
+                singular = torch.linalg.svdvals(weights / weights.sum(1, keepdim=True))
+                share = singular / singular.sum()
+                ranks.append(math.exp(-(share * share.log()).sum()))
+            expected.append(sum(ranks) / len(ranks))
+    table = OBSERVERS["attention"](view)
+    assert table["effective_rank"].tolist() == pytest.approx(expected) and len(set(expected)) == 6
+    assert list(zip(table["layer"], table["unit"], strict=True)) == [(i, u) for i in range(2) for u in range(3)]
 
 
 # --- kernels

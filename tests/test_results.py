@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from mat.glance import look
 from results import curves, tables
 from results.frame import ResultsError, group, read_runs
 from results.measures import ACCURACY, LOSS, Mark, Until, against, of_run, summarise
@@ -595,9 +596,23 @@ def test_band_covers_what_all_seeds_cover(root: Path) -> None:
     assert grid.tolist() == [10, 25, 40] and mean.tolist() == [9, 6.5, 2] and not spread.any()
 
 
+def test_band_of_runs_that_share_no_range_is_refused(tmp_path: Path) -> None:
+    early, late = (look(write_run(tmp_path, "mat", seed, [9, 8], speed=speed)) for seed, speed in ((0, 1), (1, 5)))
+    with pytest.raises(ResultsError, match=r"seed=0 is last evaluated at pflops=2, before .*seed=1 is first at 5"):
+        curves.band([late, early], "pflops")
+    assert curves.band([late, early], "step", points=2)[0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 def test_every_row_has_a_line_of_its_own(spec: TableSpec) -> None:
     assert len({curves.line_of(spec, row) for row in spec.rows}) == len(spec.rows)
+
+
+def test_layers_have_colours_of_their_own_and_many_are_ordered() -> None:
+    assert curves.layer_colours([2, 0, 1]) == dict(enumerate(curves.LAYERS[:3]))
+    many = curves.layer_colours(range(12))
+    bright = [sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) for c in many.values()]
+    assert len(set(many.values())) == 12 and bright == sorted(bright)
 
 
 def test_band_of_accuracies_is_in_percent(root: Path) -> None:
@@ -611,6 +626,13 @@ def test_curves_without_a_timed_run(mini: Path) -> None:
         edit(path, lambda e: e.update(exclusive=False))
     assert curves.main(arguments(mini)) == 0
     assert "no run had the machine to itself" in (mini.parent / "out" / "table1_mini_curves.svg").read_text()
+
+
+def test_curves_name_how_many_runs_were_timed(mini: Path) -> None:
+    assert curves.main(arguments(mini)) == 0
+    svg = (mini.parent / "out" / "table1_mini_curves.svg").read_text()
+    assert "of runs alone on their machine (n = 0 to 3)" in svg  # none of multirate
+    assert curves.count([[1], [2]]) == "n = 1"
 
 
 def test_curves_are_drawn_the_same_twice(mini: Path) -> None:

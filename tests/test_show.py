@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_a_live_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("running", "75%", "ETA 0:00:10", "train 4", "validation 5.25", "forward 1.5", "3 of 4", "test –"):
         assert text in shown, text
     heads = {line.split()[1]: line.split() for line in shown.splitlines() if line.strip().startswith("heads")}
-    assert heads["0"][2:] == ["███", "2", "of", "2", "0"] and heads["1"][2:] == ["█", "0", "of", "2", "2"]
+    assert heads["0"][2:] == ["███", "2", "of", "2", "0"] and heads["1"][2:] == ["█··", "0", "of", "2", "2"]
 
 
 def test_states(tmp_path: Path) -> None:
@@ -85,6 +86,16 @@ def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "0%" in capsys.readouterr().out
 
 
+def test_a_diverged_evaluation_is_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_live(tmp_path / "seed=0", failure="the validation loss is nan")
+    last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(last | {"loss": float("nan")}) + "\n")
+    run = look(path)
+    assert run.best == 5.25 and run.evaluations["loss"].tolist() == [5.25]
+    assert main([str(path)]) == 0 and "validation nan (best 5.25)" in capsys.readouterr().out
+
+
 def test_a_wrong_path_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         assert main([str(path)]) == 2
@@ -92,14 +103,38 @@ def test_a_wrong_path_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         assert captured.out == "" and one_sentence(captured.err.removeprefix("error: "))
 
 
-def test_a_damaged_file_gives_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "text"), [
+    ("config.yaml", "seed: ["), ("config.yaml", "- 0"), ("config.yaml", "seed: 0"),
+    ("metrics.jsonl", "{]\n"), ("metrics.jsonl", "3\n"), ("metrics.jsonl", '{"event": "train", "pflops": 1}\n'),
+    ("metrics.jsonl", '{"event": "evaluation", "pflops": 1, "seconds": 1, "loss": null}\n'),
+    ("environment.json", "{"), ("summary.json", "3"), ("failure.json", "[]"), ("units.parquet", "PAR1"),
+])  # fmt: skip
+def test_a_damaged_file_gives_one_sentence(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_live(tmp_path / "x" / "seed=0")
+    write_live(tmp_path / "x" / "seed=1")
+    (path / name).write_text(text)
+    with pytest.raises(UserError, match=r"seed=0 is damaged \(.*\): delete") as refused:
+        look(path)
+    assert one_sentence(str(refused.value))
+    assert main([str(tmp_path)]) == 0  # the other is shown
+    shown = capsys.readouterr()
+    assert "x/seed=1" in shown.out and "x/seed=0" not in shown.out and one_sentence(shown.err.removeprefix("error: "))
+    shutil.rmtree(tmp_path / "x" / "seed=1")
+    write_live(tmp_path / "x" / "seed=1").joinpath("config.yaml").write_text("[]")
+    assert main([str(tmp_path)]) == 2 and capsys.readouterr().out == ""
+
+
+def test_units_without_a_column_are_damaged(tmp_path: Path) -> None:
     path = write_live(tmp_path / "seed=0")
-    (path / "metrics.jsonl").write_text("{]\n")
-    with pytest.raises(UserError, match="damaged"):
+    pd.DataFrame({"t": [0]}).to_parquet(path / "units.parquet")
+    with pytest.raises(UserError, match=r"units\.parquet has no active"):
         look(path)
 
 
 def test_blocks_and_clock() -> None:
     frame = pd.DataFrame({"t": [0, 0, 1, 1, 2, 2], "active": [True, True, True, False, False, False]})
-    assert course(frame) == "█▄ "
+    assert course(frame) == "█▄·"
+    assert course(pd.DataFrame({"t": 0, "active": [True] + 99 * [False]})) == "▁"
     assert clock(3723.9) == "1:02:03" and clock(None) == "–"
