@@ -177,6 +177,7 @@ REFUSED = [  # overrides, a part of the sentence
     ("selection.samples=0", "selection.samples=0"),
     ("selection.reduction=mean", "selection.reduction=mean"),
     ("model=vgg16_mini dataset=digits selection=filters_mini selection.reduction=online", "selection.reduction=online"),
+    ("model=switch_mini selection=experts_mini selection.reduction=online", "selection.reduction=online"),
     ("selection.projections=0", "selection.projections=0"),
     ("method.policy=top", "method.policy=top"),
     ("method.score=lambda", "did you mean lambda_max?"),
