@@ -153,7 +153,7 @@ def estimate(
     products, of_rest = _Products(index, memory_bytes), None
     with _probing(model, index) as tape:
         first = 0
-        for part in batches:
+        for position, part in enumerate(batches, 1):
             tape.taps.clear()
             outputs = model(part)
             count = reducer.outputs_per_sample(outputs, part.samples)
@@ -161,7 +161,7 @@ def estimate(
             products.check(taps)
             gradients: list[list[Tensor]] = [[] for _ in taps]
             for cotangent, last in reducer.cotangents(model, part, outputs, first):
-                if last and part is batches[-1]:
+                if last and position == len(batches):
                     ends = [tap.output for tap in taps if tap.output.is_leaf]  # reached through all other taps
                     products.listen(taps, gradients)
                     tape.taps.clear()

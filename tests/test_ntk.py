@@ -497,6 +497,15 @@ def test_several_batches_equal_one(reduction: ntk.Reduction, projections: int, s
     assert found.samples == 8 and found.outputs == expected.outputs
 
 
+def test_the_same_batch_may_come_twice() -> None:
+    """As samples of their own, with signs of their own."""
+    model, probe = model_of(*FORMS[0]), tiny_batch(samples=2)
+    rows = torch.tensor([0, 1, 0, 1])
+    expected = estimate(model, probe.take(rows), projections=2).kernels
+    found = ntk.estimate(model, [probe, probe], projections=2, kernels=True).kernels
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_activations_of_one_batch_are_alive_at_a_time() -> None:
     """Peak memory of four batches: one batch's graph, and of the others the factors only."""
     model = tiny_bert(length=32, dtype=torch.float32)
