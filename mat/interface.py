@@ -111,6 +111,9 @@ class UnitModel(nn.Module):
         """The same, given the outputs (rows grouped by sample, equally many rows each)."""
         raise NotImplementedError
 
+    def fix_constants(self, batches: Sequence[Any]) -> None:
+        """Let the layers note what the estimator holds fixed (``mat.units.Tape``), given all batches of a probe."""
+
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss of its last forward pass, if anything."""
         return None

@@ -127,7 +127,8 @@ def estimate(
 
     Args:
         model: A model with unit layers.
-        batch: The probe, n samples, or a sequence of batches that make it up: the result is the same.
+        batch: The probe, n samples, or a sequence of batches that make it up: the result is the same. What a model
+            holds fixed (statistics of batch norm) comes from all of them, in a forward pass of its own.
         index: The units wanted; all when omitted.
         reduction: How the outputs are reduced, see the module's docstring.
         projections: m, for ``random`` only.
@@ -144,8 +145,8 @@ def estimate(
 
     Raises:
         FloatingPointError: If a unit's kernel has a value that is not finite; the message names the unit.
-        ValueError: If there is nothing to measure, outputs cannot be split evenly into samples, or the reduction is
-            not known.
+        ValueError: If there is nothing to measure, outputs cannot be split evenly into samples, the reduction is not
+            known, or the model cannot fix its constants over several batches.
     """
     index = _checked(UnitIndex(unit_layers(model)) if index is None else index)
     batches = list(batch) if isinstance(batch, Sequence) else [batch]
@@ -153,9 +154,14 @@ def estimate(
     products, of_rest = _Products(index, memory_bytes), None
     with _probing(model, index) as tape:
         first = 0
+        if len(batches) > 1:
+            model.fix_constants(batches)
+        fixed = len(tape.constants)
         for position, part in enumerate(batches, 1):
             tape.taps.clear()
             outputs = model(part)
+            if len(batches) > 1 and len(tape.constants) > fixed:
+                raise ValueError("a layer's constants depend on all batches: the model must have fix_constants()")
             count = reducer.outputs_per_sample(outputs, part.samples)
             taps = tape.taps.copy()
             products.check(taps)

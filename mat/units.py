@@ -62,7 +62,7 @@ class Tape:
 
     Attributes:
         taps: The products.
-        constants: What layers fixed at the probe's first batch (statistics of batch norm), by the layer's id.
+        constants: What layers fixed at the tape's first pass (statistics of batch norm), by the layer's id.
         layers: Ids of the layers that record; all when None.
     """
 
