@@ -327,6 +327,28 @@ def test_working_memory_stays_under_the_bound(sizes: tuple[int, ...], divisor: i
     assert peak.bytes > 0 and used <= memory_bytes, f"{used / memory_bytes:.2f} of the bound"
 
 
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_a_plan_knows_how_large_numbers_are(itemsize: int) -> None:
+    """Chunks of float64 are half as large under the same bound."""
+    sizes, bound = (64, 16, 4, 32, 256), 2**20
+    chosen = gram.plan(*sizes, bound, itemsize)
+    assert chosen.contraction == "gradients"
+    assert chosen.units * chosen.rows == bound // (2 * itemsize * 64 * 256)
+
+
+def test_kernels_are_not_copied() -> None:
+    """Where they are what needs memory: beside them there are one layer's at a time, and the factors."""
+    model, batch = model_of(*FORMS[0]), tiny_batch(samples=SAMPLES)
+    with PeakMemory() as peak:
+        found = ntk.estimate(model, batch, projections=100, memory_bytes=2**20, kernels=True)
+    assert found.kernels is not None
+    assert peak.bytes < 2 * found.kernels.nbytes, f"{peak.bytes / found.kernels.nbytes:.2f} times the kernels"
+    few = found.kernels[:, :100, :100].clone()
+    with PeakMemory() as peak:
+        ntk._eigenvalues(few, found.index, spectrum=True)
+    assert 0 < peak.bytes < few.nbytes / 4
+
+
 @pytest.mark.parametrize("norm, positions", FORMS)
 def test_bfloat16_autocast_keeps_the_eigenvalues(norm: str, positions: str) -> None:
     """8 bits a value: within 5 % of float64, far below the spread between units."""
