@@ -223,6 +223,24 @@ def test_the_router_learns_as_if_nothing_were_frozen(mode: BackwardMode, active:
     assert_close(found[1], found[0], tolerance=1e-14)
 
 
+def test_weights_that_want_no_gradient_cost_none() -> None:
+    layer = layer_of(4, 0.75)
+    x, g = inputs(2, 6)
+    products = {}
+    for wanted in (True, False):
+        for parameter in layer.unit_parameters().values():
+            parameter.requires_grad_(wanted)
+        y = layer(x)
+        x.grad = None
+        with flops.flop_counter() as counter:
+            y.backward(g)
+        products[wanted] = counter.get_total_flops(), x.grad
+    cost = layer.step_flops(2, 6, 4, "cut")
+    router = 2 * 12 * 4 * WIDTH
+    assert products[True][0] - products[False][0] == cost.weight_grad - router
+    assert torch.equal(products[True][1], products[False][1])
+
+
 # --- losses and monitors
 
 
