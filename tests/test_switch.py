@@ -547,6 +547,17 @@ def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -
         assert backward.get_total_flops() == wanted.input_grad + wanted.weight_grad + 2 * vocabulary
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_an_accumulated_step_equals_the_counter(parts: int) -> None:
+    """Slots are rounded up in every part: of 30 tokens an expert takes 6, in two parts 4 and 3, in three 3, 3 and 2."""
+    model, batch = tiny_switch(capacity_factor=1.0, experts=5, ffn_hidden=21), tiny_batch(samples=5)
+    set_gates(model, (1, 2, 3, 1), "cut")
+    with flops.flop_counter() as counter:
+        for part in batch.split(parts):
+            (model.loss(part) + model.auxiliary_loss()).backward()
+    assert counter.get_total_flops() == flops.training_step(model, batch, accumulation=parts).everything
+
+
 @pytest.mark.parametrize("kinds", [None, ("experts",), ("heads",)], ids=str)
 @pytest.mark.parametrize("reduction, projections", [("random", 1), ("random", 3), ("full", 1), ("loss", 1)])
 @pytest.mark.parametrize("switch_every", [1, 2])
