@@ -6,7 +6,8 @@ For one weight of a unit layer the gradient of sample i and unit u is ``A[i, :, 
 ``gradients``  form the per-sample gradients, then multiply them: N U p q (T + N) multiply-adds;
 ``pairs``      contract token pairs without forming gradients: N² T² (U p + q + U) multiply-adds.
 
-On a CUDA device ``gradients`` runs in a Triton kernel that never writes a gradient (``mat.gram_triton``).
+On a CUDA device ``gradients`` of bf16 factors runs in a Triton kernel that never writes a gradient, where that fits
+(``mat.gram_triton``).
 """
 
 import importlib.util
@@ -108,7 +109,7 @@ def _by_gradients(gram: Tensor, factors: Factors, chosen: Plan) -> None:
     if gram.is_cuda and importlib.util.find_spec("triton"):
         from mat import gram_triton
 
-        if gram_triton.fits(gram.shape[1], dtype, gram.device):
+        if gram_triton.fits(gram.shape[1], p, dtype, gram.device):
             a, b = torch.cat([a.to(dtype) for a, _ in factors]), torch.cat([shared[id(b)] for _, b in factors])
             gram += gram_triton.gram(a, b)
             return

@@ -36,7 +36,8 @@ def test_triton_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     gram_triton = pytest.importorskip("mat.gram_triton")
     calls, plain = [], gram_triton.gram
     monkeypatch.setattr(gram_triton, "gram", lambda a, b: calls.append(a.shape) or plain(a, b))
-    model, batch = tiny_bert(dtype=torch.float32, length=64).to(DEVICE), tiny_batch(length=64).to(DEVICE)
+    model = tiny_bert(dtype=torch.float32, length=64, width=48, ffn_hidden=48).to(DEVICE)  # 16 rows of a unit
+    batch = tiny_batch(length=64).to(DEVICE)
     with torch.autocast("cuda", torch.bfloat16):
         ntk.estimate(model, batch)
     assert len(calls) == sum(len(layer.products) for layer in unit_layers(model))
