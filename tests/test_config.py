@@ -176,8 +176,6 @@ REFUSED = [  # overrides, a part of the sentence
     ("selection.beta=-1", "selection.beta=-1"),
     ("selection.samples=0", "selection.samples=0"),
     ("selection.reduction=mean", "selection.reduction=mean"),
-    ("model=vgg16_mini dataset=digits selection=filters_mini selection.reduction=online", "selection.reduction=online"),
-    ("model=switch_mini selection=experts_mini selection.reduction=online", "selection.reduction=online"),
     ("selection.projections=0", "selection.projections=0"),
     ("method.policy=top", "method.policy=top"),
     ("method.score=lambda", "did you mean lambda_max?"),
@@ -198,6 +196,7 @@ REFUSED = [  # overrides, a part of the sentence
 
 
 REFUSED_OF_IMAGES = [
+    ("selection.reduction=online", "which its forward pass couples: choose random"),
     ("model.stages=[]", "model.stages=[]"),
     ("model.stages=[[8],[]]", "model.stages=[[8], []]"),
     ("model.stages=[[8],[0]]", "model.stages=0"),

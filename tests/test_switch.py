@@ -619,6 +619,7 @@ def test_routed_gram_equals_the_naive_gradients_and_its_formula(memory_bytes: in
         ("model.balance_loss=-1", "model.balance_loss=-1"),
         ("model.z_loss=-1", "model.z_loss=-1"),
         ("model.heads=3", "does not divide"),
+        ("selection.reduction=online", "which its forward pass couples: choose random"),
         ("selection.units=[ffn]", "model.switch_every=2"),
         ("selection.units=[expert]", "did you mean experts?"),
     ],
