@@ -364,7 +364,7 @@ def without_reduction(prepared: Contenders) -> tuple[Row, dict[str, Any]]:
             into.append(by.curvlinops(unit, 1e-2))
 
         times = [seconds(partial(solve, int(i))) for i in numbers]
-        ratios = [value / truth[i] for (value, _), i in zip(solved, numbers, strict=True)]
+        ratios = [value / float(truth[i]) for (value, _), i in zip(solved, numbers, strict=True)]
         found[precision] = {"seconds": times, "products": [n for _, n in solved], "lambda_exact_over_ours": ratios}
         print(f"curvlinops in {precision}: {found[precision]}", flush=True)
     theirs = min(float(np.mean(solver["seconds"])) for solver in found.values()) * len(index)
