@@ -196,8 +196,8 @@ def draw(frame: pd.DataFrame) -> None:
             else:
                 axis.plot(rows["share"], rows["time_ratio"], "k", marker=next(markers), linestyle="", label=way)
         axis.set(title=name, xlabel="active share of units", ylim=(0, 1.2))
+        axis.legend(fontsize=6)  # not every model has every mode
     axes[0][0].set_ylabel("ratio to the dense step")
-    axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
     save(figure, "gates")
     plt.close(figure)
