@@ -4,19 +4,21 @@
 
 Reference: lambda_max of every unit on 64 samples; exact (all outputs, the nk x nk kernel) for a small BERT, and many
 projections for BERT-mini, where the exact kernel cannot be formed. Estimates see the first n of these samples;
-``online`` sees a training batch of its own instead, as in training. At initialisation and after some training.
+``online`` sees a training batch instead, as in training (means over five), and ``loss`` is the same kernel on the first
+n samples: what parts them is the choice of samples. At initialisation and after some training.
 
 Of an estimate: ``error``, median |lambda / (c lambda_reference) - 1| with c the common factor (geometric mean), which
 cancels in eqs. (4) and (7); ``spearman``, rank correlation, and ``overlap``, share of the reference's top third that
 is found, both within a kind as MAT compares (scope ``kind``), averaged over kinds; ``cost``, median seconds over those
-of a dense training step of 64 sequences. Random signs: means over 3, 2, 1 seeds for m = 1, 4, 16.
+of a dense training step of 64 sequences in the estimate's precision. Random signs: means over 4, 3, 2 seeds for m = 1,
+4, 16, the first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it also makes that
+step a dense one, where the method would make a gated one: up to half a step of the run's batch that is not in the cost.
 """
 
 import argparse
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -28,8 +30,8 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import RESULTS, medians, row, write
-from benchmarks.step import our_step
+from benchmarks.harness import DEVICE, Subject, autocast, medians, path_of, row, save, write
+from benchmarks.step import RECIPE
 from mat import data, ntk
 from mat.bert import Bert
 from mat.config import BertConfig, TextConfig
@@ -38,7 +40,8 @@ from mat.optim import UnitAdamW
 from mat.units import UnitIndex, unit_layers
 
 SIZES = (8, 16, 32, 64)
-REDUCTIONS = (("sum", 1, 1), ("random", 1, 3), ("random", 4, 2), ("random", 16, 1))  # reduction, m, seeds
+REDUCTIONS = (("sum", 1, 1), ("loss", 1, 1), ("random", 1, 3), ("random", 4, 2), ("random", 16, 1))  # m, timed calls
+ONLINE_BATCHES = 5
 Batches = Callable[[int, int], MaskedBatch]  # (stream, samples)
 
 
@@ -63,25 +66,24 @@ def chains(stream: int, samples: int) -> MaskedBatch:
     for t in range(1, 16):
         follows = random.random(samples) < 0.9
         tokens[follows, t] = 5 + (3 * tokens[follows, t - 1] + 1) % 11
-    return mask(tokens.astype(np.uint16), 1 / 16, 4, 5, 16, [stream])
+    return mask(tokens.astype(np.uint16), 1 / 16, 4, 5, 16, [stream]).to(DEVICE)
 
 
 def settings(short: bool) -> Iterator[Setting]:
     """The small model with the exact kernel, and BERT-mini on prose that ships with Python."""
     torch.manual_seed(0)
     config = BertConfig("small", "bert", 2, 32, 4, 64, 8, "rotary", "pre")
-    yield Setting("small", Bert(config, 16, 16), chains, "full", 1, 30 if short else 300, 32, 3e-3)
+    yield Setting("small", Bert(config, 16, 16).to(DEVICE), chains, "full", 1, 30 if short else 300, 32, 3e-3)
     config = BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "rotary", "pre")
     text = data.load(TextConfig(name="pydocs", vocabulary=1024, length=64), seed=0)
 
     def prose(stream: int, samples: int) -> MaskedBatch:
         found = text.probe_batch(samples) if stream == 0 else text.train_batch(stream, samples)[0]
         assert isinstance(found, MaskedBatch)
-        return found
+        return found.to(DEVICE)
 
-    yield Setting(
-        "bert_mini", Bert(config, 1024, 64), prose, "random", 4 if short else 32, 5 if short else 300, 16, 2e-3
-    )
+    model = Bert(config, 1024, 64).to(DEVICE)
+    yield Setting("bert_mini", model, prose, "random", 4 if short else 32, 5 if short else 300, 16, 2e-3)
 
 
 def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -108,23 +110,23 @@ def compare(found: NDArray[np.float64], reference: NDArray[np.float64], kind: ND
 
 def first(batch: MaskedBatch, samples: int) -> MaskedBatch:
     """The first n samples."""
-    return batch.take(torch.arange(samples))
+    return batch.take(torch.arange(samples, device=DEVICE))
 
 
 def study(setting: Setting, stage: str, sizes: tuple[int, ...]) -> pd.DataFrame:
     """One row per estimate: setting, stage, reduction, projections, samples, comparison and cost."""
     model, probe = setting.model, setting.batches(0, max(sizes))
     index = UnitIndex(unit_layers(model))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.name == "bert_mini")
+    bfloat16 = setting.name == "bert_mini"
 
     def estimate(samples: int, reduction: ntk.Reduction, m: int, seed: int) -> NDArray[np.float64]:
-        with autocast:
+        with autocast(bfloat16):
             return ntk.estimate(
                 model, first(probe, samples), index, reduction=reduction, projections=m, seed=seed
             ).lambda_max
 
     reference = estimate(max(sizes), setting.reduction, setting.projections, 1000)
-    step = our_step(copy.deepcopy(model), setting.batches(1, 64))
+    step = Subject(copy.deepcopy(model), setting.batches(1, 64), RECIPE, bfloat16).step()
     rows = []
 
     def add(reduction: str, m: int, samples: int, found: list[NDArray[np.float64]], cost: float) -> None:
@@ -135,30 +137,24 @@ def study(setting: Setting, stage: str, sizes: tuple[int, ...]) -> pd.DataFrame:
 
     for samples in sizes:
         exact = (("full", 1, 1),) if setting.reduction == "full" else ()
-        for reduction, m, seeds in (*REDUCTIONS, *exact):
+        for reduction, m, calls in (*REDUCTIONS, *exact):
             found: list[NDArray[np.float64]] = []
 
             def call(samples: int = samples, reduction: str = reduction, m: int = m, into: Any = found) -> None:
                 into.append(estimate(samples, reduction, m, seed=len(into)))  # type: ignore[arg-type]
 
-            spent, dense = medians([call, step], seeds, warmup=0)
+            spent, dense = medians([call, step], calls, warmup=1)
             add(reduction, m, samples, found, spent / dense)
-        batch = setting.batches(2, samples)
+        training = [Subject(model, setting.batches(2 + i, samples), RECIPE, bfloat16) for i in range(ONLINE_BATCHES)]
         results: list[NDArray[np.float64]] = []
 
-        def plain(batch: MaskedBatch = batch) -> None:
-            with autocast:
-                model.zero_grad()
-                model.loss(batch).backward()
-
-        def measured(batch: MaskedBatch = batch, results: list[NDArray[np.float64]] = results) -> None:
-            with autocast, ntk.Online(model, index) as online:
-                model.zero_grad()
-                model.loss(batch).backward()
+        def measured(training: list[Subject] = training, results: list[NDArray[np.float64]] = results) -> None:
+            with ntk.Online(model, index) as online:
+                training[len(results) % ONLINE_BATCHES].backward()
             results.append(online.result().lambda_max)
 
-        with_kernels, without, dense = medians([measured, plain, step], 5, 1)
-        add("online", 1, samples, results[:1], max(with_kernels - without, 0.0) / dense)
+        with_kernels, without, dense = medians([measured, training[0].backward, step], ONLINE_BATCHES, 1)
+        add("online", 1, samples, results[:ONLINE_BATCHES], max(with_kernels - without, 0.0) / dense)
     return pd.DataFrame(rows)
 
 
@@ -169,7 +165,7 @@ def train(setting: Setting) -> float:
     setting.model.train()
     for i in range(setting.steps):
         optimiser.clear()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = setting.model.loss(setting.batches(10 + i, setting.batch))
         loss.backward()
         optimiser.clip(1.0)
@@ -177,7 +173,7 @@ def train(setting: Setting) -> float:
     return float(loss.detach())
 
 
-def plot(frame: pd.DataFrame, path: Path) -> None:
+def plot(frame: pd.DataFrame) -> None:
     """Error, rank correlation and overlap against cost, one column per model and stage."""
     cases = list(dict.fromkeys(zip(frame.model, frame.stage, strict=True)))
     measures = {"error": "error of lambda_max", "spearman": "Spearman correlation", "overlap": "overlap of top third"}
@@ -199,8 +195,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     axes[2, 0].legend(fontsize=8)
     figure.suptitle("Reductions against the reference on 64 samples; a line's points are n = 8, 16, 32, 64")
     figure.tight_layout()
-    for suffix in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=150)
+    save(figure, "fidelity")
 
 
 def main() -> None:
@@ -218,8 +213,8 @@ def main() -> None:
     frame = pd.concat(frames, ignore_index=True)
     if short:
         return
-    frame.to_csv(RESULTS / "fidelity.csv", index=False, float_format="%.5g")
-    plot(frame, RESULTS / "fidelity")
+    frame.to_csv(path_of("fidelity", "csv"), index=False, float_format="%.5g")
+    plot(frame)
     mean = frame[frame.samples == 32].groupby(["reduction", "projections"])[["spearman", "overlap", "cost"]].mean()
     rows = [
         row(f"{reduction} m={m}, n=32: missed share of the top third", 1 - r.overlap, 1.0, None, "share")

@@ -16,11 +16,12 @@ import torch
 
 from benchmarks.harness import RESULTS
 
+BENCHMARKS = ("step", "switch", "vgg", "gates", "peers", "fidelity", "scaling", "compiled")
 TRITON = [sys.executable, "-m", "pytest", "tests/test_gram_triton.py"]
 STEPS = {
     "gpu-marked tests": [sys.executable, "-m", "pytest", "-m", "gpu", "-rs"],
     "Triton kernel interpreted and compiled ahead of time": TRITON,
-    **{name: [sys.executable, "-m", f"benchmarks.{name}"] for name in ("step", "peers", "fidelity", "scaling")},
+    **{name: [sys.executable, "-m", f"benchmarks.{name}"] for name in BENCHMARKS},
 }
 
 

@@ -19,11 +19,9 @@ a unit's parameters (J^T J, the smaller side). It is timed on a few units, times
 import argparse
 import copy
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +31,20 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import medians, row, seconds, write
-from benchmarks.step import batch_of, our_step
+from benchmarks.fidelity import compare
+from benchmarks.harness import (
+    DEVICE,
+    Row,
+    Subject,
+    autocast,
+    in_process,
+    medians,
+    peak_bytes,
+    row,
+    seconds,
+    write,
+)
+from benchmarks.step import RECIPE, batch_of
 from mat import ntk
 from mat.attention import rotary_table
 from mat.bert import Bert
@@ -190,12 +200,9 @@ class Contenders:
             "ours": self.ours, "vmap(grad)": self.vmap_grad, "ntk tutorial": self.tutorial, "BackPACK": self.backpack,
         }  # fmt: skip
 
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(self.batch.tokens.device.type, torch.bfloat16, enabled=self.bfloat16)
-
     def ours(self) -> Tensor:
         """The estimator."""
-        with self._cast():
+        with autocast(self.bfloat16):
             kernels = ntk.estimate(self.model, self.batch, seed=SEED, kernels=True).kernels
         assert kernels is not None
         return kernels
@@ -261,7 +268,7 @@ class Contenders:
         jacobian = JacobianLinearOperator(wrapper, parameters, [(both, self.signs)], check_deterministic=False)
         mask = torch.cat([
             torch.zeros_like(p).chunk(units, axis)[0].new_zeros(p.shape).index_fill_(
-                axis, torch.arange(p.shape[axis] // units) + u * (p.shape[axis] // units), 1
+                axis, torch.arange(p.shape[axis] // units, device=p.device) + u * (p.shape[axis] // units), 1
             ).flatten()
             for p, (_, axis, units) in zip(parameters, group, strict=True)
         ])  # fmt: skip
@@ -272,8 +279,8 @@ class Contenders:
             nonlocal products
             products += 1
             full = torch.zeros_like(mask)
-            full[inside] = torch.from_numpy(np.asarray(vector)).to(mask.dtype).flatten()
-            return (jacobian.adjoint() @ (jacobian @ full))[inside].detach().to(torch.float64).numpy()
+            full[inside] = torch.from_numpy(np.asarray(vector)).to(mask).flatten()
+            return (jacobian.adjoint() @ (jacobian @ full))[inside].detach().to("cpu", torch.float64).numpy()
 
         operator = LinearOperator((len(inside),) * 2, matvec=multiply, dtype=np.float64)
         start = np.random.default_rng(0).normal(size=len(inside))
@@ -284,49 +291,34 @@ class Contenders:
 def contenders(samples: int = SAMPLES) -> Contenders:
     """On BERT-mini at initialisation."""
     torch.manual_seed(0)
-    return Contenders(Bert(MINI, VOCABULARY, LENGTH), batch_of(VOCABULARY, samples, LENGTH))
+    return Contenders(Bert(MINI, VOCABULARY, LENGTH).to(DEVICE), batch_of(VOCABULARY, samples, LENGTH))
 
 
-def peak_bytes(name: str) -> int:
-    """Peak memory of one call beyond what the process held before it (a small call has loaded everything)."""
-    getattr(contenders(2), METHODS[name])()
-    prepared = contenders()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
-    getattr(prepared, METHODS[name])()
-    return _resident("VmHWM") - before
+def peak(name: str) -> int:
+    """Peak memory of one call, behind a small one."""
+    contenders(2).all()[name]()
+    return peak_bytes(contenders().all()[name])
 
 
-METHODS = {"ours": "ours", "vmap(grad)": "vmap_grad", "ntk tutorial": "tutorial", "BackPACK": "backpack"}
-
-
-def _resident(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def top_third_overlap(a: Any, b: Any) -> float:
-    """Share of the units of a's top third that are in b's."""
-    count = round(len(a) / 3)
-    return len(set(np.argsort(a)[-count:]) & set(np.argsort(b)[-count:])) / count
+METHODS = ("ours", "vmap(grad)", "ntk tutorial", "BackPACK")
 
 
 def main() -> None:
     """Measure all."""
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", choices=sorted(METHODS))
+    parser.add_argument("--memory", choices=METHODS)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     if arguments.memory:
-        print(json.dumps(peak_bytes(arguments.memory)))
+        print(json.dumps(peak(arguments.memory)))
         return
     prepared = contenders()
     kernels = {name: action() for name, action in prepared.all().items()}
     for name, kernel in kernels.items():
         error = float((kernel - kernels["ours"]).abs().amax() / kernels["ours"].abs().amax())
         print(f"{name}: differs from ours by {error:.1e} of the largest entry", flush=True)
-    dense = our_step(copy.deepcopy(prepared.model), batch_of(VOCABULARY, 64, LENGTH))
+    dense = Subject(copy.deepcopy(prepared.model), batch_of(VOCABULARY, 64, LENGTH), RECIPE).step()
     plain = Contenders(prepared.model, prepared.batch, bfloat16=False).vmap_grad
     actions = {**prepared.all(), "vmap(grad) in float32": plain, "a dense step of 64": dense}
     timed = dict(zip(actions, medians(list(actions.values()), arguments.repeats), strict=True))
@@ -335,40 +327,49 @@ def main() -> None:
         row(f"mini, n=32 m=1: ours against {name}", timed["ours"], timed[name], wanted.get(name, 1 / 3))
         for name in list(actions)[1:]
     ]
-    command = [sys.executable, "-m", "benchmarks.peers", "--memory"]
-    peak = {
-        name: json.loads(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout)
-        for name in METHODS
-    }
-    best = min(list(METHODS)[1:], key=lambda name: timed[name])
-    for name in list(METHODS)[1:]:
-        quarter = 0.25 if name == best else None
-        rows.append(row(f"mini, n=32 m=1: peak memory, ours against {name}", peak["ours"], peak[name], quarter, "byte"))
-    rows += without_reduction(prepared)
-    write("peers", rows)
+    peaks = {name: in_process("peers", "--memory", name) for name in METHODS}
+    best = min(METHODS[1:], key=lambda name: timed[name])
+    for name in METHODS[1:]:
+        label, quarter = f"mini, n=32 m=1: peak memory, ours against {name}", 0.25 if name == best else None
+        rows.append(row(label, peaks["ours"], peaks[name], quarter, "byte"))
+    exact, eigensolver = without_reduction(prepared)
+    write("peers", [*rows, exact], eigensolver=eigensolver)
 
 
-def without_reduction(prepared: Contenders) -> list[Any]:
-    """The smallest m whose top third agrees with that of many projections, against the eigensolver on exact outputs."""
+def without_reduction(prepared: Contenders) -> tuple[Row, dict[str, Any]]:
+    """The smallest m whose top third agrees with that of many projections, against the eigensolver on exact outputs.
+
+    The solver works on a twin in bf16 and on one in float32; the faster one counts. Beside the comparison: of both the
+    seconds, Jacobian products and ratio of exact lambda to that of many projections, for every unit that was timed.
+    """
     model, batch = prepared.model, prepared.batch
     index = UnitIndex(unit_layers(model))
 
     def ours(m: int) -> Any:
-        with prepared._cast():
+        with autocast():
             return ntk.estimate(model, batch, index, projections=m, seed=SEED + 1).lambda_max
 
-    with prepared._cast():
+    with autocast():
         truth = ntk.estimate(model, batch, index, projections=MANY, seed=SEED + 2).lambda_max
-    overlap = {m: top_third_overlap(truth, ours(m)) for m in (1, 2, 4, 8, 16)}
+    overlap = {m: compare(ours(m), truth, index.kind)["overlap"] for m in (1, 2, 4, 8, 16)}
     enough = min([m for m, value in overlap.items() if value >= 0.9], default=16)
     print(f"top-third overlap with m = {MANY} by m: {overlap}", flush=True)
     spent = seconds(lambda: ours(enough))
     numbers = np.linspace(0, len(index) - 1, EIGEN_UNITS).round().astype(int)
-    exact: list[float] = []
-    theirs = [seconds(lambda i=i: exact.append(prepared.curvlinops(int(i), 1e-2)[0])) for i in numbers]
-    print(f"lambda exact / ours with m = {MANY}: {(np.array(exact) / truth[numbers]).round(3).tolist()}", flush=True)
-    name = f"mini, n=32, top-third overlap {overlap[enough]:.2f}: ours with m={enough} against curvlinops, all units"
-    return [row(name, spent, float(np.mean(theirs)) * len(index), 1 / 20)]
+    found: dict[str, Any] = {}
+    for precision, contender in (("bf16", prepared), ("float32", Contenders(model, batch, bfloat16=False))):
+        solved: list[tuple[float, int]] = []
+
+        def solve(unit: int, by: Contenders = contender, into: Any = solved) -> None:
+            into.append(by.curvlinops(unit, 1e-2))
+
+        times = [seconds(partial(solve, int(i))) for i in numbers]
+        ratios = [value / float(truth[i]) for (value, _), i in zip(solved, numbers, strict=True)]
+        found[precision] = {"seconds": times, "products": [n for _, n in solved], "lambda_exact_over_ours": ratios}
+        print(f"curvlinops in {precision}: {found[precision]}", flush=True)
+    theirs = min(float(np.mean(solver["seconds"])) for solver in found.values()) * len(index)
+    name = f"no reduction, top-third overlap {overlap[enough]:.2f}: ours with m={enough} against curvlinops, all units"
+    return row(name, spent, theirs, 1 / 20), found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.harness import RESULTS, medians, write
+from benchmarks.harness import DEVICE, autocast, medians, path_of, save, write
 from benchmarks.step import batch_of
 from mat import flops, ntk
 from mat.bert import Bert
@@ -43,7 +43,7 @@ def case(axis: str, x: int) -> tuple[Bert, Any, int]:
     samples = {"samples": x, "projections": 16}.get(axis, 32)
     config = BertConfig("scaling", "bert", 2, width, heads, 4 * width, groups, "learned", "pre")
     torch.manual_seed(0)
-    model = Bert(config, VOCABULARY, length)
+    model = Bert(config, VOCABULARY, length).to(DEVICE)
     return model, batch_of(VOCABULARY, samples, length), x if axis == "projections" else 1
 
 
@@ -52,7 +52,7 @@ def measure(axis: str, points: tuple[int, ...], repeats: int) -> pd.DataFrame:
     cases = [case(axis, x) for x in points]
 
     def call(model: Bert, batch: Any, m: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             ntk.estimate(model, batch, projections=m)
 
     spent = medians([lambda c=c: call(*c) for c in cases], repeats, warmup=1)
@@ -84,8 +84,7 @@ def plot(frame: pd.DataFrame, law: dict[str, dict[str, float]]) -> None:
     axes[0].set_ylabel("seconds per call")
     figure.suptitle("Cost of one estimate: two layers, width 128, n = 32 (projections: 16), 64 tokens, m = 1")
     figure.tight_layout()
-    for suffix in ("png", "svg"):
-        figure.savefig(RESULTS / f"scaling.{suffix}", dpi=150)
+    save(figure, "scaling")
 
 
 def main() -> None:
@@ -104,7 +103,7 @@ def main() -> None:
     for axis, found in law.items():
         print(f"{axis}: seconds ~ x^{found['seconds']:.2f}, FLOPs ~ x^{found['flops']:.2f}", flush=True)
     if not short:
-        frame.to_csv(RESULTS / "scaling.csv", index=False, float_format="%.5g")
+        frame.to_csv(path_of("scaling", "csv"), index=False, float_format="%.5g")
         plot(frame, law)
         write("scaling", [], law=law, points=frame.to_dict("records"))
 

@@ -1,150 +1,138 @@
-"""Training steps: ours against a plain loop over ``transformers.BertForMaskedLM``, and gated against dense.
+"""Training steps: ours against a plain loop over ``transformers.BertForMaskedLM``, and the estimator's share of a run.
 
     python -m benchmarks.step
 
-Equal size, batch, masks and precision (bf16 autocast); both update with torch's fused AdamW and clip gradients.
+Equal size, batch, masks and precision (bf16 autocast); both update with torch's fused AdamW and clip gradients. Gated
+steps: ``python -m benchmarks.gates``.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
 
-from benchmarks.harness import Row, medians, row, set_share, write
+from benchmarks.harness import DEVICE, Row, Subject, autocast, medians, row, set_share, stock_step, write
+from benchmarks.switch import their_layer
 from mat import flops, ntk
-from mat.bert import Bert
-from mat.config import BertConfig
+from mat.bert import Bert, MaskedEncoder
+from mat.config import CONF, BertConfig, TrainConfig, register_schemas, resolve
 from mat.data.masking import MaskedBatch, mask
-from mat.optim import UnitAdamW
-from mat.units import BackwardMode, UnitIndex, unit_layers
+from mat.models import build
+from mat.switch import Experts
+from mat.units import UnitIndex, unit_layers
 
 SIZES = {
     "mini": (BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "learned", "post"), 4096, 16, 128),
     "base": (BertConfig("bert", "bert", 12, 768, 12, 3072, 12, "learned", "post"), 30522, 16, 128),
 }
 REPEATS = {"mini": 15, "base": 5}
+RECIPE = TrainConfig(pflops=1, batch=16, lr=1e-4)
 
 
 def batch_of(vocabulary: int, samples: int, length: int) -> MaskedBatch:
     """A masked batch of random tokens."""
     tokens = np.random.default_rng(0).integers(5, vocabulary, (samples, length)).astype(np.uint16)
-    return mask(tokens, 0.15, 4, 5, vocabulary, [0])
+    return mask(tokens, 0.15, 4, 5, vocabulary, [0]).to(DEVICE)
 
 
-def our_step(model: Bert, batch: MaskedBatch) -> Callable[[], None]:
-    """A training step of ours with the gates as they stand."""
-    optimiser = UnitAdamW(model, (0.9, 0.98), 1e-6, 0.01)
-
-    def step() -> None:
-        model.train()
-        optimiser.clear()
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16):
-            loss = model.loss(batch)
-        loss.backward()
-        optimiser.clip(1.0)
-        optimiser.step(1e-4)
-
-    return step
+def bert(size: str) -> Subject:
+    """A BERT with random tokens."""
+    config, vocabulary, samples, length = SIZES[size]
+    return Subject(Bert(config, vocabulary, length).to(DEVICE), batch_of(vocabulary, samples, length), RECIPE)
 
 
-def their_step(config: BertConfig, vocabulary: int, batch: MaskedBatch, length: int) -> Callable[[], None]:
-    """The same step as a plain loop over transformers' model, the loss over masked positions by label -100."""
+def twin(model: MaskedEncoder) -> Any:
+    """``transformers.BertForMaskedLM`` of a model's size; a switch layer becomes the sparse MLP of its Switch."""
     import transformers
 
+    config, (vocabulary, width) = model.config, model.tokens.shape
+    assert model.positions is not None
     theirs = transformers.BertForMaskedLM(
         transformers.BertConfig(
-            vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, intermediate_size=config.ffn_hidden, max_position_embeddings=length,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            vocab_size=vocabulary, hidden_size=width, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, intermediate_size=config.ffn_hidden,
+            max_position_embeddings=len(model.positions), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip
-    labels = torch.full((batch.tokens.numel(),), -100)
+    for layer, block in zip(theirs.bert.encoder.layer, model.blocks, strict=True):
+        if isinstance(block.ffn, Experts):
+            layer.intermediate, layer.output.dense = their_layer(block.ffn), nn.Identity()
+    return theirs.to(DEVICE)
+
+
+def by_label(theirs: Any, batch: MaskedBatch) -> Callable[[], Tensor]:
+    """The loss as transformers offers it: logits everywhere, label -100 where nothing is masked."""
+    labels = torch.full((batch.tokens.numel(),), -100, device=DEVICE)
     labels[batch.positions] = batch.targets
     labels = labels.view_as(batch.tokens)
-    optimiser = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-    def step() -> None:
-        theirs.train()
-        optimiser.zero_grad()
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16):
-            loss: Any = theirs(input_ids=batch.tokens, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimiser.step()
-
-    return step
+    return lambda: theirs(input_ids=batch.tokens, labels=labels).loss
 
 
-def gated(size: str, model: Bert, batch: MaskedBatch, wanted: float | None) -> list[Row]:
-    """Steps with a third of the units active against dense steps: seconds, and FLOPs executed for comparison."""
-    dense, third = our_step(model, batch), our_step(model, batch)
-    rows = []
-    for mode in ("cut", "exact"):
+def by_position(theirs: Any, batch: MaskedBatch) -> Callable[[], Tensor]:
+    """The loss with logits at the masked positions only, as ours: equal products."""
 
-        def with_third(mode: BackwardMode = mode) -> None:  # type: ignore[assignment]
-            set_share(model, 1 / 3, mode)
-            third()
+    def loss() -> Tensor:
+        hidden = theirs.bert(input_ids=batch.tokens).last_hidden_state.flatten(0, 1)
+        return F.cross_entropy(theirs.cls(hidden.index_select(0, batch.positions)).float(), batch.targets)
 
-        def with_all() -> None:
-            set_share(model, 1.0, "cut")
-            dense()
-
-        ours, other = medians([with_third, with_all], REPEATS[size])
-        rows.append(row(f"{size}: step with a third active, {mode}", ours, other, wanted if mode == "cut" else None))
-        set_share(model, 1 / 3, mode)
-        executed = flops.training_step(model, batch).everything
-        set_share(model, 1.0, mode)
-        everything = flops.training_step(model, batch).everything
-        rows.append(row(f"{size}: FLOPs with a third active, {mode}", executed, everything, None, "FLOP"))
-    return rows
+    return loss
 
 
 def main() -> None:
     """Measure both sizes."""
     rows: list[Row] = []
-    for size, (config, vocabulary, samples, length) in SIZES.items():
+    for size, repeats in REPEATS.items():
         torch.manual_seed(0)
-        batch = batch_of(vocabulary, samples, length)
-        model = Bert(config, vocabulary, length)
-        ours, other = medians([our_step(model, batch), their_step(config, vocabulary, batch, length)], REPEATS[size])
+        subject = bert(size)
+        theirs = twin(subject.model)
+        ours, other = medians(
+            [subject.step(), stock_step(theirs, by_label(theirs, subject.batch), RECIPE)], repeats
+        )  # fmt: skip
         rows.append(row(f"{size}: dense step against transformers", ours, other, 1 / 1.3))
-        rows += gated(size, model, batch, 0.66 if size == "base" else None)
         if size == "mini":
-            dense_64 = our_step(model, batch_of(vocabulary, 64, length))
-            rows += estimator(model, batch_of(vocabulary, 32, length), dense_64)
+            rows += [estimator(subject.model), share_of_a_run()]
         write("step", rows)
 
 
-def estimator(model: Bert, probe: MaskedBatch, dense_64: Callable[[], None]) -> list[Row]:
+def estimator(model: Bert) -> Row:
     """One call of the estimator (n = 32, m = 1) against a dense step of 64 sequences."""
-    index = UnitIndex(unit_layers(model))
+    _, vocabulary, _, length = SIZES["mini"]
+    probe, dense = batch_of(vocabulary, 32, length), Subject(model, batch_of(vocabulary, 64, length), RECIPE).step()
 
     def call() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            ntk.estimate(model, probe, index)
+        with autocast():
+            ntk.estimate(model, probe)
 
-    set_share(model, 1.0, "cut")
-    ours, other = medians([call, dense_64], 9)
-    return [row("mini: estimator call against a dense step of 64 sequences", ours, other, 0.7), share_of_a_run(model)]
+    ours, other = medians([call, dense], 9)
+    return row("mini: estimator call against a dense step of 64 sequences", ours, other, 0.7)
 
 
-def share_of_a_run(model: Bert) -> Row:
-    """All calls of the estimator in a mini MAT run (+experiment=table1_mini) against the run's seconds."""
-    calls, samples, batch_size, budget = 25, 16, 8, 0.7 * 0.02e15
-    probe, batch = batch_of(4096, samples, 128), batch_of(4096, batch_size, 128)
-    index = UnitIndex(unit_layers(model))
-    step = our_step(model, batch)
+def share_of_a_run() -> Row:
+    """All calls of the estimator in a MAT run of Table 1, mini, against the run's seconds; sizes as configured."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolve(compose("config", ["+experiment=table1_mini", "method=mat", "dataset.root=null"]))
+    data, selection, train = config.dataset, config.selection, config.train
+    model = build(config, data.vocabulary).to(DEVICE)
+    probe = batch_of(data.vocabulary, selection.samples, data.length)
+    index = UnitIndex(unit_layers(model), selection.units)
+    training = Subject(model, batch_of(data.vocabulary, train.batch, data.length), train)
+    memory, m = config.hardware.estimator_bytes, selection.projections
 
     def call() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            ntk.estimate(model, probe, index)
+        with autocast():
+            ntk.estimate(model, probe, index, projections=m, memory_bytes=memory)
 
-    set_share(model, 1 / 3, "cut")
-    call_seconds, step_seconds = medians([call, step], 25)
-    spent = calls * flops.estimate(model, probe, index.layers, "random", 1, 512 * 2**20).figure
-    steps = (budget - spent) / flops.training_step(model, batch).figure
-    set_share(model, 1.0, "cut")
+    call_seconds, step_seconds = medians([call, training.step(selection.share)], 25)
+    calls = math.ceil(1 / selection.interval)
+    spent = calls * flops.estimate(model, probe, index.layers, selection.reduction, m, memory).figure
+    set_share(model, selection.share, "cut")
+    steps = (config.method.budget * train.pflops * 1e15 - spent) / flops.training_step(model, training.batch).figure
     ours = calls * call_seconds
     return row("mini: estimator calls of a run against the run", ours, ours + steps * step_seconds, 0.02)
 

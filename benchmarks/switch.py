@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, medians, row, write
+from benchmarks.harness import DEVICE, Row, autocast, medians, row, write
 from mat import switch
 from mat.config import SwitchConfig
 from mat.switch import Experts
@@ -32,7 +32,7 @@ def layer_of(width: int, factor: float) -> Experts:
             name="layer", layers=1, width=width, heads=4, ffn_hidden=4 * width, ffn_groups=1, experts=EXPERTS,
             capacity_factor=factor, positions="rotary", norm="pre",
         )
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
 
 
 def their_layer(ours: Experts) -> nn.Module:
@@ -48,7 +48,7 @@ def their_layer(ours: Experts) -> nn.Module:
     )  # fmt: skip
     with torch.no_grad():
         theirs.router.classifier.weight.copy_(ours.router)  # type: ignore[union-attr,operator]
-    return theirs.train()
+    return theirs.to(DEVICE).train()
 
 
 class Grouped(nn.Module):
@@ -101,7 +101,7 @@ def forward_and_backward(layer: nn.Module, x: Tensor, gradient: Tensor) -> Calla
     def action() -> None:
         layer.zero_grad(set_to_none=True)
         x.grad = None
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast():
             y = layer(x)
         y.backward(gradient.to(y.dtype))
 
@@ -115,9 +115,9 @@ def main() -> None:
         torch.manual_seed(0)
         ours, roomy = layer_of(width, 1.0), layer_of(width, 1.25)
         roomy.load_state_dict(ours.state_dict())
-        x = torch.randn(SAMPLES, LENGTH, width, requires_grad=True)
-        gradient = torch.randn(SAMPLES, LENGTH, width)
-        plain = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        x = torch.randn(SAMPLES, LENGTH, width, device=DEVICE, requires_grad=True)
+        gradient = torch.randn(SAMPLES, LENGTH, width, device=DEVICE)
+        plain = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)).to(DEVICE)
         layers = [ours, roomy, their_layer(ours), plain]
         one, more, theirs, dense = medians([forward_and_backward(m, x, gradient) for m in layers], REPEATS[width])
         dropped = ", ".join(f"{float(m.monitors()['drop_rate']):.3f}" for m in (ours, roomy))

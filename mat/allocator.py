@@ -2,11 +2,13 @@
 
 import ctypes
 import platform
+from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NEVER = 2**31 - 1  # bytes
 
 
+@cache  # once is enough
 def keep_freed_memory() -> None:
     """Keep the memory that tensors free for the tensors to come.
 

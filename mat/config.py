@@ -129,7 +129,9 @@ class SelectionConfig:
     scope: str = "kind"  # units compared with each other in eq. (4): kind | layer | all
     beta: float = 1e-3  # eq. (7)
     samples: int = 32  # probe sequences n
-    reduction: str = "random"  # random | sum | full, of the probe's outputs; online: a training step's loss gradients
+    # random | sum | full, of the probe's outputs; online: loss gradients off a training step on its own batch, without
+    # the probe, samples or projections. Its samples change with t, so Delta of eqs. (6)-(7) has their noise in it.
+    reduction: str = "random"
     projections: int = 1  # random: number m of stacked +-1 projections
 
 
@@ -372,10 +374,10 @@ def validate(config: Config) -> None:
         _between("selection.cut_last", selection.cut_last, 0, sum(map(len, model.stages)))
     _one_of("selection.scope", selection.scope, ("kind", "layer", "all"))
     _one_of("selection.reduction", selection.reduction, ("random", "sum", "full", "online"))
-    if selection.reduction == "online" and model.family == "vgg":
+    if selection.reduction == "online" and model.family != "bert":  # batch norm, capacity: samples are coupled
         raise UserError(
-            "selection.reduction=online cannot measure filters, whose batch norm couples the samples of a training "
-            "step: choose random."
+            f"selection.reduction=online cannot tell apart the samples of a training step of model={model.family}, "
+            "which its forward pass couples: choose random."
         )
     _between("selection.interval", selection.interval, 0, 0.05, open_low=True)
     _between("selection.beta", selection.beta, 0, 1)

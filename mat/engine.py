@@ -136,25 +136,29 @@ class Training:
         with self._stopping_cleanly():
             while True:
                 progress = self.spent.figure / self.budget
+                began = self.step
                 if selects := self.method.is_due(progress):
-                    after = self.spent.figure + self._estimate_cost().figure
+                    if self._online:
+                        self.index.set_active(np.ones(len(self.index), bool), self.mode)
+                    cost = self._selection_cost()
+                    after = self.spent.figure + cost.figure
                     self._evaluate_until(after, points)
                     if after > self.budget:
                         break
-                    self._select()
+                    self._select(cost)
                 if progress >= self.records * self.config.selection.interval:
                     self._record(selects)
                 start = time.perf_counter()
                 batch, self.epoch = self.data.train_batch(self.step, train.batch)
                 self.index.set_active(self.method.active_at(self.step), self.mode)
-                cost = flops.training_step(self.model, batch)
+                cost = self._step_cost(batch)
                 self.seconds += time.perf_counter() - start
                 after = self.spent.figure + cost.figure
                 self._evaluate_until(after, points)
                 if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
                     break
                 self._train_step(batch, cost)
-                if self.step % train.checkpoint_steps == 0:
+                if self.step // train.checkpoint_steps > began // train.checkpoint_steps:  # online selections step, too
                     self._save()
                 if self._interrupt:
                     self._save()
@@ -167,6 +171,10 @@ class Training:
         self.mirror.finish(summary)
 
     # --- one step
+
+    def _step_cost(self, batch: Batch, padded: bool = True) -> Flops:
+        """What a training step on a batch spends with the gates as they stand."""
+        return flops.training_step(self.model, batch, padded, self.config.train.accumulation)
 
     def _train_step(self, batch: Batch, cost: Flops) -> None:
         start = time.perf_counter()
@@ -197,7 +205,7 @@ class Training:
 
         self.step += 1
         self.spent += cost
-        self.needed += flops.training_step(self.model, batch, padded=False).figure + cost.overhead
+        self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         active_share = self.index.active_share
         self.share_sum += active_share
         self.window.append(loss)
@@ -233,11 +241,11 @@ class Training:
 
     @property
     def _online(self) -> bool:
-        """Whether scores come off a training step that is made for the selection, all units active."""
+        """Whether scores come off a training step that the selection makes, all units active."""
         return self.method.needs_score and self.config.selection.reduction == "online"
 
-    def _estimate_cost(self) -> Flops:
-        """What the coming selection spends; an online one's training step included."""
+    def _selection_cost(self) -> Flops:
+        """What the coming selection spends; an online one's training step, with the gates as they stand, included."""
         if not self.method.needs_score or self.probe is None:
             return Flops()
         selection, memory = self.config.selection, self.config.hardware.estimator_bytes
@@ -246,25 +254,23 @@ class Training:
                 self.model, self.probe, self.index.layers, self._reduction(), selection.projections, memory
             )
         batch, _ = self.data.train_batch(self.step, self.config.train.batch)
-        self._open_all()
         overhead = flops.kernels(self.index.layers, batch.samples, batch.length, memory)
-        return flops.training_step(self.model, batch) + Flops(overhead=overhead)
+        return self._step_cost(batch) + Flops(overhead=overhead)
 
-    def _select(self) -> None:
+    def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
-        cost = self._estimate_cost()
         score = self._score(cost) if self.method.needs_score else None
-        now = time.perf_counter()
         if score is not None:
-            self.seconds_estimator += (
-                now - start - (self.seconds - before)
-            )  # the step of an online estimate is training
+            stepping = self.seconds - before  # of an online selection; that is training
+            self.seconds_estimator += time.perf_counter() - start - stepping
         state = self.method.select(score)
         self.seconds = before + time.perf_counter() - start
         self._event("selection", "train", active_now=float(state.active.mean()))
 
     def _record(self, selected: bool) -> None:
         """Write a row per unit and run the analysis; counted neither in FLOPs nor in seconds.
+
+        Step and distance are the present ones: after an online selection, those behind the step that gave its scores.
 
         Args:
             selected: Whether there was a selection just now; without one there are no scores.
@@ -303,7 +309,6 @@ class Training:
         try:
             if self._online:
                 batch, self.epoch = self.data.train_batch(self.step, self.config.train.batch)
-                self._open_all()
                 with ntk.Online(self.model, self.index) as online:
                     self._train_step(batch, cost)
                 found = online.result(memory)
@@ -323,9 +328,6 @@ class Training:
         except FloatingPointError as error:
             raise RunFailed(f"{self.files.path}: at step {self.step} {error}") from error
         return np.sqrt(found.squared_norm) if self.config.method.score == "gradnorm" else found.lambda_max
-
-    def _open_all(self) -> None:
-        self.index.set_active(np.ones(len(self.index), bool), self.mode)
 
     # --- evaluation
 

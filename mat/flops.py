@@ -18,17 +18,20 @@ from mat.interface import Flops, UnitModel
 from mat.units import UnitLayer, unit_layers
 
 
-def training_step(model: UnitModel, batch: Any, padded: bool = True) -> Flops:
+def training_step(model: UnitModel, batch: Any, padded: bool = True, accumulation: int = 1) -> Flops:
     """FLOPs of one training step with the gates as they stand.
 
     Args:
         model: The model.
         batch: The step's batch.
         padded: Count what runs (executed); else what the active set needs, without padding.
+        accumulation: Micro-batches that the step is computed in; in each an expert's slots are rounded up.
     """
-    total = model.rest_flops(batch)
-    for layer in unit_layers(model):
-        total += layer.step_flops(batch.samples, batch.length, layer.n_active, layer.mode, padded)
+    total = Flops()
+    for part in [batch] if accumulation == 1 else batch.split(accumulation):
+        total += model.rest_flops(part)
+        for layer in unit_layers(model):
+            total += layer.step_flops(part.samples, part.length, layer.n_active, layer.mode, padded)
     return total
 
 

@@ -6,7 +6,8 @@ For one weight of a unit layer the gradient of sample i and unit u is ``A[i, :, 
 ``gradients``  form the per-sample gradients, then multiply them: N U p q (T + N) multiply-adds;
 ``pairs``      contract token pairs without forming gradients: N² T² (U p + q + U) multiply-adds.
 
-On a CUDA device ``gradients`` runs in a Triton kernel that never writes a gradient (``mat.gram_triton``).
+On a CUDA device ``gradients`` of bf16 factors runs in a Triton kernel that never writes a gradient, where that fits
+(``mat.gram_triton``).
 """
 
 import importlib.util
@@ -40,7 +41,7 @@ class Plan:
     rows: int
 
 
-def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: int) -> Plan:
+def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: int, itemsize: int = 4) -> Plan:
     """Choose the contraction by cost and the chunks by memory.
 
     Args:
@@ -51,6 +52,7 @@ def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: in
         q: Width of the shared factor.
         memory_bytes: Bound on the matrices that a chunk forms; copies of the factors come beside it. At least one
             row or sample is always taken.
+        itemsize: Bytes of a number in the kernels: 4, or 8 for float64.
 
     Returns:
         The plan; its ``flops`` are what a FLOPs counter sees.
@@ -60,10 +62,10 @@ def plan(samples: int, tokens: int, units: int, p: int, q: int, memory_bytes: in
     pairs = 2 * samples * samples * tokens * tokens * (units * p + q)
     elementwise = ELEMENTWISE * samples * samples * tokens * tokens * units  # no matrix product, so not in ``flops``
     if forming + products <= pairs + elementwise:
-        row_bytes = samples * q * (4 + 4)  # a row of gradients in the factors' precision and in float32
+        row_bytes = samples * q * 2 * itemsize  # a row of gradients in the factors' precision and in the kernels'
         fit = max(1, memory_bytes // row_bytes)
         return Plan("gradients", forming + products, max(1, min(units, fit // p)), min(p, fit))
-    sample_bytes = 4 * tokens * samples * tokens  # one sample's pairs, of the shared factor or of a unit
+    sample_bytes = itemsize * tokens * samples * tokens  # one sample's pairs, of the shared factor or of a unit
     chunk = max(1, min(samples, memory_bytes // (3 * sample_bytes)))
     unit_chunk = max(1, min(units, (memory_bytes // (sample_bytes * chunk) - 1) // 2))  # a unit's, and their products
     shared = 2 * samples * samples * tokens * tokens * q
@@ -87,7 +89,7 @@ def unit_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     samples, q = sum(len(a) for a, _ in factors), shared.shape[2]
     exact = torch.float64 if per_unit.dtype == torch.float64 else torch.float32
     gram = torch.zeros(units, samples, samples, dtype=exact, device=per_unit.device)
-    chosen = plan(samples, tokens, units, p, q, memory_bytes)
+    chosen = plan(samples, tokens, units, p, q, memory_bytes, exact.itemsize)
     with torch.autocast(per_unit.device.type, enabled=False):
         contract = _by_gradients if chosen.contraction == "gradients" else _by_pairs
         contract(gram, factors, chosen)
@@ -107,7 +109,7 @@ def _by_gradients(gram: Tensor, factors: Factors, chosen: Plan) -> None:
     if gram.is_cuda and importlib.util.find_spec("triton"):
         from mat import gram_triton
 
-        if gram_triton.fits(gram.shape[1], dtype, gram.device):
+        if gram_triton.fits(gram.shape[1], p, dtype, gram.device):
             a, b = torch.cat([a.to(dtype) for a, _ in factors]), torch.cat([shared[id(b)] for _, b in factors])
             gram += gram_triton.gram(a, b)
             return

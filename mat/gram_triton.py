@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SAMPLES = 64  # most samples that fit on chip; with more, the gradients of a tile would be formed again and again
+SAMPLES = 64  # most samples whose tile of gradients fits on chip; with more, mat.gram forms gradients in memory
 PROGRAMS = 512  # enough to fill a device
 P, Q = 16, 16  # tile of the weight
 INTERPRETED = triton.knobs.runtime.interpret
@@ -31,7 +31,7 @@ def kernel(
 ):  # fmt: skip
     """Factors a (N, T, U, p) and b (N, T, q), their last strides 1; out (programs per unit, U, N, N) contiguous."""
     part, unit = tl.program_id(0), tl.program_id(1)
-    n = tl.arange(0, n_block)
+    n = tl.arange(0, n_block).to(tl.int64)  # what it multiplies can be larger than 32 bits
     step = tl.arange(0, T)
     across = tl.cdiv(q, Q)
     gram = tl.zeros((n_block, n_block), tl.float32)
@@ -57,9 +57,12 @@ def kernel(
     tl.store(out + at, gram, mask=(n < samples)[:, None] & (n < samples)[None, :])
 
 
-def fits(samples: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel is meant for N samples of factors of a type on a device."""
-    return device.type == "cuda" and dtype == torch.bfloat16 and samples <= SAMPLES
+def fits(samples: int, p: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel is meant for N samples of factors of a type on a device.
+
+    Not for a p smaller than its tile, which would be filled up with zeros (filters: p = 1).
+    """
+    return device.type == "cuda" and dtype == torch.bfloat16 and samples <= SAMPLES and p >= P
 
 
 def settings(samples: int) -> dict[str, int]:

@@ -112,6 +112,9 @@ class UnitModel(nn.Module):
         """The same, given the outputs: mean cross-entropy of logits (rows grouped by sample, equally many each)."""
         return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
 
+    def fix_constants(self, batches: Sequence[Any]) -> None:
+        """Let the layers note what the estimator holds fixed (``mat.units.Tape``), given all batches of a probe."""
+
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss of its last forward pass, if anything."""
         return None

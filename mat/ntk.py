@@ -124,11 +124,14 @@ def estimate(
     """Top eigenvalue of the mNTK of every unit.
 
     Memory: autograd keeps one batch at a time; of all batches the estimator keeps the factors (every unit layer's
-    inputs, and m gradients of its outputs); ``memory_bytes`` for the products; 4 units r² bytes of kernels.
+    inputs, and m gradients of its outputs); ``memory_bytes`` for the products of a layer, beside copies of its factors,
+    which for filters are what each sees at every position (nine times the layer's inputs); 4 units r² bytes of kernels,
+    and as many again while eigenvalues are computed densely (``spectrum``, or r up to ``DENSE``).
 
     Args:
         model: A model with unit layers.
-        batch: The probe, n samples, or a sequence of batches that make it up: the result is the same.
+        batch: The probe, n samples, or a sequence of batches that make it up: the result is the same. What a model
+            holds fixed (statistics of batch norm) comes from all of them, in a forward pass of its own.
         index: The units wanted; all when omitted.
         reduction: How the outputs are reduced, see the module's docstring.
         projections: m, for ``random`` only.
@@ -145,8 +148,8 @@ def estimate(
 
     Raises:
         FloatingPointError: If a unit's kernel has a value that is not finite; the message names the unit.
-        ValueError: If there is nothing to measure, outputs cannot be split evenly into samples, or the reduction is
-            not known.
+        ValueError: If there is nothing to measure, outputs cannot be split evenly into samples, the reduction is not
+            known, or the model cannot fix its constants over several batches.
     """
     index = _checked(UnitIndex(unit_layers(model)) if index is None else index)
     batches = list(batch) if isinstance(batch, Sequence) else [batch]
@@ -154,15 +157,20 @@ def estimate(
     products, of_rest = _Products(index, memory_bytes), None
     with _probing(model, index) as tape:
         first = 0
-        for part in batches:
+        if len(batches) > 1:
+            model.fix_constants(batches)
+        fixed = len(tape.constants)
+        for position, part in enumerate(batches, 1):
             tape.taps.clear()
             outputs = model(part)
+            if len(batches) > 1 and len(tape.constants) > fixed:
+                raise ValueError("a layer's constants depend on all batches: the model must have fix_constants()")
             count = reducer.outputs_per_sample(outputs, part.samples)
             taps = tape.taps.copy()
             products.check(taps)
             gradients: list[list[Tensor]] = [[] for _ in taps]
             for cotangent, last in reducer.cotangents(model, part, outputs, first):
-                if last and part is batches[-1]:
+                if last and position == len(batches):
                     ends = [tap.output for tap in taps if tap.output.is_leaf]  # reached through all other taps
                     products.listen(taps, gradients)
                     tape.taps.clear()
@@ -179,7 +187,7 @@ def estimate(
         if rest:
             of_rest = _rest_kernels(model, batches, index, tape, reducer)
     m = projections if reduction == "random" else 1
-    stacked = products.kernels() / m
+    stacked = products.kernels().div_(m)
     return Mntk(
         *_eigenvalues(stacked, index, spectrum), stacked if kernels else None, of_rest, index, first, count, reduction,
         m, seed,
@@ -375,8 +383,8 @@ class _Products:
 
     def __init__(self, index: UnitIndex, memory_bytes: int) -> None:
         self.index, self.memory_bytes = index, memory_bytes
-        self._layers = {id(layer): layer for layer in index.layers}
-        self._grams: dict[int, Tensor] = {}
+        self._layers = {id(layer): (layer, rows) for layer, rows in index.slices()}
+        self._kernels: Tensor | None = None
         self._awaited: Counter[tuple[int, str]] = Counter()
         self._factors: dict[tuple[int, str], list[list[tuple[Tensor, ...]]]] = {}  # [projection][batch]
 
@@ -427,13 +435,15 @@ class _Products:
 
     @torch.no_grad()
     def _contract(self, key: tuple[int, str]) -> None:
-        layer = self._layers[key[0]]
+        layer, rows = self._layers[key[0]]
         pairs = [pair for slot in self._factors.pop(key) for pair in slot]
         shared = {id(pair[1]): layer.unfold(key[1], pair[1]) for pair in pairs}  # one for all projections
         factors = [(pair[0], shared[id(pair[1])], *pair[2:]) for pair in pairs]
         contract = gram.routed_gram if layer.routed else gram.unit_gram
         value = contract(factors, layer.products[key[1]] is not None, self.memory_bytes)
-        self._grams[key[0]] = self._grams[key[0]].add_(value) if key[0] in self._grams else value
+        if self._kernels is None:
+            self._kernels = value.new_zeros(len(self.index), *value.shape[1:])
+        self._kernels[rows] += value
 
     def kernels(self) -> Tensor:
         """(units, r, r) in the order of the index, projection-major; the factors are given up."""
@@ -441,7 +451,8 @@ class _Products:
             raise ValueError("the outputs do not depend on every product of the measured layers")
         for key in list(self._factors):
             self._contract(key)
-        return torch.cat([self._grams.pop(layer) for layer in self._layers])
+        assert self._kernels is not None
+        return self._kernels
 
 
 def _eigenvalues(
@@ -452,11 +463,13 @@ def _eigenvalues(
     Raises:
         FloatingPointError: If a value is not finite.
     """
-    finite = kernels.isfinite().all(2).all(1)
+    sums = kernels.sum((1, 2))
+    finite = sums.isfinite()  # only if all entries are, and without a copy of them
     with torch.autocast(kernels.device.type, enabled=False):
         usable = kernels if spectrum or kernels.shape[1] <= DENSE else _krylov(kernels)
-    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], usable, 0)).clamp_min(0)
-    packed = torch.column_stack([eigenvalues, kernels.sum((1, 2)).clamp_min(0), finite])
+    usable.masked_fill_(~finite[:, None, None], 0)  # in place: kernels with such values are refused below
+    eigenvalues = torch.linalg.eigvalsh(usable).clamp_min(0)
+    packed = torch.column_stack([eigenvalues, sums.clamp_min(0), finite])
     values = packed.to("cpu", torch.float64).numpy()
     bad = np.flatnonzero(values[:, -1] == 0)
     if len(bad):

@@ -243,6 +243,7 @@ class _Experts(torch.autograd.Function):
             return None, d_gate, *[None] * 7
         gradient = gradient.to(y.dtype)
         propagated = ctx.n_active if ctx.mode == "cut" else len(slots.token)
+        trains = ctx.n_active > 0 and any(ctx.needs_input_grad[5:])  # the leaves, unless requires_grad is off
         d_rows = y.new_empty(propagated, slots.token.shape[1], y.shape[1])
         d_leaves = [y.new_empty(shape, dtype=dtype) for shape, dtype in ctx.leaves]
         saved = iter(kept)
@@ -255,12 +256,15 @@ class _Experts(torch.autograd.Function):
             d_z = torch.ops.aten.gelu_backward(torch.bmm(g, w_out), z)
             d_rows[chunk] = torch.bmm(d_z, w_in)
             if chunk.start < ctx.n_active:
-                found = torch.bmm(d_z.mT, next(saved)), d_z.sum(1), torch.bmm(g.mT, next(saved)), g.sum(1)
+                rows, hidden = next(saved), next(saved)
+                if not trains:
+                    continue
+                found = torch.bmm(d_z.mT, rows), d_z.sum(1), torch.bmm(g.mT, hidden), g.sum(1)
                 for leaf, value in zip(d_leaves, found, strict=True):
                     leaf[chunk] = value
         stands = slots.kept & (slots.row < propagated * slots.token.shape[1])
         d_x = d_rows.flatten(0, 1).index_select(0, slots.row.where(stands, 0)).mul_(stands[:, None])
-        return d_x, d_gate, None, None, None, *(d_leaves if ctx.n_active else [None] * 4)
+        return d_x, d_gate, None, None, None, *(d_leaves if trains else [None] * 4)
 
 
 def _gather(x: Tensor, token: Tensor) -> Tensor:

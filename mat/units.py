@@ -62,7 +62,7 @@ class Tape:
 
     Attributes:
         taps: The products.
-        constants: What layers fixed at the probe's first batch (statistics of batch norm), by the layer's id.
+        constants: What layers fixed at the tape's first pass (statistics of batch norm), by the layer's id.
         layers: Ids of the layers that record; all when None.
     """
 
@@ -245,9 +245,7 @@ class UnitLayer(nn.Module):
 
     def active_index(self, device: torch.device) -> Tensor:
         """(n_active,) numbers of the active units."""
-        index = self._index[True]
-        assert index is not None
-        return index.to(device)
+        return self._numbers(True, device)
 
     def compute(self, x: Any, w: UnitTensors) -> Any:
         """Contribution of the units whose rows are in ``w``, added up."""
@@ -265,19 +263,26 @@ class UnitLayer(nn.Module):
         self.tape.record(Tap(self, weight, bias, known.detach(), known_is_shared, output, sizes))
         return output
 
+    def _numbers(self, active: bool, device: torch.device) -> Tensor:
+        """Numbers of the active or of the frozen units, copied to a device once."""
+        index = self._index[active]
+        assert index is not None
+        if index.device != device:
+            index = self._index[active] = index.to(device)
+        return index
+
     def _rows(self, active: bool) -> UnitTensors:
         """Rows of the active units (leaves that gather gradients) or of the frozen ones (no gradient)."""
         rows: UnitTensors = {}
         for name, parameter in self.unit_parameters().items():
             block = self._blocks.get((name, active))
-            index = self._index[active]
-            assert index is not None
+            index = self._numbers(active, parameter.device)
             if block is None:
-                gathered = parameter.detach().index_select(0, index.to(parameter.device))
+                gathered = parameter.detach().index_select(0, index)
                 block = _Block(gathered.requires_grad_(active), parameter._version)
                 self._blocks[name, active] = block
             elif block.version != parameter._version:  # same leaf, so that accumulated gradients stay with it
-                torch.index_select(parameter.detach(), 0, index.to(parameter.device), out=block.rows.detach())
+                torch.index_select(parameter.detach(), 0, index, out=block.rows.detach())
                 block.version = parameter._version
             rows[name] = block.rows
         return rows

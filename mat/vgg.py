@@ -14,6 +14,7 @@ Shapes: N images, C filters, I input channels, S x S maps, P channels that carry
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -157,7 +158,7 @@ class FilterLayer(UnitLayer):
         return F.max_pool2d(y, 2) if self.pool else y
 
     def _recorded(self, x: Tensor) -> Maps:
-        """The estimator's pass: statistics of the probe's first batch, held fixed (paper section 5, batch norm)."""
+        """The estimator's pass: statistics of the probe, held fixed (paper section 5, batch norm)."""
         assert self.tape is not None
         if self.training:
             raise ValueError("batch norm couples the samples of a training step: measure filters by mat.ntk.estimate")
@@ -397,6 +398,11 @@ class Vgg(UnitModel):
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy."""
         return {"accuracy": float((outputs.argmax(1) == batch.targets).float().mean())}
+
+    @torch.no_grad()
+    def fix_constants(self, batches: Sequence[Batch]) -> None:
+        """Statistics of all images at once: a layer's depend on how the layers below normalise."""
+        self.maps(torch.cat([batch.inputs for batch in batches]))
 
     def rest_flops(self, batch: Batch) -> Flops:
         """The classifier; no input gradient if no filter wants one."""

@@ -198,6 +198,7 @@ REFUSED = [  # overrides, a part of the sentence
 
 
 REFUSED_OF_IMAGES = [
+    ("selection.reduction=online", "which its forward pass couples: choose random"),
     ("model.stages=[]", "model.stages=[]"),
     ("model.stages=[[8],[]]", "model.stages=[[8], []]"),
     ("model.stages=[[8],[0]]", "model.stages=0"),

@@ -273,12 +273,12 @@ def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, ro
     expected, shares, steps = [], [], []
     select, step = Training._select, Training._train_step
 
-    def measured(self: Training) -> None:
+    def measured(self: Training, cost: Flops) -> None:
         batch, _ = self.data.train_batch(self.step, config.train.batch)
         found = ntk.estimate(self.model, batch, self.index, reduction="loss")
         expected.append(found.lambda_max if method == "mat" else np.sqrt(found.squared_norm))
         steps.append(self.step)
-        select(self)
+        select(self, cost)
 
     def watched(self: Training, *arguments: Any) -> None:
         shares.append(self.index.active_share)
@@ -372,6 +372,16 @@ def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(
         correct = training.model.eval()(batch).argmax(1) == batch.targets
     assert summary["test_accuracy"] == pytest.approx(float(correct.float().mean()), rel=1e-6)
     assert events(tmp_path / "run", "test")[0]["accuracy"] == summary["test_accuracy"]
+
+
+def test_checkpoints_are_as_frequent_as_asked_whoever_makes_the_steps(cache, tmp_path, monkeypatch):
+    """An online selection makes a step of its own; here every other step is one, and the fifth is theirs."""
+    config = small(cache, *ONLINE, "train.checkpoint_steps=5", steps=24)
+    training = Training(config, RunFolder(tmp_path / "run", config))
+    saved, save = [], Training._save
+    monkeypatch.setattr(Training, "_save", lambda self: saved.append(self.step) or save(self))
+    steps = training.train()["steps"]
+    assert len(saved) >= 3 and max(np.diff([0, *saved, steps])) <= 6, saved
 
 
 # --- learning

@@ -3,15 +3,18 @@
 import copy
 from pathlib import Path
 
+import naive
 import numpy as np
 import pytest
 import torch
 from short_runs import small
-from tiny import tiny_batch, tiny_bert
+from test_switch import gradients_of, rows_of
+from test_units import assert_same_gradients, frozen_units
+from tiny import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 from mat import engine, gram, ntk
 from mat.attention import attention, rotary_table
-from mat.units import unit_layers
+from mat.units import BackwardMode, unit_layers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +39,8 @@ def test_triton_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     gram_triton = pytest.importorskip("mat.gram_triton")
     calls, plain = [], gram_triton.gram
     monkeypatch.setattr(gram_triton, "gram", lambda a, b: calls.append(a.shape) or plain(a, b))
-    model, batch = tiny_bert(dtype=torch.float32, length=64).to(DEVICE), tiny_batch(length=64).to(DEVICE)
+    model = tiny_bert(dtype=torch.float32, length=64, width=48, ffn_hidden=48).to(DEVICE)  # 16 rows of a unit
+    batch = tiny_batch(length=64).to(DEVICE)
     with torch.autocast("cuda", torch.bfloat16):
         ntk.estimate(model, batch)
     assert len(calls) == sum(len(layer.products) for layer in unit_layers(model))
@@ -68,6 +72,45 @@ def test_attention_equals_the_cpu(rotary: bool) -> None:
     found.backward(weight.to(DEVICE))
     assert here.grad is not None and there.grad is not None
     torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [0, 1, 2, 99], ids=["none", "one", "two", "all"])
+@pytest.mark.parametrize("mode", ["cut", "exact"])
+@pytest.mark.parametrize("family", ["bert", "switch", "vgg"])
+def test_gate_gradients_equal_the_dense_reference(family: str, mode: BackwardMode, active: int) -> None:
+    """In float64: heads, groups, experts and filters against the references that loop over units on the CPU."""
+    model = {"bert": tiny_bert, "switch": tiny_switch, "vgg": tiny_vgg}[family]()
+    batch = tiny_images() if family == "vgg" else tiny_batch()
+    for layer in unit_layers(model):
+        layer.set_active(np.arange(layer.n_units) < active, mode)
+    of = naive.filter_gradients if family == "vgg" else naive.gradients
+    expected = rows_of(model, of(model, batch, frozen_units(model) if mode == "cut" else ()))
+    there = copy.deepcopy(model).to(DEVICE)
+    there.loss(batch.to(DEVICE)).backward()
+    found = {name: None if g is None else g.cpu() for name, g in gradients_of(there).items()}
+    assert_same_gradients(found, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("memory_bytes", [300, 2**20])
+def test_routed_gram_equals_the_cpu(memory_bytes: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = [torch.tensor([[2, 0, 3], [0, 0, 0], [1, 4, 2]]), torch.tensor([[1, 5], [3, 0], [2, 1]])]
+    factors = [
+        (*(torch.randn(int(s.sum()), w, generator=random, dtype=torch.float64) for w in (4, 5)), s) for s in sizes
+    ]
+    expected = gram.routed_gram(factors, True, memory_bytes)
+    found = gram.routed_gram([tuple(t.to(DEVICE) for t in triple) for triple in factors], True, memory_bytes)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["switch", "vgg"])
+def test_kernels_of_experts_and_filters_equal_the_cpu(family: str) -> None:
+    model = {"switch": tiny_switch, "vgg": tiny_vgg}[family]()
+    batch = tiny_images() if family == "vgg" else tiny_batch()
+    expected = ntk.estimate(model, batch, projections=2, kernels=True).kernels
+    found = ntk.estimate(copy.deepcopy(model).to(DEVICE), batch.to(DEVICE), projections=2, kernels=True).kernels
+    assert expected is not None and found is not None
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-8 * float(expected.max()))
 
 
 @pytest.mark.parametrize("mode", ["cut", "exact"])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton comes with torch on Linux only")
 
@@ -54,11 +55,41 @@ print(built.metadata.shared)
 """
 
 
-@pytest.mark.parametrize("capability, samples, kilobytes", [(80, 64, 163), (90, 32, 227)])
-def test_kernel_compiles_ahead_of_time(capability: int, samples: int, kilobytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [16, 32, 64])
+@pytest.mark.parametrize("capability, kilobytes", [(80, 163), (90, 227)])
+def test_kernel_compiles_ahead_of_time(capability: int, kilobytes: int, samples: int, tmp_path: Path) -> None:
     """Products on tensor cores, on-chip memory within what a program has on an A100 and on an H100."""
     code = COMPILED.format(capability=capability, samples=samples)
     assert 0 < int(run(code, TRITON_CACHE_DIR=str(tmp_path))) <= kilobytes * 1024
+
+
+FAR = """
+import torch
+from mat import gram, gram_triton
+far = torch.from_file({path!r}, shared=True, size=2**31 + 4096, dtype=torch.bfloat16)  # a sparse file
+a = far.as_strided((3, 5, 2, 16), (2**30, 32, 16, 1)).copy_(torch.randn(3, 5, 2, 16))
+b = torch.randn(3, 5, 7).bfloat16()
+expected = gram.unit_gram([(a.double(), b.double())], False, 2**30)
+assert float((gram_triton.gram(a, b) - expected).abs().max() / expected.max()) < 2**-14
+print("reached")
+"""
+
+
+def test_samples_may_lie_further_apart_than_32_bits_reach(tmp_path: Path) -> None:
+    """The third sample begins 2**31 numbers behind the first."""
+    assert "reached" in run(FAR.format(path=str(tmp_path / "far")), TRITON_INTERPRET="1")
+
+
+def test_it_is_not_meant_for_what_would_waste_it() -> None:
+    """Too many samples for the chip, units narrower than a tile, other types, no device."""
+    from mat import gram_triton
+
+    device = torch.device("cuda")
+    assert gram_triton.fits(64, 16, torch.bfloat16, device)
+    assert not gram_triton.fits(65, 16, torch.bfloat16, device)
+    assert not gram_triton.fits(64, 1, torch.bfloat16, device)
+    assert not gram_triton.fits(64, 16, torch.float32, device)
+    assert not gram_triton.fits(64, 16, torch.bfloat16, torch.device("cpu"))
 
 
 def test_partial_sums_cover_every_tile_once() -> None:

@@ -327,6 +327,28 @@ def test_working_memory_stays_under_the_bound(sizes: tuple[int, ...], divisor: i
     assert peak.bytes > 0 and used <= memory_bytes, f"{used / memory_bytes:.2f} of the bound"
 
 
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_a_plan_knows_how_large_numbers_are(itemsize: int) -> None:
+    """Chunks of float64 are half as large under the same bound."""
+    sizes, bound = (64, 16, 4, 32, 256), 2**20
+    chosen = gram.plan(*sizes, bound, itemsize)
+    assert chosen.contraction == "gradients"
+    assert chosen.units * chosen.rows == bound // (2 * itemsize * 64 * 256)
+
+
+def test_kernels_are_not_copied() -> None:
+    """Where they are what needs memory: beside them there are one layer's at a time, and the factors."""
+    model, batch = model_of(*FORMS[0]), tiny_batch(samples=SAMPLES)
+    with PeakMemory() as peak:
+        found = ntk.estimate(model, batch, projections=100, memory_bytes=2**20, kernels=True)
+    assert found.kernels is not None
+    assert peak.bytes < 2 * found.kernels.nbytes, f"{peak.bytes / found.kernels.nbytes:.2f} times the kernels"
+    few = found.kernels[:, :100, :100].clone()
+    with PeakMemory() as peak:
+        ntk._eigenvalues(few, found.index, spectrum=True)
+    assert 0 < peak.bytes < 1.1 * few.nbytes, "LAPACK works on a copy, and nothing else does"
+
+
 @pytest.mark.parametrize("norm, positions", FORMS)
 def test_bfloat16_autocast_keeps_the_eigenvalues(norm: str, positions: str) -> None:
     """8 bits a value: within 5 % of float64, far below the spread between units."""
@@ -495,6 +517,15 @@ def test_several_batches_equal_one(reduction: ntk.Reduction, projections: int, s
     torch.testing.assert_close(found.rest, expected.rest, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found.squared_norm, expected.squared_norm, rtol=1e-9)
     assert found.samples == 8 and found.outputs == expected.outputs
+
+
+def test_the_same_batch_may_come_twice() -> None:
+    """As samples of their own, with signs of their own."""
+    model, probe = model_of(*FORMS[0]), tiny_batch(samples=2)
+    rows = torch.tensor([0, 1, 0, 1])
+    expected = estimate(model, probe.take(rows), projections=2).kernels
+    found = ntk.estimate(model, [probe, probe], projections=2, kernels=True).kernels
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_activations_of_one_batch_are_alive_at_a_time() -> None:

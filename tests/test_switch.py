@@ -231,6 +231,24 @@ def test_the_router_learns_as_if_nothing_were_frozen(mode: BackwardMode, active:
     assert_close(found[1], found[0], tolerance=1e-14)
 
 
+def test_weights_that_want_no_gradient_cost_none() -> None:
+    layer = layer_of(4, 0.75)
+    x, g = inputs(2, 6)
+    products = {}
+    for wanted in (True, False):
+        for parameter in layer.unit_parameters().values():
+            parameter.requires_grad_(wanted)
+        y = layer(x)
+        x.grad = None
+        with flops.flop_counter() as counter:
+            y.backward(g)
+        products[wanted] = counter.get_total_flops(), x.grad
+    cost = layer.step_flops(2, 6, 4, "cut")
+    router = 2 * 12 * 4 * WIDTH
+    assert products[True][0] - products[False][0] == cost.weight_grad - router
+    assert torch.equal(products[True][1], products[False][1])
+
+
 # --- losses and monitors
 
 
@@ -513,6 +531,17 @@ def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -
         assert backward.get_total_flops() == wanted.input_grad + wanted.weight_grad + 2 * vocabulary
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_an_accumulated_step_equals_the_counter(parts: int) -> None:
+    """Slots are rounded up in every part: of 30 tokens an expert takes 6, in two parts 4 and 3, in three 3, 3 and 2."""
+    model, batch = tiny_switch(capacity_factor=1.0, experts=5, ffn_hidden=21), tiny_batch(samples=5)
+    set_gates(model, (1, 2, 3, 1), "cut")
+    with flops.flop_counter() as counter:
+        for part in batch.split(parts):
+            (model.loss(part) + model.auxiliary_loss()).backward()
+    assert counter.get_total_flops() == flops.training_step(model, batch, accumulation=parts).everything
+
+
 @pytest.mark.parametrize("kinds", [None, ("experts",), ("heads",)], ids=str)
 @pytest.mark.parametrize("reduction, projections", [("random", 1), ("random", 3), ("full", 1), ("loss", 1)])
 @pytest.mark.parametrize("switch_every", [1, 2])
@@ -577,6 +606,7 @@ def test_routed_gram_equals_the_naive_gradients_and_its_formula(memory_bytes: in
         ("model.balance_loss=-1", "model.balance_loss=-1"),
         ("model.z_loss=-1", "model.z_loss=-1"),
         ("model.heads=3", "does not divide"),
+        ("selection.reduction=online", "which its forward pass couples: choose random"),
         ("selection.units=[ffn]", "model.switch_every=2"),
         ("selection.units=[expert]", "did you mean experts?"),
     ],

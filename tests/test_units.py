@@ -177,6 +177,13 @@ def test_active_set_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> Non
         FeedForward(4, 6, 3).set_active(np.ones(shape, bool))
 
 
+def test_the_active_units_numbers_are_copied_to_a_device_once() -> None:
+    layer = FeedForward(4, 6, 3)
+    layer.set_active(np.array([True, False, True]))
+    meta = torch.device("meta")
+    assert layer.active_index(meta) is layer.active_index(meta)
+
+
 def test_parameter_with_a_wrong_number_of_units_is_refused() -> None:
     with pytest.raises(ValueError, match="in has 2 rows for 3 units"):
         UnitLayer("ffn", 3).add_unit_parameter("in", torch.zeros(2, 5))

@@ -21,7 +21,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from mat import flops, ntk
 from mat.config import Config, resolve
 from mat.data.images import ImageBatch
-from mat.interface import Flops
+from mat.interface import Flops, UnitModel
 from mat.models import build
 from mat.optim import UnitSGD
 from mat.units import BackwardMode, UnitIndex, unit_layers
@@ -480,8 +480,26 @@ def test_random_projections_are_the_full_kernel_projected() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_all_kernels_add_up_to_the_whole_with_statistics_of_the_first_batch() -> None:
-    """The rest's kernels run sample by sample, with the statistics that the first batch fixed."""
+@pytest.mark.parametrize("reduction", ["random", "full"])
+def test_several_batches_equal_one(reduction: ntk.Reduction) -> None:
+    """Statistics are those of the whole probe, however it is split."""
+    model, batch = tiny_vgg(), tiny_images(samples=5)
+    expected = estimate(model, batch, reduction=reduction, rest=True)
+    found = estimate(model, batch.split(2), reduction=reduction, rest=True)
+    torch.testing.assert_close(found.kernels, expected.kernels, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.rest, expected.rest, rtol=1e-9, atol=1e-10)
+
+
+def test_a_model_that_cannot_fix_its_constants_takes_one_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_vgg(), tiny_images(samples=4)
+    monkeypatch.setattr(Vgg, "fix_constants", UnitModel.fix_constants)
+    estimate(model, batch)
+    with pytest.raises(ValueError, match="fix_constants"):
+        estimate(model, batch.split(2))
+
+
+def test_all_kernels_add_up_to_the_whole_with_statistics_of_the_first_pass() -> None:
+    """The rest's kernels run sample by sample, with the statistics that the first pass fixed."""
     model, batch = tiny_vgg(), tiny_images(samples=3)
     jacobian = naive.filter_jacobian(model, batch)
     flat = torch.cat([j.flatten(2) for j in jacobian.values()], 2).transpose(0, 1).flatten(0, 1)
