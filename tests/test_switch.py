@@ -535,7 +535,7 @@ def test_training_step_equals_the_counter(case: dict[str, Any], factor: float) -
 def test_an_accumulated_step_equals_the_counter(parts: int) -> None:
     """Slots are rounded up in every part: of 30 tokens an expert takes 6, in two parts 4 and 3, in three 3, 3 and 2."""
     model, batch = tiny_switch(capacity_factor=1.0, experts=5, ffn_hidden=21), tiny_batch(samples=5)
-    set_gates(model, (1, 2, 3, 1), "cut")
+    set_gates(model, [unit < active for n, active in ((3, 1), (5, 2), (3, 3), (5, 1)) for unit in range(n)], "cut")
     with flops.flop_counter() as counter:
         for part in batch.split(parts):
             (model.loss(part) + model.auxiliary_loss()).backward()
