@@ -67,8 +67,7 @@ class SwitchConfig(BertConfig):
 
     family: str = "switch"
     experts: int = number(1)  # per switch layer, each with ffn_hidden neurons
-    # an expert takes at most this many times its even share of a training batch's tokens
-    capacity_factor: float = number(0, default=1.0, above=True)
+    capacity_factor: float = 1.0  # an expert takes at most this many times its even share of a training batch's tokens
     switch_every: int = number(1, default=1)  # every so manieth feed-forward layer is a switch layer
     balance_loss: float = number(0, default=0.01)  # coefficient of the load-balancing loss, summed over switch layers
     z_loss: float = number(0, default=0.001)  # coefficient of the router z-loss, likewise
