@@ -227,8 +227,9 @@ def write(name: str, rows: list[Row], merge: bool = False, **found: Any) -> None
     earlier = json.loads(path.read_text())["rows"] if merge and path.is_file() else []
     about = environment(Config(hardware=HardwareConfig(device=DEVICE.type, precision="bfloat16")))
     del about["exclusive"]  # the load averages tell
+    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     content = {
-        "environment": {**about, "command": " ".join(sys.argv), "cores": os.cpu_count()},
+        "environment": {**about, "command": command, "cores": os.cpu_count()},
         "load_average": {"before": LOAD_BEFORE, "after": os.getloadavg()},
         "statistic": "medians of interleaved runs, warm-up excluded; ratio = ours / other",
         "rows": [r for r in earlier if r["name"].partition(":")[0] not in parts] + [asdict(r) for r in rows],
