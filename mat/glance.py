@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,12 +118,15 @@ def look(path: Path) -> Glance:
         raise UserError(f"{path} is no run folder (it has no config.yaml): name one, or a folder above some.")
     try:
         environment, summary, failure = (_json(path / f"{n}.json") for n in ("environment", "summary", "failure"))
+        config = read_config(path / "config.yaml")
+        if key := missing_key(config, CONFIGURED):
+            raise ValueError(f"config.yaml has no {key}")
         return Glance(
-            path, _config(path / "config.yaml"), environment, _events(path / "metrics.jsonl"),
+            path, config, environment, _events(path / "metrics.jsonl"),
             _units(path / "units.parquet"), summary, failure.get("reason"),
             time.time() - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
         )  # fmt: skip
-    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise UserError(f"{path} is damaged ({reason}): delete that run folder and train it again.") from error
 
@@ -138,16 +142,28 @@ def look_below(root: Path) -> tuple[list[Glance], list[str]]:
     return runs, damaged
 
 
-def _config(path: Path) -> dict[str, Any]:
-    loaded = OmegaConf.load(path)
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's resolved configuration from its config.yaml.
+
+    Raises:
+        ValueError: If it is no mapping in YAML.
+        OSError: If it is not there.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(str(error)) from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path.name} is no mapping")
-    for key in CONFIGURED:
-        if OmegaConf.select(loaded, key) is None:
-            raise ValueError(f"{path.name} has no {key}")
     config = OmegaConf.to_container(loaded)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def missing_key(config: dict[str, Any], wanted: Iterable[str]) -> str | None:
+    """The first of some dotted keys that a configuration does not have or that has no value."""
+    known = OmegaConf.create(config)
+    return next((key for key in wanted if OmegaConf.select(known, key) is None), None)
 
 
 def _json(path: Path) -> dict[str, Any]:

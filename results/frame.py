@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from mat.config import INCIDENTAL, with_defaults
 from mat.errors import UserError
+from mat.glance import missing_key, read_config
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
 
@@ -116,17 +115,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ResultsError(f"{path} is missing: run the same command again, or delete that run folder.")
     try:
-        loaded = OmegaConf.load(path)
-    except (ValueError, OSError, YAMLError):
-        loaded = None
-    if not isinstance(loaded, DictConfig):
-        raise ResultsError(f"{path} is damaged: delete that run folder and train it again.")
-    for key in CONFIGURED:
-        if OmegaConf.select(loaded, key) is None:
-            raise ResultsError(f"{path} has no {key}: delete that run folder and train it again.")
-    config = OmegaConf.to_container(loaded)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+        config = read_config(path)
+    except (ValueError, OSError):
+        raise ResultsError(f"{path} is damaged: delete that run folder and train it again.") from None
+    if key := missing_key(config, CONFIGURED):
+        raise ResultsError(f"{path} has no {key}: delete that run folder and train it again.")
+    return config
 
 
 def _read_metrics(path: Path) -> pd.DataFrame:
