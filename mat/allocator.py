@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Keep the memory that tensors free for the tensors to come.
 
     glibc maps every large block afresh and unmaps it when it is freed, so that each step faults its activations in
-    again, page by page: 5,000 to 18,000 faults in a step of the mini models, whose kernel time this call removes. The
+    again, page by page: 2,600 to 18,000 faults in a step of the mini models, whose kernel time this call removes. The
     process stays as large as it once was. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
