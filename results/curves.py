@@ -33,7 +33,8 @@ LINES = {
     "baseline": ("#000000", "-"), "fitted": ("#000000", "--"),
     "rand": ("#E69F00", "-"), "rand_matched": ("#E69F00", "--"),
     "multirate": ("#0072B2", "-"), "gradnorm": ("#0072B2", "--"),
-    "mat": ("#D55E00", "-"), "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
+    "mat": ("#D55E00", "-"), "mat_equal": ("#D55E00", "--"),
+    "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
 }  # fmt: skip
 OTHER_MODEL = "#8A8A8A"
 LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")

@@ -182,6 +182,7 @@ SPECS = {
                 (
                     Row(f"bert{suffix}", "baseline", "BERT"),
                     Row(f"bert{suffix}", "mat", "MAT"),
+                    Row(f"bert{suffix}", "mat_equal", "MAT, baseline's FLOPs"),
                     Row(f"bert{suffix}", "fitted", "BERT, fitted"),  # its schedule fitted to MAT's FLOPs
                     Row(f"bert{suffix}_shallow", "fitted", "shallow, fitted"),
                     Row(f"bert{suffix}", "static", "static"),
