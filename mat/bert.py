@@ -26,6 +26,8 @@ from mat.data.masking import MaskedBatch
 from mat.interface import Flops, UnitModel
 from mat.units import UnitLayer, UnitTensors
 
+TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+
 
 def _embedding(*shape: int) -> Tensor:
     return torch.empty(*shape).normal_(0.0, 0.02)
@@ -301,23 +303,10 @@ class Bert(MaskedEncoder):
         """
         if self.positions is None or self.config.norm != "post":
             raise ValueError("only positions=learned with norm=post has the form of transformers.BertForMaskedLM")
-        state: dict[str, Tensor] = {}
-        for ours, theirs in self._plain_names().items():
-            for name in theirs:
-                state[name] = self.get_parameter(ours).detach().clone()
-        state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, self.config.width)
-        for i, block in enumerate(cast(list[Block], self.blocks)):
-            prefix = f"bert.encoder.layer.{i}"
-            attention, ffn = block.attention, cast(FeedForward, block.ffn)
-            weights = attention.qkv_weight.detach().chunk(3, dim=1)  # three of (H, K, D)
-            biases = attention.qkv_bias.detach().chunk(3, dim=1)
-            for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
-                state[f"{prefix}.attention.self.{part}.weight"] = weight.flatten(0, 1).clone()
-                state[f"{prefix}.attention.self.{part}.bias"] = bias.flatten().clone()
-            state[f"{prefix}.attention.output.dense.weight"] = attention.out_weight.detach().flatten(0, 1).T.clone()
-            state[f"{prefix}.intermediate.dense.weight"] = ffn.in_weight.detach().flatten(0, 1).clone()
-            state[f"{prefix}.intermediate.dense.bias"] = ffn.in_bias.detach().flatten().clone()
-            state[f"{prefix}.output.dense.weight"] = ffn.out_weight.detach().flatten(0, 1).T.clone()
+        state = {TOKEN_TYPES: torch.zeros(2, self.config.width)}
+        for name, (ours, transposed) in self._by_their_names().items():
+            plain = ours.flatten() if name.endswith("bias") else ours.flatten(0, max(0, ours.dim() - 2))
+            state[name] = (plain.T if transposed else plain).clone()
         return state
 
     @torch.no_grad()
@@ -338,44 +327,36 @@ class Bert(MaskedEncoder):
         for name, tensor in expected.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, wanted {tuple(tensor.shape)}")
-        for ours, theirs in self._plain_names().items():
-            self.get_parameter(ours).copy_(state[theirs[0]])
-        assert self.positions is not None
-        self.positions.add_(state["bert.embeddings.token_type_embeddings.weight"][0])
-        for i, block in enumerate(cast(list[Block], self.blocks)):
-            prefix = f"bert.encoder.layer.{i}"
-            attention, ffn = block.attention, cast(FeedForward, block.ffn)
-            heads, width = attention.n_units, attention.head_width
-            for part, name in enumerate(("query", "key", "value")):
-                rows = slice(part * width, (part + 1) * width)
-                weight = state[f"{prefix}.attention.self.{name}.weight"]
-                attention.qkv_weight[:, rows] = weight.view(heads, width, -1)
-                attention.qkv_bias[:, rows] = state[f"{prefix}.attention.self.{name}.bias"].view(heads, width)
-            attention.out_weight.copy_(
-                state[f"{prefix}.attention.output.dense.weight"].T.reshape_as(attention.out_weight)
-            )
-            ffn.in_weight.copy_(state[f"{prefix}.intermediate.dense.weight"].view_as(ffn.in_weight))
-            ffn.in_bias.copy_(state[f"{prefix}.intermediate.dense.bias"].view_as(ffn.in_bias))
-            ffn.out_weight.copy_(state[f"{prefix}.output.dense.weight"].T.reshape_as(ffn.out_weight))
+        for name, (ours, transposed) in self._by_their_names().items():
+            ours.copy_((state[name].T if transposed else state[name]).reshape(ours.shape))
+        cast(Tensor, self.positions).add_(state[TOKEN_TYPES][0])
 
-    def _plain_names(self) -> dict[str, tuple[str, ...]]:
-        """Parameters of the rest that have the same shape there, by our name."""
+    def _by_their_names(self) -> dict[str, tuple[Tensor, bool]]:
+        """Views of the weights by their names there, and whether a weight is stored transposed there."""
+        named: dict[str, tuple[Tensor, bool]] = {}
+
+        def add(theirs: str, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> None:
+            named[f"{theirs}.weight"] = weight.detach(), transposed
+            if bias is not None:
+                named[f"{theirs}.bias"] = bias.detach(), False
+
         head = "cls.predictions"
-        names: dict[str, tuple[str, ...]] = {
-            "tokens": ("bert.embeddings.word_embeddings.weight", f"{head}.decoder.weight"),
-            "positions": ("bert.embeddings.position_embeddings.weight",),
-            "transform_weight": (f"{head}.transform.dense.weight",),
-            "transform_bias": (f"{head}.transform.dense.bias",),
-            "vocabulary_bias": (f"{head}.bias", f"{head}.decoder.bias"),
-        }
-        norms = {"embedding_norm": "bert.embeddings.LayerNorm", "transform_norm": f"{head}.transform.LayerNorm"}
-        for i in range(self.config.layers):
-            prefix = f"bert.encoder.layer.{i}"
-            names[f"blocks.{i}.attention_bias"] = (f"{prefix}.attention.output.dense.bias",)
-            names[f"blocks.{i}.ffn_bias"] = (f"{prefix}.output.dense.bias",)
-            norms[f"blocks.{i}.attention_norm"] = f"{prefix}.attention.output.LayerNorm"
-            norms[f"blocks.{i}.ffn_norm"] = f"{prefix}.output.LayerNorm"
-        for ours, theirs in norms.items():
-            for part in ("weight", "bias"):
-                names[f"{ours}.{part}"] = (f"{theirs}.{part}",)
-        return names
+        add(f"{head}.decoder", self.tokens, self.vocabulary_bias)
+        add("bert.embeddings.word_embeddings", self.tokens)
+        add("bert.embeddings.position_embeddings", cast(Tensor, self.positions))
+        add("bert.embeddings.LayerNorm", self.embedding_norm.weight, self.embedding_norm.bias)
+        add(f"{head}.transform.dense", self.transform_weight, self.transform_bias)
+        add(f"{head}.transform.LayerNorm", self.transform_norm.weight, self.transform_norm.bias)
+        named[f"{head}.bias"] = self.vocabulary_bias.detach(), False
+        for i, block in enumerate(cast(list[Block], self.blocks)):
+            theirs = f"bert.encoder.layer.{i}"
+            attention, ffn = block.attention, cast(FeedForward, block.ffn)
+            weights, biases = (p.chunk(3, dim=1) for p in (attention.qkv_weight, attention.qkv_bias))  # of (H, K, D)
+            for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+                add(f"{theirs}.attention.self.{part}", weight, bias)
+            add(f"{theirs}.attention.output.dense", attention.out_weight, block.attention_bias, transposed=True)
+            add(f"{theirs}.attention.output.LayerNorm", block.attention_norm.weight, block.attention_norm.bias)
+            add(f"{theirs}.intermediate.dense", ffn.in_weight, ffn.in_bias)
+            add(f"{theirs}.output.dense", ffn.out_weight, block.ffn_bias, transposed=True)
+            add(f"{theirs}.output.LayerNorm", block.ffn_norm.weight, block.ffn_norm.bias)
+        return named

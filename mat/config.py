@@ -346,7 +346,12 @@ def validate(config: Config) -> None:
     for group in GROUPS:
         _validate_alone(f"{group}.", getattr(config, group))
 
-    _one_of("model.family", model.family, list(KINDS))
+    for key, value, own, group in (
+        ("model.family", model.family, type(model).family, "model"),
+        ("dataset.modality", config.dataset.modality, type(config.dataset).modality, "dataset"),
+    ):
+        if value != own:
+            raise UserError(f"{key}={value} contradicts {group}={getattr(config, group).name}: choose another {group}.")
     if MODALITY[model.family] != config.dataset.modality:
         wanted = "a text dataset" if MODALITY[model.family] == "text" else "a dataset of images"
         raise UserError(f"model={model.family} cannot read dataset={config.dataset.name}: choose {wanted}.")

@@ -35,6 +35,7 @@ from mat.tracking import Progress, open_mirror
 from mat.units import BackwardMode, UnitIndex, unit_layers
 
 PFLOP = 1e15
+THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
 DIVERGED = 3.0  # a training loss this many times the first one will not come back
 
 
@@ -59,8 +60,7 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
     files = RunFolder(folder, config)
     if files.summary is not None:
         return files.summary
-    if config.hardware.threads is not None:
-        torch.set_num_threads(config.hardware.threads)
+    torch.set_num_threads(config.hardware.threads or THREADS)
     keep_freed_memory()
     training: Training | None = None
     summary: dict[str, Any] | None = None
@@ -137,7 +137,7 @@ class Training:
             while True:
                 progress = self.spent.figure / self.budget
                 began = self.step
-                if selects := self.method.is_due(progress):
+                if due := self.method.is_due(progress):
                     if self._online:
                         self.index.set_active(np.ones(len(self.index), bool), self.mode)
                     cost = self._selection_cost()
@@ -147,7 +147,7 @@ class Training:
                         break
                     self._select(cost)
                 if progress >= self.records * self.config.selection.interval:
-                    self._record(selects)
+                    self._record(due)
                 start = time.perf_counter()
                 batch, self.epoch = self.data.train_batch(self.step, train.batch)
                 self.index.set_active(self.method.active_at(self.step), self.mode)
@@ -184,15 +184,15 @@ class Training:
         loss = 0.0
         metrics: dict[str, float] = {}
         for part in batch.to(self.device).split(train.accumulation):
-            share = part.samples / batch.samples
+            weight = part.samples / batch.samples
             with self._autocast():
                 outputs = self.model(part)
                 part_loss = self.model.loss_of_outputs(outputs, part)
                 extra = self.model.auxiliary_loss()
-            torch.autograd.backward((part_loss if extra is None else part_loss + extra) * share)
-            loss += float(part_loss.detach()) * share
+            torch.autograd.backward((part_loss if extra is None else part_loss + extra) * weight)
+            loss += float(part_loss.detach()) * weight
             for name, value in self.model.metrics(outputs.detach(), part).items():
-                metrics[name] = metrics.get(name, 0.0) + value * share
+                metrics[name] = metrics.get(name, 0.0) + value * weight
         norm = float(self.optimiser.clip(train.clip))
         self._refuse_divergence(loss, norm)
         lr = learning_rate(train, (self.spent.figure + cost.figure / 2) / self.budget)
@@ -223,8 +223,7 @@ class Training:
         """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
         if len(self.recent) < (self.recent.maxlen or 0):
             return {}
-        # Older checkpoints have no numbers of samples.
-        samples = [metrics.get("samples", self.config.train.batch) for metrics in self.recent]
+        samples = [metrics["samples"] for metrics in self.recent]
         names = [name for name in self.recent[-1] if name != "samples"]
         return {name: float(np.average([m[name] for m in self.recent], weights=samples)) for name in names}
 
@@ -246,8 +245,9 @@ class Training:
 
     def _selection_cost(self) -> Flops:
         """What the coming selection spends; an online one's training step, with the gates as they stand, included."""
-        if not self.method.needs_score or self.probe is None:
+        if not self.method.needs_score:
             return Flops()
+        assert self.probe is not None
         selection, memory = self.config.selection, self.config.hardware.estimator_bytes
         if not self._online:
             return flops.estimate(
@@ -391,7 +391,6 @@ class Training:
         self._save()
         self.model.load_state_dict(self._best_weights())
         test = self._scores_on("test", None)
-        mean_share = self.share_sum / max(1, self.step)
         self._event("test", "test", **test)
         summary = {
             "method": self.config.method.name,
@@ -406,7 +405,7 @@ class Training:
             "pflops_to_best": self.best["pflops"],
             "seconds_to_best": self.best["seconds"],
             **{f"test_{name}": value for name, value in test.items()},
-            "active_share": mean_share,
+            "active_share": self.share_sum / self.step,
             **self.data.facts(),
             "selections": self.method.state.t + 1,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -490,7 +489,7 @@ class Training:
         self.optimiser.load_state_dict(state["optimiser"])
         self.method.load_state_dict(state["method"])
         torch.set_rng_state(state["random"].cpu())
-        if state.get("random_cuda") is not None and self.device.type == "cuda":
+        if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu())
         self.spent = Flops(*state["spent"])
         for name in self._SAVED:

@@ -69,11 +69,8 @@ def kernels(gated: list[UnitLayer], rows: int, length: int, memory_bytes: int) -
     """FLOPs of all units' kernels of so many rows and of their top eigenvalues; an online estimate adds these alone."""
     total = ntk.eigenvalue_flops(sum(layer.n_units for layer in gated), rows)
     for layer in gated:
-        taps = layer.tap_shapes(length)
-        if layer.routed:
-            total += sum(gram.routed_flops(rows, *tap) for tap in taps)
-        else:
-            total += ntk.flops(taps, rows, memory_bytes)
+        for tap in layer.tap_shapes(length):
+            total += gram.routed_flops(rows, *tap) if layer.routed else gram.unit_flops(rows, *tap, memory_bytes)
     return total
 
 

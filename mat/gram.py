@@ -101,6 +101,11 @@ def unit_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     return gram
 
 
+def unit_flops(samples: int, tokens: int, units: int, p: int, q: int, bias: bool, memory_bytes: int) -> int:
+    """FLOPs of :func:`unit_gram`."""
+    return plan(samples, tokens, units, p, q, memory_bytes).flops + 2 * samples * samples * units * p * bias
+
+
 def _by_gradients(gram: Tensor, factors: Factors, chosen: Plan) -> None:
     _, _, units, p = factors[0][0].shape
     # Under autocast one factor is the input before the cast: the narrower type is what the product itself used.

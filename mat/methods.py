@@ -6,7 +6,7 @@ engine hands over the scores of a selection (eigenvalues, or gradient norms) and
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -143,7 +143,7 @@ class Method:
         elif state.t == 0:
             pass
         elif self.config.policy == "random":
-            state.active = self._draw(self._random_share())
+            state.active = self._draw(cast(float, self.selection.share))
         else:
             state.active = self._above_threshold(self._ranked())
         return state
@@ -213,14 +213,6 @@ class Method:
         if self.selection.scope == "kind":
             return kinds
         return [k & (self.layer == layer) for k in kinds for layer in np.unique(self.layer[k])]
-
-    def _random_share(self) -> float:
-        share = self.selection.share
-        if share is None:
-            raise UserError(
-                f"method={self.config.name} draws a share of the units: set selection.share and selection.alpha=null."
-            )
-        return share
 
     def _draw(self, share: float) -> BoolArray:
         """Uniformly a share of the units of each kind and layer, or the matched run's counts."""

@@ -256,24 +256,6 @@ class Online:
         )  # fmt: skip
 
 
-def flops(taps: list[tuple[int, int, int, int, bool]], samples: int, memory_bytes: int) -> int:
-    """FLOPs of the Gram products of one estimate.
-
-    Args:
-        taps: (T, U, p, q, bias) of every product, as the unit layers declare them.
-        samples: Stacked samples N.
-        memory_bytes: The bound that :func:`estimate` is given.
-
-    Returns:
-        Matrix-product FLOPs.
-    """
-    total = 0
-    for tokens, units, p, q, bias in taps:
-        total += gram.plan(samples, tokens, units, p, q, memory_bytes).flops
-        total += 2 * samples * samples * units * p if bias else 0
-    return total
-
-
 def eigenvalue_flops(units: int, rows: int) -> int:
     """FLOPs of the matrix products behind the top eigenvalues of kernels (units, rows, rows)."""
     if rows <= DENSE:
@@ -292,7 +274,7 @@ class _ListeningTape(Tape):
     """Also keeps the gradients that a later backward pass brings."""
 
     def __init__(self, layers: frozenset[int]) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers)
         self.gradients: dict[int, list[Tensor]] = {}
 
     def record(self, tap: Tap) -> None:
@@ -306,7 +288,7 @@ class _ListeningTape(Tape):
 @contextmanager
 def _probing(model: nn.Module, index: UnitIndex) -> Iterator[Tape]:
     """Eval mode, no parameter gradients, a tape in every unit layer; everything restored at the end."""
-    tape = Tape(layers=frozenset(map(id, index.layers)))
+    tape = Tape(frozenset(map(id, index.layers)))
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     layers = unit_layers(model)

@@ -116,8 +116,8 @@ class Experts(UnitLayer):
         y: Tensor = _Experts.apply(flat, gate, self, order.tolist(), fill_slots(expert, load, capacity), *leaves)
         return y.view_as(x)
 
-    def chunks(self, order: list[int], device: torch.device) -> list[slice]:
-        """Experts that are computed at once, as places in ``order``, active and frozen ones apart.
+    def chunks(self, device: torch.device) -> list[slice]:
+        """Experts that are computed at once, as places in an order with the active ones first, those apart.
 
         All at once on a GPU; on a CPU so many that their weights and activations stay in its cache.
         """
@@ -214,7 +214,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        chunks = layer.chunks(order, x.device)
+        chunks = layer.chunks(x.device)
         x = x.to(dtype)
         out = x.new_empty(*slots.token.shape, x.shape[1])  # (E, C, D)
         kept: list[Tensor] = []  # of every chunk that is propagated: pre-activations, weights, inputs of both if active

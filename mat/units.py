@@ -39,7 +39,6 @@ class Tap:
     Attributes:
         layer: The layer that recorded it.
         weight: Name of the unit parameter, (U, p, q).
-        bias: Name of the bias (U, p) whose gradient is ``per_unit`` summed over positions, if there is one.
         known: The forward factor: ``shared`` (n, T, q), or ``per_unit`` (n, T, U, p).
         known_is_shared: Which of the two factors ``known`` is.
         output: Tensor whose gradient is the other factor.
@@ -49,7 +48,6 @@ class Tap:
 
     layer: "UnitLayer"
     weight: str
-    bias: str | None
     known: Tensor
     known_is_shared: bool
     output: Tensor
@@ -61,14 +59,14 @@ class Tape:
     """What the unit layers recorded during one forward pass, in forward order.
 
     Attributes:
+        layers: Ids of the layers that record.
         taps: The products.
         constants: What layers fixed at the tape's first pass (statistics of batch norm), by the layer's id.
-        layers: Ids of the layers that record; all when None.
     """
 
+    layers: frozenset[int]
     taps: list[Tap] = field(default_factory=list)
     constants: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    layers: frozenset[int] | None = None
 
     def record(self, tap: Tap) -> None:
         """Take in one product."""
@@ -105,7 +103,7 @@ class UnitLayer(nn.Module):
         self.tape: Tape | None = None
         self.products: dict[str, str | None] = {}
         self._unit_names: list[str] = []
-        self._index: dict[bool, Tensor | None] = {True: None, False: None}
+        self._index = {True: torch.arange(n_units), False: torch.arange(0)}  # numbers of the active, of the frozen
         self._blocks: dict[tuple[str, bool], _Block] = {}
 
     def add_unit_parameter(self, name: str, value: Tensor) -> None:
@@ -255,18 +253,16 @@ class UnitLayer(nn.Module):
         self, weight: str, known: Tensor, known_is_shared: bool, output: Tensor, sizes: Tensor | None = None
     ) -> Tensor:
         """Record one product for the estimator (see :class:`Tap`) and return the tensor to go on with."""
-        if self.tape is None or (self.tape.layers is not None and id(self) not in self.tape.layers):
+        if self.tape is None or id(self) not in self.tape.layers:
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        bias = self.products[weight]
-        self.tape.record(Tap(self, weight, bias, known.detach(), known_is_shared, output, sizes))
+        self.tape.record(Tap(self, weight, known.detach(), known_is_shared, output, sizes))
         return output
 
     def _numbers(self, active: bool, device: torch.device) -> Tensor:
         """Numbers of the active or of the frozen units, copied to a device once."""
         index = self._index[active]
-        assert index is not None
         if index.device != device:
             index = self._index[active] = index.to(device)
         return index

@@ -127,7 +127,6 @@ class FilterLayer(UnitLayer):
         """``count`` filters pass the gradient on, first the active ones; the others of them times ``factor``."""
         weight, bias, gain, shift = self._leaves()
         active, frozen = self.active_index(self.weight.device), self._index[False]
-        assert frozen is not None
         if factor:
             frozen = frozen[torch.randperm(len(frozen))]
         scale = torch.full_like(self.gain.detach(), factor).index_fill_(0, active, 1.0)

@@ -104,7 +104,7 @@ def test_gram_products_equal_the_counter(
     assert chosen.contraction == contraction
     with flops.flop_counter() as counter:
         gram.unit_gram([(torch.ones(n, t, u, p), torch.ones(n, t, q))], bias, memory_bytes)
-    assert counter.get_total_flops() == ntk.flops([(t, u, p, q, bias)], n, memory_bytes)
+    assert counter.get_total_flops() == gram.unit_flops(n, t, u, p, q, bias, memory_bytes)
     assert counter.get_total_flops() == chosen.flops + (2 * n * n * u * p if bias else 0)
 
 

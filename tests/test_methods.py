@@ -307,13 +307,6 @@ def test_random_draws_uniformly() -> None:
     assert np.abs(drawn - 1000).max() < 4 * 26, drawn
 
 
-def test_random_needs_a_share() -> None:
-    method = make("random", score="none", alpha=0.5)
-    method.select(None)
-    with pytest.raises(UserError, match=r"set selection.share and selection.alpha=null"):
-        method.select(None)
-
-
 @pytest.mark.parametrize("slow_share, fast", [(0.5, [3, 4, 3, 4]), (1 / 3, [4, 6, 4, 6]), (1.0, [0] * 4)])
 def test_multirate_splits_once_into_fast_and_slow(slow_share: float, fast: list[int]) -> None:
     method = make("multirate", score="none", slow_share=slow_share, slow_steps=4)
