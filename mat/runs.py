@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -147,23 +148,25 @@ class RunFolder:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Command, commit, versions, device, threads, precision of this process."""
-    import datasets
-    import tokenizers
+    """Command, commit, versions, device, threads, precision of this process; None for what git does not tell."""
 
     def git(*arguments: str) -> str | None:
         root = Path(__file__).resolve().parent.parent
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     device = config.hardware.device
     return {
         "command": _command(),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
+        "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (torch, datasets, tokenizers)},
+            "torch": torch.__version__,  # with its build, such as +cu126, which the metadata lack
+            **{name: version(name) for name in ("datasets", "tokenizers")},
         },
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
