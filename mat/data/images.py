@@ -20,7 +20,7 @@ from torch import Tensor
 from mat.config import ImageConfig
 from mat.data.cache import cached, progress
 from mat.data.order import Order, entropy, spaced
-from mat.data.sources import Columns, open_splits, origin, source_key
+from mat.data.sources import Columns, is_packaged, open_splits, origin, source_key
 from mat.errors import UserError
 
 STORED = ("train", "test")
@@ -105,10 +105,10 @@ def _decode(config: ImageConfig, encoded: bytes | None, row: str) -> Pixels:
 def _from_files(config: ImageConfig) -> Iterator[tuple[str, Pixels, Labels]]:
     for split, stream in open_splits(config, STORED, _columns()).items():
         pixels, labels = [], []
-        for rows in progress(stream, f"decoding {config.name} {split}"):
-            encoded, classes = (rows.table.column(name).to_pylist() for name in ("img", "label"))
-            for number, (image, label) in enumerate(zip(encoded, classes, strict=True), start=rows.first):
-                row = f"{rows.where}, row {number},"
+        for piece in progress(stream, f"decoding {config.name} {split}"):
+            encoded, classes = (piece.table.column(name).to_pylist() for name in ("img", "label"))
+            for number, (image, label) in enumerate(zip(encoded, classes, strict=True), start=piece.first):
+                row = f"{piece.where}, row {number},"
                 if label is None or not 0 <= label < config.classes:
                     raise UserError(
                         f"{row} has the label {label}, which is none of the {config.classes} classes: copy the file "
@@ -153,14 +153,13 @@ def cached_images(config: ImageConfig) -> Path:
     Raises:
         UserError: If the data cannot be had, or an image or a label is not what it should be, naming its row.
     """
-    packaged = config.hub_path is None and config.local_folder is None
 
     def write(folder: Path) -> None:
-        for split, pixels, labels in _digits(config) if packaged else _from_files(config):
+        for split, pixels, labels in _digits(config) if is_packaged(config) else _from_files(config):
             np.save(folder / f"{split}_images.npy", pixels)
             np.save(folder / f"{split}_labels.npy", labels)
 
-    key = ["digits"] if packaged else source_key(config, STORED)
+    key = ["digits"] if is_packaged(config) else source_key(config, STORED)
     layout = [config.source_size, config.size, config.channels, config.classes]
     return cached(config.cache, config.name, [CACHE_FORMAT, config.name, *layout, *key], write)
 
