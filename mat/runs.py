@@ -91,7 +91,7 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def write_environment(self, config: Config) -> None:
-        """Record where and with what the run computes; each resumption adds its own record under ``resumed``."""
+        """Record where and with what the run computes; each resumption is added under ``resumed``."""
         first = now = environment(config)
         path = self.path / "environment.json"
         if path.is_file():
