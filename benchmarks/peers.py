@@ -180,16 +180,16 @@ class Contenders:
     def __init__(self, model: Bert, batch: MaskedBatch, bfloat16: bool = True) -> None:
         self.model, self.batch, self.bfloat16 = model, batch, bfloat16
         self.config = model.config
-        self.twin = Twin(model).eval().to(batch.tokens.device)
+        self.twin = Twin(model).eval().to(batch.inputs.device)
         if bfloat16:
             self.twin.bfloat16()
-        self.positions = batch.positions.view(batch.samples, -1) % batch.tokens.shape[1]
+        self.positions = batch.positions.view(batch.samples, -1) % batch.length
         wanted = {name for group in sliced(self.config) for name, _, _ in group}
         for name, parameter in self.twin.named_parameters():
             parameter.requires_grad_(name in wanted)
         self.extended = copy.deepcopy(self.twin)  # BackPACK's, whose hooks torch.func cannot trace
         self.gated = {name: p.detach() for name, p in self.twin.named_parameters() if name in wanted}
-        outputs = torch.empty(self.positions.numel(), model.tokens.shape[0], device=batch.tokens.device)
+        outputs = torch.empty(self.positions.numel(), model.tokens.shape[0], device=batch.inputs.device)
         reducer = ntk.Reducer("random", 1, SEED, batch.samples)
         (signs, _), *_ = reducer.cotangents(model, batch, outputs, 0)
         self.signs = signs.view(batch.samples, -1, outputs.shape[1]).to(self.twin.rotary.dtype)
@@ -213,13 +213,13 @@ class Contenders:
 
     def vmap_grad(self) -> Tensor:
         """torch.func: per-sample gradients in one vmap."""
-        samples = (self.batch.tokens, self.positions, self.signs)
+        samples = (self.batch.inputs, self.positions, self.signs)
         gradients = vmap(grad(self._reduced), (None, 0, 0, 0))(self.gated, *samples)
         return kernels_of(gradients, self.config)
 
     def tutorial(self) -> Tensor:
         """torch.func's tutorial on NTKs, method 1: Jacobian contraction, here unit by unit."""
-        samples = (self.batch.tokens, self.positions, self.signs)
+        samples = (self.batch.inputs, self.positions, self.signs)
         jacobian = vmap(jacrev(self._reduced), (None, 0, 0, 0))(self.gated, *samples)
         kernels = []
         for group in sliced(self.config):
@@ -236,7 +236,7 @@ class Contenders:
         for module in self.extended.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 extend(module)
-        loss = (self.extended(self.batch.tokens, self.positions) * self.signs).sum()
+        loss = (self.extended(self.batch.inputs, self.positions) * self.signs).sum()
         with backpack(BatchGrad()):
             loss.backward()
         gradients = {}
@@ -256,8 +256,8 @@ class Contenders:
         group, u = flat[number]
         names = [name for name, _, _ in group]
         parameters = [dict(self.twin.named_parameters())[name] for name in names]
-        both = torch.cat([self.batch.tokens, self.positions], 1)
-        length = self.batch.tokens.shape[1]
+        both = torch.cat([self.batch.inputs, self.positions], 1)
+        length = self.batch.length
 
         class OneTensor(nn.Module):
             def forward(module, x: Tensor) -> Tensor:

@@ -67,17 +67,17 @@ def twin(model: MaskedEncoder) -> Any:
 
 def by_label(theirs: Any, batch: MaskedBatch) -> Callable[[], Tensor]:
     """The loss as transformers offers it: logits everywhere, label -100 where nothing is masked."""
-    labels = torch.full((batch.tokens.numel(),), -100, device=DEVICE)
+    labels = torch.full((batch.inputs.numel(),), -100, device=DEVICE)
     labels[batch.positions] = batch.targets
-    labels = labels.view_as(batch.tokens)
-    return lambda: theirs(input_ids=batch.tokens, labels=labels).loss
+    labels = labels.view_as(batch.inputs)
+    return lambda: theirs(input_ids=batch.inputs, labels=labels).loss
 
 
 def by_position(theirs: Any, batch: MaskedBatch) -> Callable[[], Tensor]:
     """The loss with logits at the masked positions only, as ours: equal products."""
 
     def loss() -> Tensor:
-        hidden = theirs.bert(input_ids=batch.tokens).last_hidden_state.flatten(0, 1)
+        hidden = theirs.bert(input_ids=batch.inputs).last_hidden_state.flatten(0, 1)
         return F.cross_entropy(theirs.cls(hidden.index_select(0, batch.positions)).float(), batch.targets)
 
     return loss

@@ -1,4 +1,4 @@
-"""What the paper's figures look at inside a run: observers that measure a copy of the model at every selection.
+"""What the paper's figures look at inside a run: observers that measure a copy of the model at every record.
 
 ``analysis=[attention,kernels,descent]`` in the configuration names them; each writes one tidy table into the run
 folder. They get a copy of the model in eval mode, with open gates and without autocast, and the probe batch, so that a
@@ -41,7 +41,7 @@ class Scene:
         model: A copy of the model: eval mode, gates open.
         probe: The probe batch, n samples.
         projections: m.
-        seed: Seed of the projections; the same at every selection.
+        seed: Seed of the projections; the same at every record.
         memory_bytes: Bound on the working memory of Gram products.
     """
 
@@ -49,7 +49,7 @@ class Scene:
     probe: Batch
     projections: int
     seed: int
-    memory_bytes: int = 512 * 2**20
+    memory_bytes: int
 
 
 def scene(model: UnitModel, probe: Batch, projections: int, seed: int, memory_bytes: int) -> Scene:
@@ -135,7 +135,7 @@ def _estimate(seen: Scene, rest: bool) -> ntk.Mntk:
     )  # fmt: skip
 
 
-def kernels(seen: Scene) -> pd.DataFrame:
+def eigenvalues(seen: Scene) -> pd.DataFrame:
     """Eigenvalues: columns scope, kind, layer, unit, rank, eigenvalue, trace.
 
     Rows are, by scope: ``unit``: the top eigenvalue (rank 1) of each unit's kernel; ``layer``: all eigenvalues of each
@@ -217,5 +217,5 @@ def _unit_rows(layers: Sequence[UnitLayer], **columns: Tensor) -> pd.DataFrame:
 
 
 OBSERVERS: dict[str, Callable[[Scene], pd.DataFrame]] = {
-    "attention": attention, "kernels": kernels, "descent": descent,
+    "attention": attention, "kernels": eigenvalues, "descent": descent,
 }  # fmt: skip

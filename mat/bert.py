@@ -274,7 +274,7 @@ class MaskedEncoder(UnitModel):
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         """Logits (P, V) at the masked positions."""
-        x = self.hidden(batch.tokens).flatten(0, 1).index_select(0, batch.positions)  # (P, D)
+        x = self.hidden(batch.inputs).flatten(0, 1).index_select(0, batch.positions)  # (P, D)
         x = self.transform_norm(F.gelu(F.linear(x, self.transform_weight, self.transform_bias)))
         return F.linear(x, self.tokens, self.vocabulary_bias)
 

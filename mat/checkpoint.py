@@ -1,33 +1,22 @@
-"""Checkpoints: written atomically, read with ``weights_only``."""
+"""Checkpoints: replaced as a whole, read with ``weights_only``."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mat.errors import UserError
+from mat.files import replacing
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that the file is either the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Write a checkpoint."""
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """Read a checkpoint.
-
-    Args:
-        path: The file.
-        device: Where tensors go.
-
-    Returns:
-        What was saved, or None if there is no such file.
+    """What was saved, its tensors on the device; None if there is no such file.
 
     Raises:
         UserError: If the file is damaged.

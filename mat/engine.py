@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -122,7 +122,7 @@ class Training:
         self._interrupt = False
         self._restore()
         files.write_environment(config)
-        self.mirror = open_mirror(config, files.path, asdict(config))
+        self.mirror = open_mirror(config, files.path)
         label = f"{config.model.name} {config.method.name} seed={config.seed}"
         done = self.spent.figure / PFLOP
         self.progress = Progress(self.budget / PFLOP, done, config.tracking.progress, label)

@@ -1,8 +1,8 @@
-"""What the engine, the ledger and the estimator need of data, batches and models."""
+"""What the engine, the ledger and the estimator need of batches and models."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,66 +33,35 @@ class Flops:
         return self.figure + self.vocabulary
 
 
-class Batch(Protocol):
+@dataclass
+class Batch:
     """Samples that a model turns into outputs.
 
     Attributes:
+        inputs: What the model reads, a row per sample; tells one probe from another.
         targets: What the outputs should say; its first axis is grouped by sample.
     """
 
+    inputs: Tensor
     targets: Tensor
 
     @property
     def samples(self) -> int:
         """Number of samples n."""
-        ...
+        return self.inputs.shape[0]
 
     @property
     def length(self) -> int:
         """Positions per sample: tokens T, or 1 for images."""
-        ...
-
-    @property
-    def inputs(self) -> Tensor:
-        """What the model reads; tells one probe from another."""
-        ...
+        raise NotImplementedError
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        ...
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
     def split(self, parts: int) -> Sequence[Self]:
         """Equal consecutive parts (fewer when there are fewer samples than parts)."""
-        ...
-
-
-class Data(Protocol):
-    """A dataset as reproducible batches."""
-
-    @property
-    def outputs(self) -> int:
-        """What a model has to tell apart: word pieces V, or classes."""
-        ...
-
-    def steps_per_epoch(self, batch: int) -> int:
-        """Batches of this size in an epoch, a short last one included."""
-        ...
-
-    def train_batch(self, step: int, batch: int) -> tuple[Batch, int]:
-        """The batch of a step and its epoch."""
-        ...
-
-    def evaluation_batches(self, split: str, samples: int | None, batch: int) -> Iterable[Batch]:
-        """Samples of a split (all when None), the same for all methods and seeds."""
-        ...
-
-    def probe_batch(self, samples: int) -> Batch:
-        """The estimator's samples, the same at every selection."""
-        ...
-
-    def facts(self) -> dict[str, float]:
-        """What is worth knowing beside every result, such as the unigram entropy."""
-        ...
+        raise NotImplementedError
 
 
 class UnitModel(nn.Module):

@@ -8,15 +8,7 @@ from mat.vgg import Vgg
 
 
 def build(config: Config, outputs: int) -> UnitModel:
-    """The model of a configuration, initialised from torch's random state.
-
-    Args:
-        config: The run's configuration.
-        outputs: Number of word pieces or classes.
-
-    Returns:
-        The model, on the CPU.
-    """
+    """The model of a configuration for data with so many outputs, on the CPU, initialised from torch's random state."""
     model, dataset = config.model, config.dataset
     if isinstance(model, VggConfig):
         assert isinstance(dataset, ImageConfig)

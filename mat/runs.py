@@ -1,23 +1,16 @@
-"""The run folder: the contract between the engine and ``results/`` (see README, "Run folder").
+"""The run folder: the contract between the engine and ``results/`` (what each file holds: README, "Run folder").
 
-<runs>/<name>/<overrides without seed>/seed=<n>/
-    config.yaml        resolved configuration
-    environment.json   command, commit, versions, device, threads, precision
-    metrics.jsonl      one event per line
-    units.parquet      one row per selection and unit
-    <analysis>.parquet what an observer measured at every selection (mat/analysis.py)
-    checkpoint/        latest.pt, best-<step>.pt
-    summary.json       written last: its presence means the run is complete
-    failure.json       why a run failed; a new try removes it
+``units.parquet`` and the observers' tables grow by a record of all units per selection interval, whether the method
+selects or not. ``summary.json`` is written last: its presence means that the run is complete.
 """
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +21,7 @@ from omegaconf import OmegaConf
 
 from mat.config import INCIDENTAL, Config, with_defaults
 from mat.errors import UserError
+from mat.files import replacing
 
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
@@ -55,10 +49,9 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text that replaces the file as a whole."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 class RunFolder:
@@ -98,7 +91,7 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def write_environment(self, config: Config) -> None:
-        """Record where and with what the run computes; each resumption adds its own record under ``resumed``."""
+        """Record where and with what the run computes; each resumption is added under ``resumed``."""
         first = now = environment(config)
         path = self.path / "environment.json"
         if path.is_file():
@@ -117,53 +110,53 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         return len(path.read_text().splitlines()) if path.is_file() else 0
 
-    def rewind(self, lines: int, selections: int) -> None:
-        """Forget what was written after a checkpoint: events beyond a number, selections from a number on."""
+    def rewind(self, lines: int, records: int) -> None:
+        """Forget what was written after a checkpoint: events beyond a number, records from a number on."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
             kept = path.read_text().splitlines(keepends=True)[:lines]
             write_atomically(path, "".join(kept))
         for table in self.path.glob("*.parquet"):
             frame = pd.read_parquet(table)
-            self._write_table(table, frame[frame["t"] < selections])
+            with replacing(table) as file:
+                frame[frame["t"] < records].to_parquet(file, index=False)
 
     def add_rows(self, table: str, rows: pd.DataFrame) -> None:
-        """Add a selection's rows to ``<table>.parquet``, which is rewritten atomically."""
+        """Add a record's rows to ``<table>.parquet``, which is rewritten."""
         path = self.path / f"{table}.parquet"
-        self._write_table(path, pd.concat([pd.read_parquet(path), rows]) if path.is_file() else rows)
-
-    def _write_table(self, path: Path, frame: pd.DataFrame) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        frame.to_parquet(temporary, index=False)
-        os.replace(temporary, path)
+        frame = pd.concat([pd.read_parquet(path), rows]) if path.is_file() else rows
+        with replacing(path) as file:
+            frame.to_parquet(file, index=False)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``: the run is complete."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
 
     def write_failure(self, reason: str) -> None:
-        """Mark the run failed."""
+        """Mark the run failed; a new try takes that back."""
         write_atomically(self.path / "failure.json", json.dumps({"reason": reason}, indent=1))
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Command, commit, versions, device, threads, precision of this process."""
-    import datasets
-    import tokenizers
+    """Command, commit, versions, device, threads, precision of this process; None for what git does not tell."""
 
     def git(*arguments: str) -> str | None:
         root = Path(__file__).resolve().parent.parent
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     device = config.hardware.device
     return {
         "command": _command(),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
+        "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (torch, datasets, tokenizers)},
+            "torch": torch.__version__,  # with its build, such as +cu126, which the metadata lack
+            **{name: version(name) for name in ("datasets", "tokenizers")},
         },
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),

@@ -4,8 +4,9 @@ import logging
 import netrc
 import os
 import uuid
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from tqdm import tqdm
@@ -15,46 +16,24 @@ from mat.config import Config
 log = logging.getLogger(__name__)
 
 
-class Mirror(Protocol):
-    """Something that is shown what the run folder receives."""
-
-    def log(self, event: dict[str, Any]) -> None:
-        """One event of ``metrics.jsonl``."""
-        ...
-
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        """The run's end; no summary when it failed or was interrupted."""
-        ...
-
-
-class NoMirror:
-    """Tracking that is switched off."""
-
-    def log(self, event: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        """Nothing."""
-
-
-class WandbMirror:
+class Mirror:
     """wandb as a view of the run folder. The first failure is reported in one line and ends the mirroring.
 
     Args:
-        run: An initialised wandb run (or a stand-in that records).
+        run: An initialised wandb run (or a stand-in that records); None for a mirror that shows nothing.
     """
 
     def __init__(self, run: Any) -> None:
-        self._run: Any = run
+        self._run = run
 
     def log(self, event: dict[str, Any]) -> None:
-        """Send one event, its numbers named by kind of event; the x axis is the step."""
+        """Send one event of ``metrics.jsonl``, its numbers named by kind of event; the x axis is the step."""
         kind = event["event"]
         numbers = {f"{kind}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
         self._attempt(lambda: self._run.log(numbers, step=event["step"]))
 
     def finish(self, summary: dict[str, Any] | None) -> None:
-        """Send the summary and close."""
+        """Send the summary, which a failed or interrupted run does not have, and close."""
         if summary is not None:
             self._attempt(lambda: self._run.summary.update(summary))
         self._attempt(lambda: self._run.finish(exit_code=0 if summary is not None else 1))
@@ -69,19 +48,18 @@ class WandbMirror:
             self._run = None
 
 
-def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirror:
+def open_mirror(config: Config, folder: Path) -> Mirror:
     """The mirror that the configuration asks for; offline without a key or a network.
 
     Args:
         config: The run's configuration.
         folder: The run folder; wandb's own files go below it.
-        resolved: The configuration as plain values.
 
     Returns:
-        A mirror. If wandb cannot start at all, one that does nothing, with a warning.
+        A mirror. If wandb cannot start at all, one that shows nothing, with a warning.
     """
     if not config.tracking.wandb or os.environ.get("WANDB_MODE") == "disabled":
-        return NoMirror()
+        return Mirror(None)
     try:
         import wandb
 
@@ -97,18 +75,18 @@ def open_mirror(config: Config, folder: Path, resolved: dict[str, Any]) -> Mirro
                     entity=config.tracking.entity,
                     dir=str(folder),
                     name=f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name}",
-                    config=resolved,
+                    config=asdict(config),
                     id=identity.read_text(),
                     resume="allow" if mode == "online" else None,
                     mode=mode,
                     settings=wandb.Settings(init_timeout=20, silent=True),
                 )
-                return WandbMirror(run)
+                return Mirror(run)
             except Exception as error:  # no network, a wrong key: the mirror goes offline
                 log.warning("wandb could not start %s (%s)", mode, error)
     except Exception as error:  # wandb itself is broken
         log.warning("wandb could not start (%s); the run folder goes on alone", error)
-    return NoMirror()
+    return Mirror(None)
 
 
 def _has_key() -> bool:

@@ -65,7 +65,7 @@ def experts(
 
 def logits(p: Mapping[str, Tensor], config: BertConfig, batch: MaskedBatch, frozen: Collection[Unit] = ()) -> Tensor:
     """Logits (P, V) of a BERT or Switch without dropout and drops, with the contributions of frozen units detached."""
-    rotary = rotary_table(batch.tokens.shape[1], config.width // config.heads)
+    rotary = rotary_table(batch.inputs.shape[1], config.width // config.heads)
 
     def sublayer(x: Tensor, name: str, units: int) -> Tensor:
         if f"{name}.router" in p:
@@ -94,7 +94,7 @@ def logits(p: Mapping[str, Tensor], config: BertConfig, batch: MaskedBatch, froz
                     x = _norm(x + sublayer(x, name, units), p, f"{name}_norm")
         return _norm(x, p, "final_norm") if config.norm == "pre" else x
 
-    x = torch.cat([hidden(tokens) for tokens in batch.tokens])[batch.positions]
+    x = torch.cat([hidden(tokens) for tokens in batch.inputs])[batch.positions]
     x = _norm(F.gelu(x @ p["transform_weight"].T + p["transform_bias"]), p, "transform_norm")
     return x @ p["tokens"].T + p["vocabulary_bias"]
 

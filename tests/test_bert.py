@@ -42,7 +42,7 @@ def test_logits_equal_transformers(theirs: Any) -> None:
     assert theirs.bert.embeddings.token_type_embeddings.weight[0].abs().min() > 0
     for length in (9, 4):  # position embeddings are cut to the sequence
         batch = tiny_batch(samples=3, length=length, masked=3, vocabulary=23)
-        expected = theirs(batch.tokens).logits.flatten(0, 1)[batch.positions]
+        expected = theirs(batch.inputs).logits.flatten(0, 1)[batch.positions]
         assert expected.std() > 0.5
         torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_transformers_takes_our_weights_and_we_take_them_back(theirs: Any) -> No
     state = model.to_transformers()
     try:
         theirs.load_state_dict(state, strict=True)
-        logits = theirs(batch.tokens).logits.flatten(0, 1)[batch.positions]
+        logits = theirs(batch.inputs).logits.flatten(0, 1)[batch.positions]
     finally:
         theirs.load_state_dict(before)
     torch.testing.assert_close(logits, model(batch), rtol=1e-5, atol=1e-5)
@@ -106,7 +106,7 @@ def test_logits_are_those_of_the_masked_positions() -> None:
     """Row P of the logits is row P of the logits at all positions, and no more rows are computed."""
     model, batch = tiny_bert(), tiny_batch()
     everywhere = tiny_batch(masked=6)
-    everywhere.tokens = batch.tokens
+    everywhere.inputs = batch.inputs
     assert everywhere.positions.tolist() == list(range(24))
     torch.testing.assert_close(model(batch), model(everywhere)[batch.positions], rtol=1e-12, atol=1e-12)
     assert model(batch).shape == (8, 11)
@@ -173,12 +173,12 @@ def test_without_positions_the_order_would_not_matter() -> None:
     """Position embeddings are what tells the order: without them a permuted sequence has permuted hidden states."""
     model, batch = tiny_bert(positions="learned"), tiny_batch()
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    assert not torch.allclose(model.hidden(batch.tokens[:, order]), model.hidden(batch.tokens)[:, order])
+    assert not torch.allclose(model.hidden(batch.inputs[:, order]), model.hidden(batch.inputs)[:, order])
     assert model.positions is not None
     with torch.no_grad():
         model.positions.zero_()
     torch.testing.assert_close(
-        model.hidden(batch.tokens[:, order]), model.hidden(batch.tokens)[:, order], rtol=1e-11, atol=1e-11
+        model.hidden(batch.inputs[:, order]), model.hidden(batch.inputs)[:, order], rtol=1e-11, atol=1e-11
     )
 
 

@@ -382,7 +382,8 @@ def test_unigram_entropy_by_hand(monkeypatch):
     rows = {"train": np.zeros((1, 4), np.uint16), "validation": np.array([[5, 5, 5, 5], [6, 6, 7, 8]], dtype=np.uint16)}
     text = MaskedText(TextConfig(length=4), 0, 9, MASK_ID, rows)
     monkeypatch.setattr(tokens, "BLOCK", 1)
-    assert text.unigram_entropy() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8))
+    wanted = 0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8)
+    assert text.facts() == {"unigram_entropy": pytest.approx(wanted)}
 
 
 # --- batches
@@ -403,9 +404,9 @@ def test_every_epoch_takes_each_sequence_once(toy, batch, sizes):
 
 def restored(batch: MaskedBatch) -> torch.Tensor:
     """The tokens with the targets back in place."""
-    flat = batch.tokens.reshape(-1).clone()
+    flat = batch.inputs.reshape(-1).clone()
     flat[batch.positions] = batch.targets
-    return flat.view_as(batch.tokens)
+    return flat.view_as(batch.inputs)
 
 
 def test_masking_hides_the_same_number_in_every_sequence():
@@ -416,14 +417,14 @@ def test_masking_hides_the_same_number_in_every_sequence():
     assert torch.equal(per_sample // 16, torch.arange(33)[:, None].expand(33, 2))  # sorted by sample, all its own
     assert (per_sample[:, 0] < per_sample[:, 1]).all()
     assert torch.equal(restored(batch), torch.from_numpy(rows.astype(np.int64)))
-    assert all(t.dtype == torch.int64 for t in (batch.tokens, batch.positions, batch.targets))
+    assert all(t.dtype == torch.int64 for t in (batch.inputs, batch.positions, batch.targets))
 
 
 def test_masking_shares_are_80_10_10_and_never_draw_special_tokens():
     vocabulary, n = 1000, 40_000
     rows = np.full((n // 4, 16), FIRST, dtype=np.uint16)
     batch = mask(rows, 0.25, MASK_ID, FIRST, vocabulary, [2])
-    shown = batch.tokens.reshape(-1)[batch.positions]
+    shown = batch.inputs.reshape(-1)[batch.positions]
     assert len(shown) == n and (batch.targets == FIRST).all()
     shares = [float((shown == value).float().mean()) for value in (MASK_ID, FIRST)]
     deviation = 4 * math.sqrt(0.25 / n)
@@ -436,7 +437,7 @@ def test_masking_shares_are_80_10_10_and_never_draw_special_tokens():
 
 
 def same(a: MaskedBatch, b: MaskedBatch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip((a.tokens, a.positions), (b.tokens, b.positions), strict=True))
+    return all(torch.equal(x, y) for x, y in zip((a.inputs, a.positions), (b.inputs, b.positions), strict=True))
 
 
 def test_masks_depend_on_seed_and_step_alone(corpus, cache):
@@ -445,7 +446,7 @@ def test_masks_depend_on_seed_and_step_alone(corpus, cache):
     for a, b in [(corpus.train_batch(6, 8)[0], twin.train_batch(5, 8)[0]),
                  (corpus.train_batch(5, 8)[0], other.train_batch(5, 8)[0]),
                  (corpus.probe_batch(8), other.probe_batch(8))]:  # fmt: skip
-        assert not torch.equal(a.tokens, b.tokens) and not torch.equal(a.positions, b.positions)
+        assert not torch.equal(a.inputs, b.inputs) and not torch.equal(a.positions, b.positions)
     assert same(corpus.probe_batch(8), twin.probe_batch(8))
     for a, b in zip(corpus.evaluation_batches("test", 40, 16), other.evaluation_batches("test", 40, 16), strict=True):
         assert same(a, b)
@@ -464,7 +465,7 @@ def test_evaluation_takes_evenly_spaced_samples_whose_masks_do_not_depend_on_the
     rows = np.linspace(0, len(whole), 40, endpoint=False).astype(int)
     assert np.array_equal(torch.cat([restored(b) for b in batches]).numpy(), whole[rows])
     one_by_one = corpus.evaluation_batches("validation", 40, 1)
-    assert torch.equal(torch.cat([b.tokens for b in one_by_one]), torch.cat([b.tokens for b in batches]))
+    assert torch.equal(torch.cat([b.inputs for b in one_by_one]), torch.cat([b.inputs for b in batches]))
     for samples in (None, 10**6):
         everything = corpus.evaluation_batches("validation", samples, 16)
         assert np.array_equal(torch.cat([restored(b) for b in everything]).numpy(), whole)
@@ -478,9 +479,9 @@ def test_long_splits_are_masked_block_by_block(corpus, monkeypatch):
     blocks = list(corpus.evaluation_batches("validation", None, 32))
     assert max(b.samples for b in blocks) <= 32 and sum(b.samples for b in blocks) == whole.samples
     assert torch.equal(torch.cat([restored(b) for b in blocks]), restored(whole))
-    shown = torch.cat([b.tokens for b in blocks])
-    assert torch.equal(shown[0], corpus._masked(corpus.sequences["validation"][:50], [tokens.EVALUATION, 1]).tokens[0])
-    some = torch.cat([b.tokens for b in corpus.evaluation_batches("validation", 40, 16)])
+    shown = torch.cat([b.inputs for b in blocks])
+    assert torch.equal(shown[0], corpus._masked(corpus.sequences["validation"][:50], [tokens.EVALUATION, 1]).inputs[0])
+    some = torch.cat([b.inputs for b in corpus.evaluation_batches("validation", 40, 16)])
     assert torch.equal(some, shown[torch.arange(40) * whole.samples // 40])
 
 
@@ -496,5 +497,5 @@ def test_parts_of_a_batch_make_it_up(toy, parts, sizes):
     split = whole.split(parts)
     assert [part.samples for part in split] == sizes
     assert torch.equal(torch.cat([restored(part) for part in split]), restored(whole))
-    assert torch.equal(torch.cat([part.tokens for part in split]), whole.tokens)
+    assert torch.equal(torch.cat([part.inputs for part in split]), whole.inputs)
     assert torch.equal(torch.cat([part.targets for part in split]), whole.targets)

@@ -87,6 +87,15 @@ def test_run_folder_is_complete(finished):
     assert [e["step"] for e in lines if e["event"] == "train"] == list(range(5, lines[-1]["step"] + 1, 5))
 
 
+@pytest.mark.parametrize("name", ["PATH", "GIT_DIR"])  # no git there; no repository there
+def test_a_run_goes_on_where_git_says_nothing(name, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, str(tmp_path))
+    config = small(cache)
+    RunFolder(tmp_path / "run", config).write_environment(config)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["commit"] is None and environment["dirty"] is None
+
+
 def test_summary_agrees_with_the_events(finished, tmp_path):
     config, folder = finished("method=mat")
     summary, lines = summary_of(folder), events(folder)

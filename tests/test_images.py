@@ -88,7 +88,7 @@ def some(config) -> Images:
 
 def pixels_of(some: Images, batch: ImageBatch) -> np.ndarray:
     """The bytes behind normalised images: (B, size, size, channels)."""
-    raw = batch.images.permute(0, 2, 3, 1).double().numpy() * some.deviation + some.mean
+    raw = batch.inputs.permute(0, 2, 3, 1).double().numpy() * some.deviation + some.mean
     assert np.abs(raw - np.rint(raw)).max() < 1e-3
     return np.rint(raw).astype(np.uint8)
 
@@ -236,8 +236,8 @@ def test_digits_need_no_download_and_no_folder(cache):
     sizes = {split: len(labels) for split, labels in some.labels.items()}
     assert sizes == {"train": 1137, "validation": 300, "test": 360}
     batch = next(some.evaluation_batches("test", None, 360))
-    assert batch.images.shape == (360, 3, 32, 32)
-    assert torch.equal(batch.images[:, 0], batch.images[:, 2])  # grey repeated
+    assert batch.inputs.shape == (360, 3, 32, 32)
+    assert torch.equal(batch.inputs[:, 0], batch.inputs[:, 2])  # grey repeated
     assert some.pixels["train"].max() == 255 and some.pixels["train"].min() == 0
     assert set(Counter(batch.targets.tolist()).values()) <= {34, 35, 36, 37, 38}
     assert some.facts()["class_entropy"] == pytest.approx(math.log(10), abs=1e-3)
@@ -264,11 +264,11 @@ def test_pixels_are_normalised_by_the_training_split(some):
     assert some.mean == pytest.approx(whole.mean((0, 1, 2))) and some.deviation == pytest.approx(whole.std((0, 1, 2)))
     (batch,) = some.evaluation_batches("test", None, 64)
     wanted = (PIXELS["test"] - whole.mean((0, 1, 2))) / whole.std((0, 1, 2))
-    assert batch.images.dtype == torch.float32 and batch.images.shape == (TEST, 3, SIZE, SIZE)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(batch.images.double(), torch.from_numpy(wanted).permute(0, 3, 1, 2), atol=1e-5)
+    assert batch.inputs.dtype == torch.float32 and batch.inputs.shape == (TEST, 3, SIZE, SIZE)
+    assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(batch.inputs.double(), torch.from_numpy(wanted).permute(0, 3, 1, 2), atol=1e-5)
     assert batch.targets.dtype == torch.int64 and np.array_equal(batch.targets, LABELS["test"])
-    assert (batch.samples, batch.length) == (TEST, 1) and batch.inputs is batch.images
+    assert (batch.samples, batch.length) == (TEST, 1)
 
 
 def naive_places(image: np.ndarray, padding: int, flip: bool) -> dict[bytes, tuple[int, int, bool]]:
@@ -291,7 +291,7 @@ def test_training_images_are_moved_and_mirrored_one_by_one(config, padding, flip
     places = {i: naive_places(image, padding, flip) for i, image in enumerate(originals)}
     for step in range(120):
         batch, _ = some.train_batch(step, 25)
-        rows, _, _ = some._order.rows(step, 25)
+        rows, _, _ = some._train_rows(step, 25)
         assert np.array_equal(batch.targets, some.labels["train"][rows])
         for row, image in zip(rows, pixels_of(some, batch), strict=True):
             ways[places[int(row)][image.tobytes()]] += 1  # a KeyError if it is not that image, moved
@@ -319,14 +319,14 @@ def test_every_epoch_takes_each_image_once(config, batch, sizes):
 def test_batches_depend_on_seed_and_step_alone(config):
     some, twin, other = (Images.load(config, seed) for seed in (0, 0, 1))
     for step in (4, 1):  # in any order
-        assert torch.equal(some.train_batch(step, 16)[0].images, twin.train_batch(step, 16)[0].images)
+        assert torch.equal(some.train_batch(step, 16)[0].inputs, twin.train_batch(step, 16)[0].inputs)
     fresh = Images.load(config, 0)
-    assert torch.equal(fresh.train_batch(9, 16)[0].images, some.train_batch(9, 16)[0].images)
-    assert not torch.equal(some.train_batch(1, 16)[0].images, other.train_batch(1, 16)[0].images)
+    assert torch.equal(fresh.train_batch(9, 16)[0].inputs, some.train_batch(9, 16)[0].inputs)
+    assert not torch.equal(some.train_batch(1, 16)[0].inputs, other.train_batch(1, 16)[0].inputs)
     assert torch.equal(some.probe_batch(8).inputs, twin.probe_batch(8).inputs)
     assert not torch.equal(some.probe_batch(8).inputs, other.probe_batch(8).inputs)
     for a, b in zip(some.evaluation_batches("test", 9, 4), other.evaluation_batches("test", 9, 4), strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
 
 
 def test_probe_and_evaluation_show_images_as_they_are(some):
@@ -351,9 +351,9 @@ def test_parts_of_a_batch_make_it_up(some, parts, sizes):
     whole, _ = some.train_batch(0, 5)
     split = whole.to(torch.device("cpu")).split(parts)
     assert [part.samples for part in split] == sizes
-    assert torch.equal(torch.cat([part.images for part in split]), whole.images)
+    assert torch.equal(torch.cat([part.inputs for part in split]), whole.inputs)
     assert torch.equal(torch.cat([part.targets for part in split]), whole.targets)
-    assert all(part.images.is_contiguous(memory_format=torch.channels_last) for part in split)
+    assert all(part.inputs.is_contiguous(memory_format=torch.channels_last) for part in split)
 
 
 def test_class_entropy_by_hand(config):

@@ -185,9 +185,9 @@ def test_permuting_the_samples_changes_nothing(reduction: ntk.Reduction) -> None
     order = [2, 0, 3, 1]
     parts = [batch.split(SAMPLES)[i] for i in order]
     permuted = MaskedBatch(
-        torch.cat([p.tokens for p in parts]),
-        torch.cat([p.positions + i * batch.tokens.shape[1] for i, p in enumerate(parts)]),
+        torch.cat([p.inputs for p in parts]),
         torch.cat([p.targets for p in parts]),
+        torch.cat([p.positions + i * batch.length for i, p in enumerate(parts)]),
     )
     found, expected = estimate(model, permuted, reduction=reduction), estimate(model, batch, reduction=reduction)
     np.testing.assert_allclose(found.lambda_max, expected.lambda_max, rtol=1e-10)

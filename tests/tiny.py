@@ -86,7 +86,7 @@ def tiny_batch(
     chosen = torch.rand(samples, length, generator=random).argsort(1)[:, :masked].sort(1).values
     positions = (chosen + torch.arange(samples)[:, None] * length).flatten()
     targets = torch.randint(vocabulary, (samples * masked,), generator=random)
-    return MaskedBatch(tokens, positions, targets)
+    return MaskedBatch(tokens, targets, positions)
 
 
 def tiny_vgg(

@@ -1,9 +1,9 @@
 """Datasets: from a configuration to reproducible batches."""
 
 from mat.config import DatasetConfig, ImageConfig, TextConfig
+from mat.data.base import Data
 from mat.data.images import Images
 from mat.data.tokens import MaskedText
-from mat.interface import Data
 
 
 def load(config: DatasetConfig, seed: int) -> Data:

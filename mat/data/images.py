@@ -7,7 +7,6 @@ out of the stored training split, evenly spaced within each class, the same for 
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from mat.config import ImageConfig
+from mat.data.base import Data, entropy, spaced
 from mat.data.cache import cached, progress
-from mat.data.order import Order, entropy, spaced
-from mat.data.sources import Columns, open_splits, origin, source_key
+from mat.data.sources import Columns, is_packaged, open_splits, origin, source_key
 from mat.errors import UserError
+from mat.interface import Batch
 
 STORED = ("train", "test")
 CACHE_FORMAT = 1
@@ -30,41 +29,23 @@ Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 
-@dataclass
-class ImageBatch:
+class ImageBatch(Batch):
     """Images to be classified.
 
     Attributes:
-        images: (B, channels, size, size), normalised, channels last in memory.
+        inputs: (B, channels, size, size), normalised, channels last in memory.
         targets: (B,) classes.
     """
-
-    images: Tensor
-    targets: Tensor
-
-    @property
-    def samples(self) -> int:
-        """B."""
-        return self.images.shape[0]
 
     @property
     def length(self) -> int:
         """1: an image has one output position."""
         return 1
 
-    @property
-    def inputs(self) -> Tensor:
-        """The images."""
-        return self.images
-
-    def to(self, device: torch.device) -> "ImageBatch":
-        """The same batch on a device."""
-        return ImageBatch(self.images.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
-
     def split(self, parts: int) -> list["ImageBatch"]:
         """Equal consecutive parts (fewer when there are fewer samples than parts)."""
         parts = min(parts, self.samples)
-        pairs = zip(self.images.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
+        pairs = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
         return [ImageBatch(images, targets) for images, targets in pairs]
 
 
@@ -105,10 +86,10 @@ def _decode(config: ImageConfig, encoded: bytes | None, row: str) -> Pixels:
 def _from_files(config: ImageConfig) -> Iterator[tuple[str, Pixels, Labels]]:
     for split, stream in open_splits(config, STORED, _columns()).items():
         pixels, labels = [], []
-        for rows in progress(stream, f"decoding {config.name} {split}"):
-            encoded, classes = (rows.table.column(name).to_pylist() for name in ("img", "label"))
-            for number, (image, label) in enumerate(zip(encoded, classes, strict=True), start=rows.first):
-                row = f"{rows.where}, row {number},"
+        for piece in progress(stream, f"decoding {config.name} {split}"):
+            encoded, classes = (piece.table.column(name).to_pylist() for name in ("img", "label"))
+            for number, (image, label) in enumerate(zip(encoded, classes, strict=True), start=piece.first):
+                row = f"{piece.where}, row {number},"
                 if label is None or not 0 <= label < config.classes:
                     raise UserError(
                         f"{row} has the label {label}, which is none of the {config.classes} classes: copy the file "
@@ -153,14 +134,13 @@ def cached_images(config: ImageConfig) -> Path:
     Raises:
         UserError: If the data cannot be had, or an image or a label is not what it should be, naming its row.
     """
-    packaged = config.hub_path is None and config.local_folder is None
 
     def write(folder: Path) -> None:
-        for split, pixels, labels in _digits(config) if packaged else _from_files(config):
+        for split, pixels, labels in _digits(config) if is_packaged(config) else _from_files(config):
             np.save(folder / f"{split}_images.npy", pixels)
             np.save(folder / f"{split}_labels.npy", labels)
 
-    key = ["digits"] if packaged else source_key(config, STORED)
+    key = ["digits"] if is_packaged(config) else source_key(config, STORED)
     layout = [config.source_size, config.size, config.channels, config.classes]
     return cached(config.cache, config.name, [CACHE_FORMAT, config.name, *layout, *key], write)
 
@@ -168,7 +148,7 @@ def cached_images(config: ImageConfig) -> Path:
 # --- from the cache to batches
 
 
-class Images:
+class Images(Data):
     """Images as reproducible batches.
 
     Args:
@@ -179,11 +159,9 @@ class Images:
     """
 
     def __init__(self, config: ImageConfig, seed: int, pixels: dict[str, Pixels], labels: dict[str, Labels]) -> None:
-        self.config, self.seed, self.pixels, self.labels = config, seed, pixels, labels
-        self._order = Order(len(labels["train"]), seed)
-        parts = np.array_split(
-            pixels["train"].reshape(-1, config.channels), 64
-        )  # in parts: counting takes 8 bytes each
+        super().__init__(len(labels["train"]), seed, config.classes)
+        self.config, self.pixels, self.labels = config, pixels, labels
+        parts = np.array_split(pixels["train"].reshape(-1, config.channels), 64)  # counting takes 8 bytes a value
         counts = np.stack([sum(np.bincount(p[:, c], minlength=256) for p in parts) for c in range(config.channels)])
         share, value = counts / counts.sum(1, keepdims=True), np.arange(256)
         mean = share @ value
@@ -212,18 +190,9 @@ class Images:
             pixels[split], labels[split] = pixels["train"][part], labels["train"][part]
         return cls(config, seed, pixels, labels)
 
-    @property
-    def outputs(self) -> int:
-        """Number of classes."""
-        return self.config.classes
-
-    def steps_per_epoch(self, batch: int) -> int:
-        """Batches of this size in an epoch, a short last one included."""
-        return self._order.steps(batch)
-
     def train_batch(self, step: int, batch: int) -> tuple[ImageBatch, int]:
         """The batch of a step, cropped and mirrored, and its epoch; every epoch is a new permutation."""
-        rows, key, epoch = self._order.rows(step, batch)
+        rows, key, epoch = self._train_rows(step, batch)
         moved = self._moved(self.pixels["train"][rows], np.random.default_rng(key))
         return self._batch(moved, self.labels["train"][rows]), epoch
 
@@ -235,7 +204,7 @@ class Images:
 
     def probe_batch(self, samples: int) -> ImageBatch:
         """The estimator's images, drawn once from the training split, as they are; the same at every selection."""
-        rows = self._order.probe(samples)
+        rows = self._probe_rows(samples)
         return self._batch(self.pixels["train"][rows], self.labels["train"][rows])
 
     def facts(self) -> dict[str, float]:

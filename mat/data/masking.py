@@ -11,52 +11,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mat.interface import Batch
+
 MASK_TO_MASK, MASK_TO_RANDOM = 0.8, 0.1
 
 
 @dataclass
-class MaskedBatch:
+class MaskedBatch(Batch):
     """Sequences with hidden tokens.
 
     Attributes:
-        tokens: (B, T) ids, some replaced.
-        positions: (P,) indices into the flattened B * T tokens, P = B * M, sorted by sample.
-        targets: (P,) original ids there.
+        inputs: (B, T) ids, some replaced.
+        targets: (P,) original ids of the hidden tokens, P = B * M.
+        positions: (P,) their indices into the flattened B * T tokens, sorted by sample.
     """
 
-    tokens: Tensor
     positions: Tensor
-    targets: Tensor
-
-    @property
-    def samples(self) -> int:
-        """B."""
-        return self.tokens.shape[0]
 
     @property
     def length(self) -> int:
         """T."""
-        return self.tokens.shape[1]
-
-    @property
-    def inputs(self) -> Tensor:
-        """The tokens."""
-        return self.tokens
-
-    def to(self, device: torch.device) -> "MaskedBatch":
-        """The same batch on a device."""
-        return MaskedBatch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.positions, self.targets)))
+        return self.inputs.shape[1]
 
     def take(self, rows: Tensor) -> "MaskedBatch":
         """The samples with these numbers, masks included."""
-        length = self.tokens.shape[1]
-        within = self.positions.view(self.samples, -1) % length  # (B, M)
-        positions = within[rows] + torch.arange(len(rows), device=rows.device)[:, None] * length
-        return MaskedBatch(self.tokens[rows], positions.flatten(), self.targets.view(self.samples, -1)[rows].flatten())
+        within = self.positions.view(self.samples, -1) % self.length  # (B, M)
+        positions = within[rows] + torch.arange(len(rows), device=rows.device)[:, None] * self.length
+        return MaskedBatch(self.inputs[rows], self.targets.view(self.samples, -1)[rows].flatten(), positions.flatten())
 
     def split(self, parts: int) -> list["MaskedBatch"]:
         """Equal consecutive parts (fewer when there are fewer samples than parts)."""
-        rows = torch.arange(self.samples, device=self.tokens.device)
+        rows = torch.arange(self.samples, device=self.inputs.device)
         return [self.take(part) for part in rows.tensor_split(min(parts, self.samples))]
 
 
@@ -93,4 +78,4 @@ def mask(
     to_random = (draw >= MASK_TO_MASK) & (draw < MASK_TO_MASK + MASK_TO_RANDOM)
     replaced = np.where(to_random, random.integers(first_piece, vocabulary, len(positions)), replaced)
     tokens[positions] = replaced
-    return MaskedBatch(*(torch.from_numpy(a) for a in (tokens.reshape(batch, length), positions, targets)))
+    return MaskedBatch(*(torch.from_numpy(a) for a in (tokens.reshape(batch, length), targets, positions)))

@@ -37,7 +37,7 @@ class Stream(Generic[Piece]):
 
 
 @dataclass(frozen=True)
-class Rows:
+class ArrowPiece:
     """Consecutive rows of a split: an Arrow table, the file (or hub split) it is from and its first row's number."""
 
     table: Any
@@ -46,6 +46,11 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+
+def is_packaged(config: DatasetConfig) -> bool:
+    """Whether the data ship with a package, as pydocs and digits do."""
+    return config.hub_path is None and config.local_folder is None
 
 
 def origin(config: DatasetConfig) -> str:
@@ -73,7 +78,7 @@ def source_key(config: DatasetConfig, splits: tuple[str, ...]) -> list[str]:
     return keys
 
 
-def open_splits(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> dict[str, Stream[Rows]]:
+def open_splits(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> dict[str, Stream[ArrowPiece]]:
     """The rows of the splits.
 
     Args:
@@ -109,7 +114,7 @@ def _require(schema: Any, where: str, columns: Columns, remedy: str) -> None:
             raise UserError(f"{where} has no column '{name}' of {content}: {remedy}.")
 
 
-def _parquet(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> dict[str, Stream[Rows]]:
+def _parquet(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> dict[str, Stream[ArrowPiece]]:
     import pyarrow
     import pyarrow.parquet as pq
 
@@ -120,12 +125,12 @@ def _parquet(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file} is not a readable Parquet file: copy it again.") from error
 
-    def read(files: list[str]) -> Iterator[Rows]:
+    def read(files: list[str]) -> Iterator[ArrowPiece]:
         for file in files:
             first = 0
             with opened(file) as parquet:
                 for batch in parquet.iter_batches(PIECE, columns=list(columns)):
-                    yield Rows(batch, file, first)
+                    yield ArrowPiece(batch, file, first)
                     first += batch.num_rows
 
     streams = {}
@@ -139,7 +144,7 @@ def _parquet(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -
     return streams
 
 
-def _hub(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> dict[str, Stream[Rows]]:
+def _hub(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> dict[str, Stream[ArrowPiece]]:
     from datasets import load_dataset
     from datasets import logging as datasets_logging
 
@@ -156,10 +161,10 @@ def _hub(config: DatasetConfig, splits: tuple[str, ...], columns: Columns) -> di
             f"{needed}."
         ) from error
 
-    def read(split: str) -> Iterator[Rows]:
+    def read(split: str) -> Iterator[ArrowPiece]:
         first = 0
         for table in loaded[split].with_format("arrow").iter(PIECE):
-            yield Rows(table, f"{config.hub_path} ({split})", first)
+            yield ArrowPiece(table, f"{config.hub_path} ({split})", first)
             first += table.num_rows
 
     for split in splits:

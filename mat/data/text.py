@@ -4,7 +4,7 @@ import platform
 from collections.abc import Callable, Iterator
 
 from mat.config import TextConfig
-from mat.data.sources import PIECE, Columns, Rows, Stream, open_splits, source_key
+from mat.data.sources import PIECE, ArrowPiece, Columns, Stream, is_packaged, open_splits, source_key
 
 SPLITS = ("train", "validation", "test")
 Lines = Stream[list[str]]
@@ -25,10 +25,10 @@ def open_text(config: TextConfig) -> dict[str, Lines]:
     Raises:
         UserError: If files are missing or damaged, with the path and the remedy; also while reading.
     """
-    if config.hub_path is None and config.local_folder is None:
+    if is_packaged(config):
         return _pydocs()
 
-    def lines(rows: Stream[Rows]) -> Callable[[], Iterator[list[str]]]:
+    def lines(rows: Stream[ArrowPiece]) -> Callable[[], Iterator[list[str]]]:
         return lambda: ([line or "" for line in piece.table.column("text").to_pylist()] for piece in rows)
 
     return {split: Stream(rows.rows, lines(rows)) for split, rows in open_splits(config, SPLITS, COLUMNS).items()}
@@ -36,9 +36,7 @@ def open_text(config: TextConfig) -> dict[str, Lines]:
 
 def text_key(config: TextConfig) -> list[str]:
     """What identifies the text: hashes of local files, or the hub's name, or Python's version."""
-    if config.hub_path is None and config.local_folder is None:
-        return ["pydocs", platform.python_version()]
-    return source_key(config, SPLITS)
+    return ["pydocs", platform.python_version()] if is_packaged(config) else source_key(config, SPLITS)
 
 
 def _pydocs() -> dict[str, Lines]:

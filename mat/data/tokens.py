@@ -6,7 +6,6 @@ The text streams through in pieces and the tokens are memory-mapped, so that a c
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from mat.config import TextConfig
+from mat.data.base import EVALUATION, FEW, PROBE, Data, entropy, spaced
 from mat.data.cache import cached, progress, save_rows
 from mat.data.masking import MaskedBatch, mask
-from mat.data.order import EVALUATION, FEW, PROBE, Order, entropy, spaced
 from mat.data.sources import origin
 from mat.data.text import SPLITS, Lines, open_text, text_key
 from mat.errors import UserError
@@ -93,13 +92,7 @@ def encode(config: TextConfig, folder: Path) -> None:
 
 
 def cached_tokens(config: TextConfig) -> Path:
-    """The cache folder of a corpus; made if it is not there.
-
-    Args:
-        config: The dataset's configuration.
-
-    Returns:
-        A folder with ``tokenizer.json`` and ``train.npy``, ``validation.npy``, ``test.npy``.
+    """The folder that :func:`encode` wrote of a corpus; made if it is not there.
 
     Raises:
         UserError: If the data cannot be had.
@@ -108,34 +101,26 @@ def cached_tokens(config: TextConfig) -> Path:
     return cached(config.cache, f"{config.name}-{config.vocabulary}", identity, lambda folder: encode(config, folder))
 
 
-@dataclass
-class MaskedText:
+class MaskedText(Data):
     """A tokenised corpus as reproducible masked batches.
 
-    Attributes:
-        vocabulary: V, the number of pieces.
+    Args:
+        config: The dataset's configuration.
+        seed: Seed of the order of the training sequences and of their masks.
+        outputs: V, the number of pieces.
+        mask_id: Id of [MASK].
         sequences: Packed sequences (N, T) by split; the remainder of a split is left out.
     """
 
-    config: TextConfig
-    seed: int
-    vocabulary: int
-    mask_id: int
-    sequences: dict[str, NDArray[np.uint16]]
-
-    def __post_init__(self) -> None:
-        self._order = Order(len(self.sequences["train"]), self.seed)
+    def __init__(
+        self, config: TextConfig, seed: int, outputs: int, mask_id: int, sequences: dict[str, NDArray[np.uint16]]
+    ) -> None:
+        super().__init__(len(sequences["train"]), seed, outputs)
+        self.config, self.mask_id, self.sequences = config, mask_id, sequences
 
     @classmethod
     def load(cls, config: TextConfig, seed: int) -> "MaskedText":
         """Read the cache (made first if need be).
-
-        Args:
-            config: The dataset's configuration.
-            seed: Seed of the order of the training data and its masks.
-
-        Returns:
-            The corpus.
 
         Raises:
             UserError: If the data cannot be had or a split is shorter than a sequence.
@@ -160,18 +145,9 @@ class MaskedText:
             sequences["train"] = sequences["train"][np.sort(rows)]
         return cls(config, seed, len(pieces), pieces["[MASK]"], sequences)
 
-    @property
-    def outputs(self) -> int:
-        """V."""
-        return self.vocabulary
-
-    def steps_per_epoch(self, batch: int) -> int:
-        """Batches of this size in an epoch, a short last one included."""
-        return self._order.steps(batch)
-
     def train_batch(self, step: int, batch: int) -> tuple[MaskedBatch, int]:
         """The batch of a step and its epoch; every epoch is a new permutation, its last batch may be short."""
-        rows, key, epoch = self._order.rows(step, batch)
+        rows, key, epoch = self._train_rows(step, batch)
         return self._masked(self.sequences["train"][rows], key), epoch
 
     def evaluation_batches(self, split: str, samples: int | None, batch: int) -> Iterator[MaskedBatch]:
@@ -186,18 +162,14 @@ class MaskedText:
 
     def probe_batch(self, samples: int) -> MaskedBatch:
         """The estimator's samples, drawn once from the training split; the same at every selection."""
-        return self._masked(self.sequences["train"][self._order.probe(samples)], [self.seed, PROBE, 1])
+        return self._masked(self.sequences["train"][self._probe_rows(samples)], [self.seed, PROBE, 1])
 
     def facts(self) -> dict[str, float]:
-        """The unigram entropy of the validation split, in nats."""
-        return {"unigram_entropy": self.unigram_entropy()}
-
-    def unigram_entropy(self, split: str = "validation") -> float:
-        """Cross-entropy in nats of a split under its own piece frequencies: what ignoring the context achieves."""
-        whole, counts = self.sequences[split], np.zeros(self.vocabulary, np.int64)
+        """The entropy of the validation split's pieces in nats: the loss of a model that ignores the context."""
+        whole, counts = self.sequences["validation"], np.zeros(self.outputs, np.int64)
         for first in range(0, len(whole), BLOCK):
-            counts += np.bincount(whole[first : first + BLOCK].reshape(-1), minlength=self.vocabulary)
-        return entropy(counts)
+            counts += np.bincount(whole[first : first + BLOCK].reshape(-1), minlength=self.outputs)
+        return {"unigram_entropy": entropy(counts)}
 
     def _masked(self, sequences: NDArray[np.uint16], key: list[int]) -> MaskedBatch:
-        return mask(sequences, self.config.mask_share, self.mask_id, len(SPECIAL), self.vocabulary, key)
+        return mask(sequences, self.config.mask_share, self.mask_id, len(SPECIAL), self.outputs, key)
