@@ -219,7 +219,7 @@ class Config:
     name: str = "smoke"  # first folder below ``runs``; experiments set it
     seed: int = number(0, 2**31 - 1, 0)
     runs: str = "runs"
-    analysis: list[str] = field(default_factory=list)  # observers at selections: attention | kernels | descent
+    analysis: list[str] = field(default_factory=list)  # observers of a record: attention | kernels | descent
     model: Any = MISSING
     dataset: Any = MISSING
     method: MethodConfig = MISSING
