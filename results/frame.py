@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from mat.config import INCIDENTAL, with_defaults
+from mat.config import differences
 from mat.errors import UserError
 from mat.glance import missing_key, read_config
 
@@ -29,6 +29,8 @@ CONFIGURED = (
 
 # What an evaluation must tell: PFLOPs and seconds are cumulative, the loss is in nats.
 EVALUATED = ("step", "loss", "pflops", "seconds")
+
+SHARED = ("dataset.", "train.", "selection.", "hardware.")  # what rows of one table have in common
 
 
 class ResultsError(UserError):
@@ -184,26 +186,14 @@ def read_runs(root: str | Path, name: str, keys: Collection[Key] | None = None) 
     return [_read_run(path, config) for path, config in configs.items() if keys is None or _key(config) in keys]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _require_same(first: Run, other: Run, keys: Iterable[str], what: str) -> None:
-    """Raise unless both runs agree on ``keys`` of their configurations (dotted)."""
-    one, two = with_defaults(_flat(first.config)), with_defaults(_flat(other.config))
-    for key in keys:
-        if one.get(key) != two.get(key):
+def _require_same(first: Run, other: Run, what: str, groups: tuple[str, ...] = ("",)) -> None:
+    """Raise unless two runs agree in the science of some groups of their configurations."""
+    for key, (one, two) in differences(first.config, other.config).items():
+        if key.startswith(groups):
             raise ResultsError(
-                f"{other.path} has {key}={two.get(key)} but {first.path} has {one.get(key)}, and {what}: "
+                f"{other.path} has {key}={two} but {first.path} has {one}, and {what}: "
                 "keep one of them below this name and train the other under a name of its own."
             )
-
-
-def _science(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not any(f"{key}.".startswith(f"{i}.") for i in INCIDENTAL)]
 
 
 def _seeds(seeds: Iterable[int]) -> str:
@@ -237,8 +227,7 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
             raise MissingRow(f"{name} has no run: train it, which makes {folder}/...method={method}.../seed=<n>.")
         row.sort(key=lambda run: run.seed)
         for run in row[1:]:
-            keys_of_both = sorted(_flat(row[0].config) | _flat(run.config))
-            _require_same(row[0], run, _science(keys_of_both), "one row holds one configuration")
+            _require_same(row[0], run, "one row holds one configuration")
         present = {run.seed for run in row}
         if len(present) < len(row):
             twice = next(b for a, b in itertools.pairwise(row) if a.seed == b.seed)
@@ -255,8 +244,5 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
                 f"{name} has seeds {_seeds(present)}, but {reference[0].path.parent} has {_seeds(paired)}, and rows "
                 "are compared seed by seed: train the missing ones or delete the others."
             )
-        # The keys of both: the older of two runs may not have one that the younger has.
-        both = sorted(_flat(reference[0].config) | _flat(row[0].config))
-        shared = [k for k in both if k.startswith(("dataset.", "train.", "selection.", "hardware."))]
-        _require_same(reference[0], row[0], _science(shared), "rows of one table share it")
+        _require_same(reference[0], row[0], "rows of one table share it", SHARED)
     return rows
