@@ -12,9 +12,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mat.errors import UserError
 from mat.glance import Glance
 from results.curves import LINES, OTHER_MODEL, Array, band, count, layer_colours
-from results.frame import ResultsError
 
 COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
 DASHES = ("solid", "dot", "dash", "dashdot")
@@ -25,17 +25,16 @@ MANY = 400  # units beyond which a chart shows layers instead; BERT's 288 are sh
 
 def row_name(run: Glance) -> str:
     """What runs that differ in their seed alone have in common: method, model, the folder's other overrides."""
-    method, model = run.config["method"]["name"], run.config["model"]["name"]
-    told = {"default", f"method={method}", f"model={model}"}
-    return ", ".join([method, model, *(part for part in run.path.parent.name.split(",") if part not in told)])
+    told = {"default", f"method={run.method}", f"model={run.model}"}
+    return ", ".join([run.method, run.model, *(part for part in run.path.parent.name.split(",") if part not in told)])
 
 
 def styles(rows: Mapping[str, Sequence[Glance]], base: str) -> dict[str, tuple[str, str]]:
     """Colour and dash by row: a model other than ``base`` is grey, rows of one method differ by their dashes."""
     found: dict[str, tuple[str, str]] = {}
     for name, (run, *_) in rows.items():
-        colour, line = LINES.get(run.config["method"]["name"], (OTHER_MODEL, ":"))
-        colour = colour if run.config["model"]["name"] == base else OTHER_MODEL
+        colour, line = LINES.get(run.method, (OTHER_MODEL, ":"))
+        colour = colour if run.model == base else OTHER_MODEL
         usual = {"-": "solid", "--": "dash"}.get(line, "dot")
         free = (dash for dash in (usual, *DASHES) if (colour, dash) not in found.values())
         found[name] = colour, next(free, usual)
@@ -73,11 +72,11 @@ def _lines(row: str, runs: Sequence[Glance], axis: str) -> list[Line]:
     if whole:
         try:
             lines.append(Line(*band(whole, axis, points=150), f"{row}, n = {len(whole)}", len(whole)))
-        except ResultsError:  # they have no range in common
+        except UserError:  # they have no range in common
             whole = []
     for run in (run for run in seen if run not in whole):
         x, y = (run.evaluations[key].to_numpy(float) for key in (axis, "loss"))
-        lines.append(Line(x, y, np.zeros_like(y), f"{row}, seed {run.config['seed']}, {run.status}", 0))
+        lines.append(Line(x, y, np.zeros_like(y), f"{row}, seed {run.seed}, {run.status}", 0))
     return lines
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from mat.errors import UserError
 from mat.glance import Glance
-from results.frame import Key, ResultsError, Run
+from results.frame import Key, Run
 from results.measures import LOSS, Score
 from results.specs import SPECS, Row, TableSpec
 
@@ -59,14 +59,14 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
         latest first to the earliest last evaluation, so that no run is extrapolated.
 
     Raises:
-        ResultsError: If there is no such range: one run's evaluations end before another's begin.
+        UserError: If there is no such range: one run's evaluations end before another's begin.
     """
     curves = [np.stack([run.evaluations[axis].astype(float), score.shown * score.values(run)], 1) for run in runs]
     begins, ends = [float(curve[0, 0]) for curve in curves], [float(curve[-1, 0]) for curve in curves]
     start, end = max(begins), min(ends)
     if start > end:
         early, late = runs[ends.index(end)].path, runs[begins.index(start)].path
-        raise ResultsError(
+        raise UserError(
             f"{early} is last evaluated at {axis}={end:.4g}, before {late} is first at {start:.4g}, so there is no "
             "mean of them: train one again."
         )
@@ -136,7 +136,7 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
         The files written: PNG, SVG.
 
     Raises:
-        ResultsError: If the runs cannot fill the table; nothing is written then.
+        UserError: If the runs cannot fill the table; nothing is written then.
     """
     rows = spec.load(root, seeds)
     timed = {key: [run for run in runs if run.timed] for key, runs in rows.items()}

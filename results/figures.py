@@ -117,7 +117,7 @@ def figure2(source: Source) -> tuple[Figure, str]:
         panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
         final[method] = mean[-1]
     panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
-    seeds = [run.config["seed"] for run in runs["mat"]]
+    seeds = [run.seed for run in runs["mat"]]
     figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seeds[0]}), and what it costs", x=0.01, ha="left")
     changes = units.groupby(["kind", "layer", "unit"])["active"].agg(lambda a: int((a.diff() != 0)[2:].sum()))
     stops = [table[table["t"] == table["t"].max()]["stopped"].sum() for table in tables]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from results.frame import Key, ResultsError, Run, group, read_runs
+from mat.errors import UserError
+from results.frame import Key, Run, group, read_runs
 from results.measures import ACCURACY, LOSS, Level, Mark, Score, Until
 
 DATASETS = {  # what readers call them, by dataset.name
@@ -139,14 +140,14 @@ class TableSpec:
         """Read the runs of all rows, in the rows' order, each sorted by seed.
 
         Raises:
-            ResultsError: If a run is missing, incomplete, failed, damaged or of another dataset, or seeds and
+            UserError: If a run is missing, incomplete, failed, damaged or of another dataset, or seeds and
                 configurations do not match.
         """
         keys = [row.key for row in self.rows]
         runs = read_runs(root, self.runs, keys)
         for run in runs:
             if (dataset := run.config["dataset"]["name"]) != self.dataset:
-                raise ResultsError(
+                raise UserError(
                     f"{run.path} has dataset={dataset}, but {self.name} is of dataset={self.dataset}: keep it below "
                     "another name=..., and train this one on its dataset."
                 )
