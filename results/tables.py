@@ -125,10 +125,7 @@ def _beside_the_paper(spec: TableSpec, paper: PaperTable, run: Run, frame: pd.Da
 def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
     """What a reader must know to read the numbers: where they were made and how they were counted."""
     runs = [run for row in rows.values() for run in row]
-    made = [run.environment for run in runs]
-    machines = [f"{e.get('device_name', e.get('device'))}, {e.get('threads')} threads, {e.get('precision')}, "
-                f"torch {e.get('versions', {}).get('torch')}" for e in made]  # fmt: skip
-    commits = [str(e.get("commit"))[:10] + (" with uncommitted changes" if e.get("dirty") else "") for e in made]
+    machines = [f"{run.machine}, torch {run.environment.get('versions', {}).get('torch')}" for run in runs]
     seeds = ", ".join(str(run.seed) for run in rows[spec.baseline])
     name, beyond = spec.score.name, "below" if spec.score.sign < 0 else "above"
     measured, read = {
@@ -141,7 +138,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
     return [
         f"Data: {DATASETS[spec.dataset]} (dataset={spec.dataset}).",
         f"Machine: {'; '.join(dict.fromkeys(machines))}.",
-        f"Commit: {'; '.join(dict.fromkeys(commits))}.",
+        f"Commit: {'; '.join(dict.fromkeys(run.commit for run in runs))}.",
         f"Planned length of a dense run: {runs[0].config['train']['pflops']:.4g} PFLOPs. Seeds: {seeds}.",
         "Cells are mean ± sample standard deviation over seeds (number of runs); the best of a column is bold. Best is "
         f"the best validation {name}, and test {name} is read there. {read}",
