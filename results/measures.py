@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from mat.errors import UserError
 from mat.glance import Glance
 from results.frame import Key, Run
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from mat.errors import UserError
 from mat.glance import Glance, look_below
+from results.measures import Array
 
-Array = npt.NDArray[np.float64]
 NOISE = 1e-6  # eigenvalues below this share of the largest are rounding
 LEAST_GAP = 0.1  # nats
 
@@ -22,12 +21,13 @@ class Source:
     Attributes:
         root: Folder of all runs.
         suffix: ``_mini`` or nothing.
-        damaged: Sentences about runs that could not be read and were left out, as keys.
+        damaged: Sentences about runs that could not be read and were left out.
     """
 
     root: Path
     suffix: str
-    damaged: dict[str, None] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    _read: dict[Path, list[Glance]] = field(default_factory=dict)
 
     def runs(self, experiment: str, method: str) -> list[Glance]:
         """The complete runs of a method: one configuration, of the model with the shortest name (others vary it).
@@ -36,9 +36,10 @@ class Source:
             UserError: If there is none, or if they differ in more than the seed.
         """
         folder = self.root / f"{experiment}{self.suffix}"
-        seen, damaged = look_below(folder)
-        self.damaged.update(dict.fromkeys(damaged))
-        found = [run for run in seen if run.method == method and run.status == "complete"]
+        if folder not in self._read:
+            self._read[folder], damaged = look_below(folder)
+            self.damaged.extend(damaged)
+        found = [run for run in self._read[folder] if run.method == method and run.status == "complete"]
         if not found:
             raise UserError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")
         model = min((run.model for run in found), key=len)

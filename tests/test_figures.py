@@ -240,14 +240,13 @@ def test_incomplete_runs_and_missing_tables_are_refused(tmp_path: Path) -> None:
 
 
 def test_configurations_are_not_mixed(tmp_path: Path) -> None:
-    source = Source(tmp_path, "")
     for folder in ("method=mat", "method=mat,model=bert_mini_shallow"):
         for seed in (0, 1):
             write_run(tmp_path, "mat", seed, [9], model=folder.partition("model=")[2] or "bert_mini", folder=folder)
-    assert [run.path.parent.name for run in source.runs("t", "mat")] == ["method=mat"] * 2
+    assert [run.path.parent.name for run in Source(tmp_path, "").runs("t", "mat")] == ["method=mat"] * 2
     write_run(tmp_path, "mat", 0, [9], folder="method=mat,selection.share=0.5")
     with pytest.raises(UserError, match=r"method=mat; method=mat,selection\.share=0\.5") as refused:
-        source.runs("t", "mat")
+        Source(tmp_path, "").runs("t", "mat")
     assert one_sentence(str(refused.value))
 
 
