@@ -24,6 +24,7 @@ CONFIGURED = (
     "train.marks",
 )  # fmt: skip
 LOGGED = {"event", "pflops", "seconds"}
+LEDGER = ("forward", "input_grad", "weight_grad", "overhead")  # parts of the PFLOPs: pflops_forward, ...
 RECORDED = {"t", "kind", "layer", "unit", "active", "stopped"}
 
 

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mat.glance import Glance, look_below
+from mat.glance import LEDGER, Glance, look_below
 
 LEVELS = "·▁▂▃▄▅▆▇█"  # shares 0 to 1; the first is for 0 alone
-COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 STYLES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
@@ -52,7 +51,7 @@ def show_run(run: Glance, console: Console) -> None:
                   f"validation {number(run.last('loss', 'evaluation'))} (best {number(run.best)}), "
                   f"test {number(run.last('loss', 'test'))}"
                   + ("" if accuracy is None else f"; accuracy {accuracy:.1%}"))  # fmt: skip
-    flops = [f"{column.replace('_', ' ')} {number(run.last(f'pflops_{column}'), 3)}" for column in COLUMNS]
+    flops = [f"{column.replace('_', ' ')} {number(run.last(f'pflops_{column}'), 3)}" for column in LEDGER]
     console.print(f"PFLOPs  {', '.join(flops)}: {number(run.last('pflops'))} of {number(run.budget)}")
     if run.units is None:
         console.print("active  no selection: all units train")

@@ -13,12 +13,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mat.errors import UserError
-from mat.glance import Glance
-from results.curves import LINES, OTHER_MODEL, Array, band, count, layer_colours
+from mat.glance import LEDGER, Glance
+from results.curves import LINES, OTHER_MODEL, STATES, band, count, layer_colours
+from results.measures import Array
 
-COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
+COLOURS = dict(zip(LEDGER, ("#56B4E9", "#0072B2", "#E69F00", "#D55E00"), strict=True))
 DASHES = ("solid", "dot", "dash", "dashdot")
-FROZEN, ACTIVE, STOPPED = "#E3E3E3", "#0072B2", "#E69F00"
 ALONE = "no run had the machine to itself"
 MANY = 400  # units beyond which a chart shows layers instead; BERT's 288 are shown
 
@@ -138,7 +138,7 @@ def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:
         )  # fmt: skip
 
     bar("pflops_needed", "needed", "#009E73", 1, "PFLOPs")
-    for key, colour in COLUMNS.items():
+    for key, colour in COLOURS.items():
         bar(f"pflops_{key}", key.replace("_", " "), colour, 2, "PFLOPs")
     bar("seconds", "seconds", "#8A8A8A", 3, "s")
     for column, label in enumerate(("PFLOPs", "PFLOPs", "seconds"), start=1):
@@ -183,18 +183,18 @@ def active_set(run: Glance) -> go.Figure:
     active, stopped = rows["active"].astype(float), rows["stopped"].astype(float)
     if layers:
         state, text = active, active.map("active {:.0%}, ".format) + stopped.map("stopped {:.0%}".format)
+        scale: list[tuple[float, str]] = [(0, STATES["frozen"]), (1, STATES["active"])]
+        bar: dict[str, object] = {"title": {"text": "active share"}}
     else:
         state = active.where(stopped == 0, -1.0)
-        text = state.map({-1.0: "stopped", 0.0: "frozen", 1.0: "active"})
+        told = ("stopped", "frozen", "active")
+        text = state.map(dict(zip((-1.0, 0.0, 1.0), told, strict=True)))
+        scale = [((i + end) / 3, STATES[name]) for i, name in enumerate(told) for end in (0, 1)]
+        bar = {"tickvals": [-2 / 3, 0, 2 / 3], "ticktext": told}
     hover = [matrix(rows[column].astype(float)) for column in ("score", "threshold")]
     hover += [pd.DataFrame(np.tile(times[c], (len(names), 1))) for c in ("step", "pflops")]
     height = 13 if len(names) <= 100 else 5  # of a row, in pixels; thin ones are labelled by the first of a layer
     labelled = names if height > 8 else rows.drop_duplicates(["kind", "layer"])["name"]
-    scale = [[0, FROZEN], [1, ACTIVE]]
-    bar: dict[str, object] = {"title": {"text": "active share"}}
-    if not layers:
-        scale = [[0, STOPPED], [1 / 3, STOPPED], [1 / 3, FROZEN], [2 / 3, FROZEN], [2 / 3, ACTIVE], [1, ACTIVE]]
-        bar = {"tickvals": [-2 / 3, 0, 2 / 3], "ticktext": ["stopped", "frozen", "active"]}
     figure = go.Figure(go.Heatmap(
         z=matrix(state), x=times["t"], y=names, zmin=0 if layers else -1, zmax=1, colorscale=scale, colorbar=bar,
         xgap=1, ygap=1 if height > 8 else 0, customdata=np.stack(hover, axis=-1), text=matrix(text),

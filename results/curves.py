@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -22,10 +21,8 @@ from matplotlib.figure import Figure
 from mat.errors import UserError
 from mat.glance import Glance
 from results.frame import Key, Run
-from results.measures import LOSS, Score
+from results.measures import LOSS, Array, Score
 from results.specs import SPECS, Row, TableSpec
-
-Array = npt.NDArray[np.float64]
 
 # Okabe and Ito's colours, which stay apart under every colour blindness (without yellow, too faint for a line). A
 # method looks the same in every figure; its variant is dashed, and a model other than the baseline's is grey.
@@ -36,6 +33,7 @@ LINES = {
     "mat": ("#D55E00", "-"), "mat_equal": ("#D55E00", "--"),
     "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
 }  # fmt: skip
+STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}  # of a unit
 OTHER_MODEL = "#8A8A8A"
 LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
 STYLE: dict[Any, Any] = {
@@ -45,7 +43,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
+def band(runs: Sequence[Glance], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
     """Mean and spread of the validation score over seeds.
 
     Args:
@@ -76,6 +74,16 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
     return grid, values.mean(axis=0), spread
 
 
+def draw_band(
+    axes: Axes, runs: Sequence[Glance], axis: str, score: Score, style: tuple[str, str], label: str
+) -> tuple[Array, Array, Array]:
+    """Draw a row's mean and band, named with the number of its runs; returns what ``band`` does."""
+    (grid, mean, spread), (colour, dash) = band(runs, axis, score), style
+    axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{label} (n = {len(runs)})")
+    return grid, mean, spread
+
+
 def layer_colours(layers: Iterable[int]) -> dict[int, str]:
     """A colour for every layer. Depth is ordered: more layers than can be told apart run through viridis."""
     known = sorted({int(layer) for layer in layers})
@@ -101,13 +109,11 @@ def line_of(spec: TableSpec, row: Row) -> tuple[str, str]:
 def _panel(axes: Axes, spec: TableSpec, rows: Mapping[Key, Sequence[Run]], axis: str, entropy: float | None) -> None:
     low, high, end = np.inf, -np.inf, 0.0
     for row in spec.rows:
-        runs, (colour, dash) = rows[row.key], line_of(spec, row)
+        runs, style = rows[row.key], line_of(spec, row)
         if not runs:
             continue
-        grid, mean, spread = band(runs, axis, spec.score)
-        axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{row.label} (n = {len(runs)})")
-        axes.plot(grid[-1], mean[-1], "o", color=colour, markersize=3.5)
+        grid, mean, spread = draw_band(axes, runs, axis, spec.score, style, row.label)
+        axes.plot(grid[-1], mean[-1], "o", color=style[0], markersize=3.5)
         # The view starts where a tenth of the curve is over: the way from initialisation would flatten the rest.
         late = grid >= grid[-1] / 10
         low, high = min(low, (mean - spread)[late].min()), max(high, (mean + spread)[late].max())
@@ -123,7 +129,7 @@ def _panel(axes: Axes, spec: TableSpec, rows: Mapping[Key, Sequence[Run]], axis:
                       color="0.35", fontsize=8.5)  # fmt: skip
 
 
-def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list[Path]:
+def draw(spec: TableSpec, root: Path, out: Path, seeds: int) -> list[Path]:
     """Draw the curves of a table's rows.
 
     Args:
@@ -155,8 +161,8 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
                   xlabel="seconds of training, selection and estimator")  # fmt: skip
         figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        files = [Path(out) / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
+        out.mkdir(parents=True, exist_ok=True)
+        files = [out / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
         figure.savefig(files[0], dpi=200)
         figure.savefig(files[1], metadata={"Date": None})  # the same runs make the same file
     return files

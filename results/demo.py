@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mat.errors import UserError
+from mat.glance import LEDGER
 from results.curves import draw
 from results.frame import Key, Run
 from results.specs import SPECS
 
 MARGIN = 0.5
-COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 
 
 def table(rows: dict[Key, list[Run]]) -> Table:
@@ -30,12 +30,12 @@ def table(rows: dict[Key, list[Run]]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for column in ("method", "valid.\nloss", *COLUMNS, "total", "secs", "active\nshare"):
+    for column in ("method", "valid.\nloss", *LEDGER, "total", "secs", "active\nshare"):
         header = column.replace("_", "\n")
         shown.add_column(header, justify="left" if column == "method" else "right", no_wrap=True)
     for (_, method), runs in rows.items():
         summary = runs[0].summary
-        flops = [1000 * summary[f"pflops_{column}"] for column in COLUMNS] + [1000 * summary["pflops"]]
+        flops = [1000 * summary[f"pflops_{column}"] for column in LEDGER] + [1000 * summary["pflops"]]
         shown.add_row(
             method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.2f}" for value in flops),
             f"{summary['seconds']:.0f}", f"{summary['active_share']:.2f}",

@@ -22,10 +22,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
-from results.curves import LINES, STYLE, band, layer_colours
+from results.curves import LINES, STATES, STYLE, draw_band, layer_colours
+from results.measures import LOSS
 from results.observed import Source, border, gap_opens, losses, rank_correlation, read_table, separability, spectrum
 
-STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
 KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
 ALONG = "PFLOPs executed"
 
@@ -111,10 +111,7 @@ def figure2(source: Source) -> tuple[Figure, str]:
         axes.set(title=f"Units: {kind}", xlabel=ALONG, ylabel="lambda_max", yscale="log")
     final = {}
     for method, label in (("baseline", "BERT"), ("mat", "MAT")):
-        grid, mean, spread = band(runs[method], "pflops")
-        colour = LINES[method][0]
-        panels[-1].fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-        panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
+        _, mean, _ = draw_band(panels[-1], runs[method], "pflops", LOSS, LINES[method], label)
         final[method] = mean[-1]
     panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
     seeds = [run.seed for run in runs["mat"]]
