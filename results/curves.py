@@ -6,7 +6,6 @@ Reads the runs that the table reads, and refuses what the table refuses. A line 
 sample standard deviation to either side, both interpolated on a grid that all seeds cover.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from mat.errors import UserError
 from mat.glance import Glance
+from results.cli import add_seeds, parser_of
 from results.frame import Key, Run
 from results.measures import LOSS, Array, Score
 from results.specs import SPECS, Row, TableSpec
@@ -170,17 +170,15 @@ def draw(spec: TableSpec, root: Path, out: Path, seeds: int) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when the curves could not be drawn."""
-    parser = argparse.ArgumentParser(prog="python -m results.curves", description="Draw a table's learning curves.")
+    parser = parser_of("curves", "Draw a table's learning curves.", "results/figures")
     parser.add_argument("table", choices=list(SPECS), help="whose rows to draw")
-    parser.add_argument("--runs", default="results/runs", help="folder of all runs (default: %(default)s)")
-    parser.add_argument("--out", default="results/figures", help="folder for the files (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="least number of seeds per row (default: %(default)s)")
+    add_seeds(parser)
     chosen = parser.parse_args(arguments)
     try:
         for path in draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds):
             print(f"wrote {path}")
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

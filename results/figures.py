@@ -6,10 +6,8 @@ Each figure prints the numbers that ``results/LOG.md`` judges the paper's claims
 with one sentence; the others are still made.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
+from results.cli import parser_of
 from results.curves import LINES, STATES, STYLE, draw_band, layer_colours
 from results.measures import LOSS
 from results.observed import Source, border, gap_opens, losses, rank_correlation, read_table, separability, spectrum
@@ -349,13 +348,9 @@ FIGURES: dict[str, Callable[[Source], tuple[Figure, str]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when a figure could not be made (the others still are)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m results.figures", description="Draw the paper's figures from runs."
-    )
+    parser = parser_of("figures", "Draw the paper's figures from runs.", "results/figures")
     parser.add_argument("figure", choices=[*FIGURES, "all"], help="which figure")
     parser.add_argument("--suffix", default="", help="_mini for the mini runs")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder for the files (%(default)s)")
     chosen = parser.parse_args(arguments)
     source, code = Source(chosen.runs, chosen.suffix), 0
     for name in FIGURES if chosen.figure == "all" else [chosen.figure]:

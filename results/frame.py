@@ -32,7 +32,7 @@ class Run(Glance):
     """A run whose numbers can stand in a table: complete, and finite where a table reads it.
 
     Raises:
-        UserError: If it is neither.
+        UserError: If it is not.
     """
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ def _number(values: dict[str, Any], key: str, where: str | Path) -> float:
     return float(value)
 
 
-def read_runs(root: str | Path, name: str, keys: Collection[Key] | None = None) -> list[Run]:
+def read_runs(root: Path, name: str, keys: Collection[Key] | None = None) -> list[Run]:
     """Read the runs of one experiment.
 
     Args:
@@ -90,7 +90,7 @@ def read_runs(root: str | Path, name: str, keys: Collection[Key] | None = None) 
     Raises:
         UserError: If there is no such folder, or a run is incomplete, failed, damaged or holds a NaN.
     """
-    folder = Path(root) / name
+    folder = root / name
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: train the runs of name={name} first, or point --runs at them.")
     seen = [look(path) for path in sorted(folder.rglob("seed=*")) if path.is_dir()]

@@ -6,7 +6,6 @@ Opens without a network: the plotting library is in the file, and the page's own
 a sweep that is still running or partly failed: it shows what there is and says what is missing.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from mat.errors import UserError
 from mat.glance import Glance, look_below
 from mat.show import clock, number
 from results import charts
+from results.cli import add_seeds, parser_of
 from results.curves import LINES
 from results.measures import summarise
 from results.render import Column, Section, to_html
@@ -227,10 +227,8 @@ def build(root: Path, seeds: int = 3) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m results.report", description="Run folders to one HTML page.")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/report.html"), help="the page (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="least number of seeds per row (%(default)s)")
+    parser = parser_of("report", "Run folders to one HTML page.", "results/report.html")
+    add_seeds(parser)
     chosen = parser.parse_args(arguments)
     try:
         page = build(chosen.runs, chosen.seeds)
