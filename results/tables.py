@@ -169,7 +169,7 @@ def make(spec: TableSpec, root: Path, out: Path, seeds: int, console: Console) -
         The files written: Markdown, CSV, LaTeX.
 
     Raises:
-        ResultsError: If the runs cannot fill the table; nothing is written then.
+        UserError: If the runs cannot fill the table; nothing is written then.
     """
     rows = spec.load(root, seeds)
     frame = summarise(rows, spec.baseline, spec.levels, spec.score)

@@ -250,6 +250,14 @@ def test_configurations_are_not_mixed(tmp_path: Path) -> None:
     assert one_sentence(str(refused.value))
 
 
+def test_the_runs_of_an_experiment_are_read_once(tmp_path: Path) -> None:
+    write_run(tmp_path, "mat", 0, [9])
+    source = Source(tmp_path, "")
+    (run,) = source.runs("t", "mat")
+    shutil.rmtree(tmp_path / "t")
+    assert source.runs("t", "mat") == [run]
+
+
 def test_a_table_that_begins_in_mid_run_is_refused(tmp_path: Path) -> None:
     path = write_run(tmp_path, "mat", 0, [9])
     pd.DataFrame({"t": [5, 6]}).to_parquet(path / "kernels.parquet")
