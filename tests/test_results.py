@@ -475,7 +475,7 @@ def test_all_makes_what_it_can(mini: Path, capsys: pytest.CaptureFixture[str]) -
     assert tables.main(arguments(mini, "all")) == 0  # the controls are not there, and it says so
     assert (mini.parent / "out" / "table1_mini.md").is_file()
     assert not (mini.parent / "out" / "table1_controls_mini.md").exists()
-    assert "method=fitted has no run" in capsys.readouterr().err
+    assert "method=mat_equal has no run" in capsys.readouterr().err
 
 
 def test_controls_read_the_same_runs(mini: Path) -> None:
