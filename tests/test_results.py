@@ -16,8 +16,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mat.errors import UserError
-from mat.glance import look
-from results import curves, tables
+from mat.glance import LEDGER, look
+from results import curves, demo, tables
 from results.frame import group, read_runs
 from results.measures import ACCURACY, LOSS, Mark, Until, against, of_run, summarise
 from results.render import cell, decimals, latex_escape
@@ -582,6 +582,20 @@ def test_the_paper_is_copied_right() -> None:
     assert found == [[4.41, 4.82, 4.48, 4.27], [1.74, 1.93, 1.77, 1.68], [93.77, 92.71, 93.43, 93.86]]
     marks = [PAPER_TABLE_2.rows["mat"][f"val_loss_mark{i}"] for i in (1, 2, 3)]
     assert marks == [(2.34, 0.06), (1.92, 0.03), (1.69, 0.02)]
+
+
+@pytest.mark.parametrize(("best", "code"), [(5.4, 0), (5.6, 2)])
+def test_the_demo_fails_when_the_baseline_learnt_too_little(
+    best: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The unigram entropy is 6 nats."""
+    for method in ("baseline", "rand", "multirate", "mat"):
+        path = write_run(tmp_path / "runs", method, 0, [9, best], name="demo", dataset="pydocs")
+        edit(path / "summary.json", lambda summary: summary.update({f"pflops_{part}": 0.5 for part in LEDGER}))
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == code
+    shown = capsys.readouterr()
+    assert f"{best:.3f}" in shown.out and "500.00" in shown.out and (tmp_path / "demo_curves.svg").is_file()
+    assert shown.err.startswith("error: the baseline ends only 0.40 nats under") if code else not shown.err
 
 
 # Curves
