@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed ## four methods on a mini BERT over prose that ships with Python: table and loss curves, minutes
 	$(RUN) launch.py -m name=demo method=baseline,rand,multirate,mat
-	$(RUN) -m results.demo runs
+	$(RUN) -m results.demo
 
 test: $(VENV)/installed lint ## lint, types and tests
 	$(RUN) -m pytest

@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -273,8 +273,22 @@ def register_schemas() -> None:
             store.store(group=group, name=f"schema_{name}", node=node)
 
 
-def with_defaults(flat: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration (dotted keys), completed: a run made before a key existed ran with its default."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def is_incidental(key: str) -> bool:
+    """Whether a dotted key, or what it belongs to, is one of ``INCIDENTAL``."""
+    return any(f"{key}.".startswith(f"{incidental}.") for incidental in INCIDENTAL)
+
+
+def science(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was computed in a recorded run, by dotted key: a run made before a key existed ran with its default."""
     defaults = {
         f"{group}.{f.name}": f.default_factory() if callable(f.default_factory) else f.default
         for group, schemas in GROUPS.items()
@@ -282,7 +296,14 @@ def with_defaults(flat: dict[str, Any]) -> dict[str, Any]:
         for f in fields(schemas[0][1])
         if f.default is not MISSING
     }
-    return {**defaults, **flat}
+    return {key: value for key, value in {**defaults, **flatten(config)}.items() if not is_incidental(key)}
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of every dotted key in which two recorded configurations differ in their science, sorted."""
+    here, there = science(one), science(other)
+    pairs = {key: (here.get(key), there.get(key)) for key in sorted(here.keys() | there.keys())}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -483,7 +504,8 @@ def resolve(composed: DictConfig) -> Config:
         UserError: If a key is unknown, or a value is missing or senseless.
     """
     known = keys()
-    for key in _flat_keys(OmegaConf.to_container(composed)):
+    given: Any = OmegaConf.to_container(composed)
+    for key in flatten(given):
         if key not in known:  # added with +key=value
             raise UserError(unknown_key(key))
     try:
@@ -505,15 +527,6 @@ def keys() -> dict[str, Any]:
         for _, node in schemas:
             found |= {f"{group}.{f.name}": f.type for f in fields(node)}
     return found
-
-
-def _flat_keys(value: Any, prefix: str = "") -> Iterator[str]:
-    for key, inner in value.items():
-        name = f"{prefix}{key}"
-        if isinstance(inner, dict) and name in GROUPS:
-            yield from _flat_keys(inner, f"{name}.")
-        else:
-            yield name
 
 
 def unknown_key(key: str) -> str:

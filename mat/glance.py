@@ -1,9 +1,8 @@
-"""What a run folder tells at this moment, whatever state it is in: for ``mat.show`` and the report."""
+"""What a run folder tells at this moment, whatever state it is in: the one reader of run folders."""
 
 import json
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +19,16 @@ PATIENCE, SLOW = 120.0, 20.0  # a run counts as alive for so many seconds, or so
 WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "units.parquet")
 
 # What readers of a folder rely on, by file.
-CONFIGURED = ("seed", "model.name", "method.name", "method.budget", "selection.mode", "train.pflops")
+CONFIGURED = (
+    "seed", "model.name", "dataset.name", "method.name", "method.budget", "selection.mode", "train.pflops",
+    "train.marks",
+)  # fmt: skip
 LOGGED = {"event", "pflops", "seconds"}
+LEDGER = ("forward", "input_grad", "weight_grad", "overhead")  # parts of the PFLOPs: pflops_forward, ...
 RECORDED = {"t", "kind", "layer", "unit", "active", "stopped"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Glance:
     """A run folder as it is.
 
@@ -48,6 +51,26 @@ class Glance:
     summary: dict[str, Any]
     failure: str | None
     quiet: float
+
+    @property
+    def method(self) -> str:
+        """Name of its method."""
+        return str(self.config["method"]["name"])
+
+    @property
+    def model(self) -> str:
+        """Name of its model."""
+        return str(self.config["model"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """What pairs it with runs of other methods."""
+        return int(self.config["seed"])
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Model and method: the row of a table that the run belongs to."""
+        return self.model, self.method
 
     def last(self, key: str, event: str | None = None) -> Any:
         """The newest value of a key, of one kind of event or any; None if there is none."""
@@ -87,6 +110,18 @@ class Glance:
         return self.environment.get("exclusive") is True
 
     @property
+    def machine(self) -> str:
+        """Where it computes and how precisely: seconds of runs that agree in it can be compared."""
+        name = self.environment.get("device_name", self.environment.get("device", "–"))
+        return f"{name}, {self.environment.get('threads', '–')} threads, {self.environment.get('precision', '–')}"
+
+    @property
+    def commit(self) -> str:
+        """Which version of the code computes."""
+        changes = " with uncommitted changes" if self.environment.get("dirty") else ""
+        return f"{str(self.environment.get('commit'))[:10]}{changes}"
+
+    @property
     def budget(self) -> float:
         """PFLOPs that the run is to spend."""
         return float(self.config["train"]["pflops"] * self.config["method"]["budget"])
@@ -112,21 +147,16 @@ def look(path: Path) -> Glance:
         path: The folder, ``.../seed=<n>``.
 
     Raises:
-        UserError: If it is no run folder, or a file of it is damaged.
+        UserError: If a file of it is damaged, or its configuration missing.
     """
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is no run folder (it has no config.yaml): name one, or a folder above some.")
     try:
         environment, summary, failure = (_json(path / f"{n}.json") for n in ("environment", "summary", "failure"))
-        config = read_config(path / "config.yaml")
-        if key := missing_key(config, CONFIGURED):
-            raise ValueError(f"config.yaml has no {key}")
         return Glance(
-            path, config, environment, _events(path / "metrics.jsonl"),
+            path, _config(path / "config.yaml"), environment, _events(path / "metrics.jsonl"),
             _units(path / "units.parquet"), summary, failure.get("reason"),
             time.time() - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
         )  # fmt: skip
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise UserError(f"{path} is damaged ({reason}): delete that run folder and train it again.") from error
 
@@ -142,45 +172,45 @@ def look_below(root: Path) -> tuple[list[Glance], list[str]]:
     return runs, damaged
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's resolved configuration from its config.yaml.
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    config = OmegaConf.load(path)
+    for key in CONFIGURED:
+        if not isinstance(config, DictConfig) or OmegaConf.select(config, key) is None:
+            raise ValueError(f"{path.name} has no {key}")
+    content: Any = OmegaConf.to_container(config)
+    return dict(content)
 
-    Raises:
-        ValueError: If it is no mapping in YAML.
-        OSError: If it is not there.
-    """
+
+def _object(text: str) -> dict[str, Any] | None:
+    """What a JSON object says, or None if the text is none."""
     try:
-        loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(loaded, DictConfig):
-        raise ValueError(f"{path.name} is no mapping")
-    config = OmegaConf.to_container(loaded)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
-
-
-def missing_key(config: dict[str, Any], wanted: Iterable[str]) -> str | None:
-    """The first of some dotted keys that a configuration does not have or that has no value."""
-    known = OmegaConf.create(config)
-    return next((key for key in wanted if OmegaConf.select(known, key) is None), None)
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A file's content; empty if it is not there."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no mapping")
+    content = _object(path.read_text()) if path.is_file() else {}
+    if content is None:
+        raise ValueError(f"{path.name} is no JSON object")
     return content
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # what has no line feed yet is unfinished
-    events = [json.loads(line) for line in lines]
-    for number, event in enumerate(events, start=1):
-        whole = isinstance(event, dict) and event.keys() >= LOGGED
-        if not whole or (event["event"] == "evaluation" and not isinstance(event.get("loss"), float | int)):
+    events = []
+    for number, event in enumerate(map(_object, lines), start=1):
+        if (
+            event is None
+            or not event.keys() >= LOGGED
+            or (event["event"] == "evaluation" and not isinstance(event.get("loss"), float | int))
+        ):
             raise ValueError(f"{path.name}, line {number}, is no event")
+        events.append(event)
     return events
 
 

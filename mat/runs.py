@@ -19,7 +19,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from mat.config import INCIDENTAL, Config, with_defaults
+from mat.config import Config, differences, is_incidental
 from mat.errors import UserError
 from mat.files import replacing
 
@@ -39,7 +39,7 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
     named = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if key not in ("experiment", "hardware") and not any(key == u or key.startswith(f"{u}.") for u in INCIDENTAL):
+        if key not in ("experiment", "hardware") and not is_incidental(key):
             named.append(override.lstrip("+").replace("/", "_"))
     leaf = ",".join(sorted(named)) or "default"
     if len(leaf.encode()) > LONGEST_NAME:
@@ -73,12 +73,11 @@ class RunFolder:
         known = path / "config.yaml"
         begun = (path / "summary.json").is_file() or (self.checkpoints / "latest.pt").is_file()
         if known.is_file() and begun:  # a run that was refused or killed before its first checkpoint holds nothing
-            before = OmegaConf.to_container(OmegaConf.load(known))
-            differing = _differences(_science(before), _science(resolved))
-            if differing:
+            before: Any = OmegaConf.to_container(OmegaConf.load(known))
+            if differing := differences(before, resolved):
                 raise UserError(
-                    f"{path} holds a run with another {differing[0]}: remove that folder, or give this run another "
-                    "name=..."
+                    f"{path} holds a run with another {next(iter(differing))}: remove that folder, or give this run "
+                    "another name=..."
                 )
         else:
             write_atomically(known, OmegaConf.to_yaml(OmegaConf.create(resolved)))
@@ -177,21 +176,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [n for n in info.read_text().splitlines() if n.startswith("model name")] if info.is_file() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
-def _science(config: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif not any(prefix == u or prefix.startswith(f"{u}.") for u in INCIDENTAL):
-            flat[prefix] = value
-
-    walk("", config)
-    return with_defaults(flat)
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

@@ -16,11 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mat.errors import UserError
-from mat.glance import Glance, look, look_below, runs_below
+from mat.glance import LEDGER, Glance, look_below
 
 LEVELS = "·▁▂▃▄▅▆▇█"  # shares 0 to 1; the first is for 0 alone
-COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 STYLES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
@@ -43,8 +41,8 @@ def show_run(run: Glance, console: Console) -> None:
     """Status, losses, PFLOPs by column and active units by layer of one run."""
     config, done, accuracy = run.config, round(30 * run.progress), run.last("accuracy", "evaluation")
     console.print(f"[bold]{escape(str(run.path))}[/bold]", soft_wrap=True)
-    console.print(f"{config['model']['name']} on {config['dataset']['name']}, {config['method']['name']}, "
-                  f"{config['selection']['mode']}, seed {config['seed']}")  # fmt: skip
+    console.print(f"{run.model} on {config['dataset']['name']}, {run.method}, {config['selection']['mode']}, "
+                  f"seed {run.seed}")  # fmt: skip
     console.print(f"[{STYLES[run.status]}]{run.status}[/] {'█' * done}{'░' * (30 - done)} {run.progress:.0%}, step "
                   f"{run.last('step') or 0}, {clock(run.last('seconds'))} trained, ETA {clock(run.eta)}")  # fmt: skip
     if run.failure is not None:
@@ -53,7 +51,7 @@ def show_run(run: Glance, console: Console) -> None:
                   f"validation {number(run.last('loss', 'evaluation'))} (best {number(run.best)}), "
                   f"test {number(run.last('loss', 'test'))}"
                   + ("" if accuracy is None else f"; accuracy {accuracy:.1%}"))  # fmt: skip
-    flops = [f"{column.replace('_', ' ')} {number(run.last(f'pflops_{column}'), 3)}" for column in COLUMNS]
+    flops = [f"{column.replace('_', ' ')} {number(run.last(f'pflops_{column}'), 3)}" for column in LEDGER]
     console.print(f"PFLOPs  {', '.join(flops)}: {number(run.last('pflops'))} of {number(run.budget)}")
     if run.units is None:
         console.print("active  no selection: all units train")
@@ -89,16 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mat.show", description="Show a run folder, or all below one.")
     parser.add_argument("path", type=Path, help="a run folder, or a folder above some")
     path, console = parser.parse_args(arguments).path, Console()
-    try:
-        if runs_below(path) in ([], [path]):
-            show_run(look(path), console)
-            return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     runs, damaged = look_below(path)
-    if runs:
+    if [run.path for run in runs] == [path]:
+        show_run(runs[0], console)
+    elif runs:
         show_runs(runs, path, console)
+    elif not damaged:
+        damaged = [f"{path} is no run folder (it has no config.yaml): name one, or a folder above some."]
     for sentence in damaged:
         print(f"error: {sentence}", file=sys.stderr)
     return 0 if runs else 2

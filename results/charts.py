@@ -12,30 +12,29 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mat.glance import Glance
-from results.curves import LINES, OTHER_MODEL, Array, band, count, layer_colours
-from results.frame import ResultsError
+from mat.errors import UserError
+from mat.glance import LEDGER, Glance
+from results.curves import LINES, OTHER_MODEL, STATES, band, count, layer_colours
+from results.measures import Array
 
-COLUMNS = {"forward": "#56B4E9", "input_grad": "#0072B2", "weight_grad": "#E69F00", "overhead": "#D55E00"}
+COLOURS = dict(zip(LEDGER, ("#56B4E9", "#0072B2", "#E69F00", "#D55E00"), strict=True))
 DASHES = ("solid", "dot", "dash", "dashdot")
-FROZEN, ACTIVE, STOPPED = "#E3E3E3", "#0072B2", "#E69F00"
 ALONE = "no run had the machine to itself"
 MANY = 400  # units beyond which a chart shows layers instead; BERT's 288 are shown
 
 
 def row_name(run: Glance) -> str:
     """What runs that differ in their seed alone have in common: method, model, the folder's other overrides."""
-    method, model = run.config["method"]["name"], run.config["model"]["name"]
-    told = {"default", f"method={method}", f"model={model}"}
-    return ", ".join([method, model, *(part for part in run.path.parent.name.split(",") if part not in told)])
+    told = {"default", f"method={run.method}", f"model={run.model}"}
+    return ", ".join([run.method, run.model, *(part for part in run.path.parent.name.split(",") if part not in told)])
 
 
 def styles(rows: Mapping[str, Sequence[Glance]], base: str) -> dict[str, tuple[str, str]]:
     """Colour and dash by row: a model other than ``base`` is grey, rows of one method differ by their dashes."""
     found: dict[str, tuple[str, str]] = {}
     for name, (run, *_) in rows.items():
-        colour, line = LINES.get(run.config["method"]["name"], (OTHER_MODEL, ":"))
-        colour = colour if run.config["model"]["name"] == base else OTHER_MODEL
+        colour, line = LINES.get(run.method, (OTHER_MODEL, ":"))
+        colour = colour if run.model == base else OTHER_MODEL
         usual = {"-": "solid", "--": "dash"}.get(line, "dot")
         free = (dash for dash in (usual, *DASHES) if (colour, dash) not in found.values())
         found[name] = colour, next(free, usual)
@@ -73,11 +72,11 @@ def _lines(row: str, runs: Sequence[Glance], axis: str) -> list[Line]:
     if whole:
         try:
             lines.append(Line(*band(whole, axis, points=150), f"{row}, n = {len(whole)}", len(whole)))
-        except ResultsError:  # they have no range in common
+        except UserError:  # they have no range in common
             whole = []
     for run in (run for run in seen if run not in whole):
         x, y = (run.evaluations[key].to_numpy(float) for key in (axis, "loss"))
-        lines.append(Line(x, y, np.zeros_like(y), f"{row}, seed {run.config['seed']}, {run.status}", 0))
+        lines.append(Line(x, y, np.zeros_like(y), f"{row}, seed {run.seed}, {run.status}", 0))
     return lines
 
 
@@ -139,7 +138,7 @@ def ledger(rows: Mapping[str, Sequence[Glance]]) -> go.Figure:
         )  # fmt: skip
 
     bar("pflops_needed", "needed", "#009E73", 1, "PFLOPs")
-    for key, colour in COLUMNS.items():
+    for key, colour in COLOURS.items():
         bar(f"pflops_{key}", key.replace("_", " "), colour, 2, "PFLOPs")
     bar("seconds", "seconds", "#8A8A8A", 3, "s")
     for column, label in enumerate(("PFLOPs", "PFLOPs", "seconds"), start=1):
@@ -184,18 +183,18 @@ def active_set(run: Glance) -> go.Figure:
     active, stopped = rows["active"].astype(float), rows["stopped"].astype(float)
     if layers:
         state, text = active, active.map("active {:.0%}, ".format) + stopped.map("stopped {:.0%}".format)
+        scale: list[tuple[float, str]] = [(0, STATES["frozen"]), (1, STATES["active"])]
+        bar: dict[str, object] = {"title": {"text": "active share"}}
     else:
         state = active.where(stopped == 0, -1.0)
-        text = state.map({-1.0: "stopped", 0.0: "frozen", 1.0: "active"})
+        told = ("stopped", "frozen", "active")
+        text = state.map(dict(zip((-1.0, 0.0, 1.0), told, strict=True)))
+        scale = [((i + end) / 3, STATES[name]) for i, name in enumerate(told) for end in (0, 1)]
+        bar = {"tickvals": [-2 / 3, 0, 2 / 3], "ticktext": told}
     hover = [matrix(rows[column].astype(float)) for column in ("score", "threshold")]
     hover += [pd.DataFrame(np.tile(times[c], (len(names), 1))) for c in ("step", "pflops")]
     height = 13 if len(names) <= 100 else 5  # of a row, in pixels; thin ones are labelled by the first of a layer
     labelled = names if height > 8 else rows.drop_duplicates(["kind", "layer"])["name"]
-    scale = [[0, FROZEN], [1, ACTIVE]]
-    bar: dict[str, object] = {"title": {"text": "active share"}}
-    if not layers:
-        scale = [[0, STOPPED], [1 / 3, STOPPED], [1 / 3, FROZEN], [2 / 3, FROZEN], [2 / 3, ACTIVE], [1, ACTIVE]]
-        bar = {"tickvals": [-2 / 3, 0, 2 / 3], "ticktext": ["stopped", "frozen", "active"]}
     figure = go.Figure(go.Heatmap(
         z=matrix(state), x=times["t"], y=names, zmin=0 if layers else -1, zmax=1, colorscale=scale, colorbar=bar,
         xgap=1, ygap=1 if height > 8 else 0, customdata=np.stack(hover, axis=-1), text=matrix(text),

@@ -6,7 +6,6 @@ Reads the runs that the table reads, and refuses what the table refuses. A line 
 sample standard deviation to either side, both interpolated on a grid that all seeds cover.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,16 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mat.errors import UserError
 from mat.glance import Glance
-from results.frame import Key, ResultsError, Run
-from results.measures import LOSS, Score
+from results.cli import add_seeds, parser_of
+from results.frame import Key, Run
+from results.measures import LOSS, Array, Score
 from results.specs import SPECS, Row, TableSpec
-
-Array = npt.NDArray[np.float64]
 
 # Okabe and Ito's colours, which stay apart under every colour blindness (without yellow, too faint for a line). A
 # method looks the same in every figure; its variant is dashed, and a model other than the baseline's is grey.
@@ -36,6 +33,7 @@ LINES = {
     "mat": ("#D55E00", "-"), "mat_equal": ("#D55E00", "--"),
     "static": ("#009E73", "-"), "inverted": ("#CC79A7", "-"), "shuffled": ("#56B4E9", "-"),
 }  # fmt: skip
+STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}  # of a unit
 OTHER_MODEL = "#8A8A8A"
 LAYERS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A")
 STYLE: dict[Any, Any] = {
@@ -45,7 +43,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
+def band(runs: Sequence[Glance], axis: str, score: Score = LOSS, points: int = 400) -> tuple[Array, Array, Array]:
     """Mean and spread of the validation score over seeds.
 
     Args:
@@ -59,14 +57,14 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
         latest first to the earliest last evaluation, so that no run is extrapolated.
 
     Raises:
-        ResultsError: If there is no such range: one run's evaluations end before another's begin.
+        UserError: If there is no such range: one run's evaluations end before another's begin.
     """
     curves = [np.stack([run.evaluations[axis].astype(float), score.shown * score.values(run)], 1) for run in runs]
     begins, ends = [float(curve[0, 0]) for curve in curves], [float(curve[-1, 0]) for curve in curves]
     start, end = max(begins), min(ends)
     if start > end:
         early, late = runs[ends.index(end)].path, runs[begins.index(start)].path
-        raise ResultsError(
+        raise UserError(
             f"{early} is last evaluated at {axis}={end:.4g}, before {late} is first at {start:.4g}, so there is no "
             "mean of them: train one again."
         )
@@ -74,6 +72,16 @@ def band(runs: Sequence[Run | Glance], axis: str, score: Score = LOSS, points: i
     values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
     spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(grid)
     return grid, values.mean(axis=0), spread
+
+
+def draw_band(
+    axes: Axes, runs: Sequence[Glance], axis: str, score: Score, style: tuple[str, str], label: str
+) -> tuple[Array, Array, Array]:
+    """Draw a row's mean and band, named with the number of its runs; returns what ``band`` does."""
+    (grid, mean, spread), (colour, dash) = band(runs, axis, score), style
+    axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{label} (n = {len(runs)})")
+    return grid, mean, spread
 
 
 def layer_colours(layers: Iterable[int]) -> dict[int, str]:
@@ -101,13 +109,11 @@ def line_of(spec: TableSpec, row: Row) -> tuple[str, str]:
 def _panel(axes: Axes, spec: TableSpec, rows: Mapping[Key, Sequence[Run]], axis: str, entropy: float | None) -> None:
     low, high, end = np.inf, -np.inf, 0.0
     for row in spec.rows:
-        runs, (colour, dash) = rows[row.key], line_of(spec, row)
+        runs, style = rows[row.key], line_of(spec, row)
         if not runs:
             continue
-        grid, mean, spread = band(runs, axis, spec.score)
-        axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(grid, mean, dash, color=colour, linewidth=1.7, label=f"{row.label} (n = {len(runs)})")
-        axes.plot(grid[-1], mean[-1], "o", color=colour, markersize=3.5)
+        grid, mean, spread = draw_band(axes, runs, axis, spec.score, style, row.label)
+        axes.plot(grid[-1], mean[-1], "o", color=style[0], markersize=3.5)
         # The view starts where a tenth of the curve is over: the way from initialisation would flatten the rest.
         late = grid >= grid[-1] / 10
         low, high = min(low, (mean - spread)[late].min()), max(high, (mean + spread)[late].max())
@@ -123,7 +129,7 @@ def _panel(axes: Axes, spec: TableSpec, rows: Mapping[Key, Sequence[Run]], axis:
                       color="0.35", fontsize=8.5)  # fmt: skip
 
 
-def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list[Path]:
+def draw(spec: TableSpec, root: Path, out: Path, seeds: int) -> list[Path]:
     """Draw the curves of a table's rows.
 
     Args:
@@ -136,7 +142,7 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
         The files written: PNG, SVG.
 
     Raises:
-        ResultsError: If the runs cannot fill the table; nothing is written then.
+        UserError: If the runs cannot fill the table; nothing is written then.
     """
     rows = spec.load(root, seeds)
     timed = {key: [run for run in runs if run.timed] for key, runs in rows.items()}
@@ -155,8 +161,8 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
                   xlabel="seconds of training, selection and estimator")  # fmt: skip
         figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        files = [Path(out) / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
+        out.mkdir(parents=True, exist_ok=True)
+        files = [out / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
         figure.savefig(files[0], dpi=200)
         figure.savefig(files[1], metadata={"Date": None})  # the same runs make the same file
     return files
@@ -164,17 +170,15 @@ def draw(spec: TableSpec, root: str | Path, out: str | Path, seeds: int) -> list
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when the curves could not be drawn."""
-    parser = argparse.ArgumentParser(prog="python -m results.curves", description="Draw a table's learning curves.")
+    parser = parser_of("curves", "Draw a table's learning curves.", "results/figures")
     parser.add_argument("table", choices=list(SPECS), help="whose rows to draw")
-    parser.add_argument("--runs", default="results/runs", help="folder of all runs (default: %(default)s)")
-    parser.add_argument("--out", default="results/figures", help="folder for the files (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="least number of seeds per row (default: %(default)s)")
+    add_seeds(parser)
     chosen = parser.parse_args(arguments)
     try:
         for path in draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds):
             print(f"wrote {path}")
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,6 @@
 """The demo's table and picture: what the four methods did on the default data (``make demo``).
 
-    python -m results.demo runs                # the table, and runs/demo_curves.png
+    python -m results.demo                     # the table, and runs/demo_curves.png
 
 Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that learns nothing is
 worth nothing.
@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mat.errors import UserError
+from mat.glance import LEDGER
+from results.cli import parser_of
 from results.curves import draw
 from results.frame import Key, Run
 from results.specs import SPECS
 
 MARGIN = 0.5
-COLUMNS = ("forward", "input_grad", "weight_grad", "overhead")
 
 
 def table(rows: dict[Key, list[Run]]) -> Table:
@@ -30,12 +31,12 @@ def table(rows: dict[Key, list[Run]]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for column in ("method", "valid.\nloss", *COLUMNS, "total", "secs", "active\nshare"):
+    for column in ("method", "valid.\nloss", *LEDGER, "total", "secs", "active\nshare"):
         header = column.replace("_", "\n")
         shown.add_column(header, justify="left" if column == "method" else "right", no_wrap=True)
     for (_, method), runs in rows.items():
         summary = runs[0].summary
-        flops = [1000 * summary[f"pflops_{column}"] for column in COLUMNS] + [1000 * summary["pflops"]]
+        flops = [1000 * summary[f"pflops_{column}"] for column in LEDGER] + [1000 * summary["pflops"]]
         shown.add_row(
             method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.2f}" for value in flops),
             f"{summary['seconds']:.0f}", f"{summary['active_share']:.2f}",
@@ -43,13 +44,13 @@ def table(rows: dict[Key, list[Run]]) -> Table:
     return shown
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Command line: the folder of runs. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
-    root = arguments[0] if arguments else "runs"
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
+    chosen = parser_of("demo", "Show what the four methods did.", out="runs", runs="runs").parse_args(arguments)
     try:
-        rows = SPECS["demo"].load(root, seeds=1)
+        rows = SPECS["demo"].load(chosen.runs, seeds=1)
         Console().print(table(rows))
-        for path in draw(SPECS["demo"], root, root, seeds=1):
+        for path in draw(SPECS["demo"], chosen.runs, chosen.out, seeds=1):
             print(f"wrote {path}")
         baseline = next(iter(rows.values()))[0].summary
         learned = baseline["unigram_entropy"] - baseline["best_validation_loss"]
@@ -63,4 +64,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,10 +6,8 @@ Each figure prints the numbers that ``results/LOG.md`` judges the paper's claims
 with one sentence; the others are still made.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,10 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.errors import UserError
-from results.curves import LINES, STYLE, band, layer_colours
+from results.cli import parser_of
+from results.curves import LINES, STATES, STYLE, draw_band, layer_colours
+from results.measures import LOSS
 from results.observed import Source, border, gap_opens, losses, rank_correlation, read_table, separability, spectrum
 
-STATES = {"frozen": "#B8B8B8", "active": "#0072B2", "stopped": "#E69F00"}
 KINDS = {"heads": "#0072B2", "ffn": "#E69F00", "experts": "#009E73", "filters": "#D55E00"}
 ALONG = "PFLOPs executed"
 
@@ -111,13 +110,10 @@ def figure2(source: Source) -> tuple[Figure, str]:
         axes.set(title=f"Units: {kind}", xlabel=ALONG, ylabel="lambda_max", yscale="log")
     final = {}
     for method, label in (("baseline", "BERT"), ("mat", "MAT")):
-        grid, mean, spread = band(runs[method], "pflops")
-        colour = LINES[method][0]
-        panels[-1].fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-        panels[-1].plot(grid, mean, color=colour, label=f"{label} (n = {len(runs[method])})")
+        _, mean, _ = draw_band(panels[-1], runs[method], "pflops", LOSS, LINES[method], label)
         final[method] = mean[-1]
     panels[-1].set(title="Validation loss (mean ± 1 sd)", xlabel=ALONG, ylabel="nats per masked token")
-    seeds = [run.config["seed"] for run in runs["mat"]]
+    seeds = [run.seed for run in runs["mat"]]
     figure.suptitle(f"Figure 2: moving threshold of MAT (seed {seeds[0]}), and what it costs", x=0.01, ha="left")
     changes = units.groupby(["kind", "layer", "unit"])["active"].agg(lambda a: int((a.diff() != 0)[2:].sum()))
     stops = [table[table["t"] == table["t"].max()]["stopped"].sum() for table in tables]
@@ -352,13 +348,9 @@ FIGURES: dict[str, Callable[[Source], tuple[Figure, str]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when a figure could not be made (the others still are)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m results.figures", description="Draw the paper's figures from runs."
-    )
+    parser = parser_of("figures", "Draw the paper's figures from runs.", "results/figures")
     parser.add_argument("figure", choices=[*FIGURES, "all"], help="which figure")
     parser.add_argument("--suffix", default="", help="_mini for the mini runs")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder for the files (%(default)s)")
     chosen = parser.parse_args(arguments)
     source, code = Source(chosen.runs, chosen.suffix), 0
     for name in FIGURES if chosen.figure == "all" else [chosen.figure]:

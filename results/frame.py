@@ -1,169 +1,82 @@
-"""Run folders to frames: the one place of ``results`` that knows how a run lies on disk.
+"""Runs of one experiment sorted into the rows of a table.
 
 A run is ``<runs>/<name>/<overrides without seed>/seed=<n>/``. What cannot stand in a table (a run that is missing,
 incomplete or failed, a NaN, a wrong number of seeds) raises and names the run: no default replaces a number.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from mat.config import INCIDENTAL, with_defaults
+from mat.config import differences
 from mat.errors import UserError
-from mat.glance import missing_key, read_config
+from mat.glance import Glance, look
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
-
-# What a configuration must tell.
-CONFIGURED = (
-    "seed", "model.name", "dataset.name", "method.name", "method.budget", "selection.mode", "train.pflops",
-    "train.marks",
-)  # fmt: skip
 
 # What an evaluation must tell: PFLOPs and seconds are cumulative, the loss is in nats.
 EVALUATED = ("step", "loss", "pflops", "seconds")
 
-
-class ResultsError(UserError):
-    """The runs cannot fill the table. The message is one sentence naming the run and the remedy."""
+SHARED = ("dataset.", "train.", "selection.", "hardware.")  # what rows of one table have in common
 
 
-class MissingRow(ResultsError):
+class MissingRow(UserError):
     """A row of the table has no run at all."""
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One complete run.
+class Run(Glance):
+    """A run whose numbers can stand in a table: complete, and finite where a table reads it.
 
-    Attributes:
-        path: Its folder, ``.../seed=<n>``.
-        config: The resolved configuration.
-        environment: Commit, versions, device, threads, precision, and whether the run had the machine to itself.
-        summary: What the run came to.
-        metrics: One row per line of ``metrics.jsonl``.
+    Raises:
+        UserError: If it is not.
     """
 
-    path: Path
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    summary: dict[str, Any]
-    metrics: pd.DataFrame
-
-    @property
-    def key(self) -> Key:
-        """The table row this run belongs to."""
-        return _key(self.config)
-
-    @property
-    def seed(self) -> int:
-        """What pairs this run with those of the other rows."""
-        return int(self.config["seed"])
-
-    @property
-    def timed(self) -> bool:
-        """Whether the run had the machine to itself, so that its seconds may be shown."""
-        return self.environment.get("exclusive") is True
-
-    @cached_property
-    def evaluations(self) -> pd.DataFrame:
-        """The evaluations on the validation split, in the order they were made."""
-        return self.metrics[self.metrics["event"] == "evaluation"].reset_index(drop=True)
+    def __post_init__(self) -> None:
+        if self.failure is not None:
+            reason = self.failure.rstrip(".")
+            raise UserError(f"{self.path} failed ({reason}): mend the cause and run the same command again.")
+        if not self.summary:
+            raise UserError(f"{self.path} is incomplete (no summary.json): run the same command again to resume.")
+        if not self.environment:
+            raise UserError(f"{self.path / 'environment.json'} is missing: delete that run folder and train it again.")
+        metrics, reached = self.path / "metrics.jsonl", 0.0
+        for line, event in enumerate(self.events, start=1):
+            where = f"{metrics}, line {line},"
+            if event["event"] == "evaluation":
+                for key in EVALUATED:
+                    _number(event, key, where)
+                # A resumed run that wrote an evaluation twice would be read as reaching a level earlier than it did.
+                if event["pflops"] < reached:
+                    raise UserError(f"{where} goes back in PFLOPs: delete that run folder and train it again.")
+                reached = event["pflops"]
+            if event.get("accuracy") is not None:
+                _number(event, "accuracy", where)
+        if self.evaluations.empty:
+            raise UserError(f"{metrics} holds no evaluation: delete that run folder and train it again.")
 
     def number(self, key: str) -> float:
         """A number of the summary.
 
         Raises:
-            ResultsError: If it is missing, NaN or infinite.
+            UserError: If it is missing, NaN or infinite.
         """
         return _number(self.summary, key, self.path / "summary.json")
-
-
-def _key(config: dict[str, Any]) -> Key:
-    return str(config["model"]["name"]), str(config["method"]["name"])
 
 
 def _number(values: dict[str, Any], key: str, where: str | Path) -> float:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ResultsError(
+        raise UserError(
             f"{where} has {key}={value}, which is no finite number: delete that run folder and train it again."
         )
     return float(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ResultsError(f"{path} is missing: delete that run folder and train it again.") from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ResultsError(f"{path} is damaged: delete that run folder and train it again.")
-    return content
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ResultsError(f"{path} is missing: run the same command again, or delete that run folder.")
-    try:
-        config = read_config(path)
-    except (ValueError, OSError):
-        raise ResultsError(f"{path} is damaged: delete that run folder and train it again.") from None
-    if key := missing_key(config, CONFIGURED):
-        raise ResultsError(f"{path} has no {key}: delete that run folder and train it again.")
-    return config
-
-
-def _read_metrics(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise ResultsError(f"{path} is missing: delete that run folder and train it again.")
-    lines: list[dict[str, Any]] = []
-    reached = 0.0
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or "event" not in line:
-            raise ResultsError(f"{path}, line {number}, is damaged: delete that run folder and train it again.")
-        if line["event"] == "evaluation":
-            for key in EVALUATED:
-                _number(line, key, f"{path}, line {number},")
-            # A resumed run that wrote an evaluation twice would be read as reaching a level earlier than it did.
-            if line["pflops"] < reached:
-                raise ResultsError(
-                    f"{path}, line {number}, goes back in PFLOPs: delete that run folder and train it again."
-                )
-            reached = line["pflops"]
-        if line.get("accuracy") is not None:
-            _number(line, "accuracy", f"{path}, line {number},")
-        lines.append(line)
-    frame = pd.DataFrame(lines)
-    if frame.empty or not (frame["event"] == "evaluation").any():
-        raise ResultsError(f"{path} holds no evaluation: delete that run folder and train it again.")
-    return frame
-
-
-def _read_run(path: Path, config: dict[str, Any]) -> Run:
-    if (path / "failure.json").is_file():
-        reason = str(_read_json(path / "failure.json").get("reason")).rstrip(".")
-        raise ResultsError(f"{path} failed ({reason}): mend the cause and run the same command again.")
-    if not (path / "summary.json").is_file():
-        raise ResultsError(f"{path} is incomplete (no summary.json): run the same command again to resume.")
-    environment, summary = _read_json(path / "environment.json"), _read_json(path / "summary.json")
-    return Run(path, config, environment, summary, _read_metrics(path / "metrics.jsonl"))
-
-
-def read_runs(root: str | Path, name: str, keys: Collection[Key] | None = None) -> list[Run]:
+def read_runs(root: Path, name: str, keys: Collection[Key] | None = None) -> list[Run]:
     """Read the runs of one experiment.
 
     Args:
@@ -175,35 +88,23 @@ def read_runs(root: str | Path, name: str, keys: Collection[Key] | None = None) 
         The runs, sorted by path.
 
     Raises:
-        ResultsError: If there is no such folder, or a run is incomplete, failed, damaged or holds a NaN.
+        UserError: If there is no such folder, or a run is incomplete, failed, damaged or holds a NaN.
     """
-    folder = Path(root) / name
+    folder = root / name
     if not folder.is_dir():
-        raise ResultsError(f"{folder} is not a folder: train the runs of name={name} first, or point --runs at them.")
-    configs = {path: _read_config(path / "config.yaml") for path in sorted(folder.rglob("seed=*")) if path.is_dir()}
-    return [_read_run(path, config) for path, config in configs.items() if keys is None or _key(config) in keys]
+        raise UserError(f"{folder} is not a folder: train the runs of name={name} first, or point --runs at them.")
+    seen = [look(path) for path in sorted(folder.rglob("seed=*")) if path.is_dir()]
+    return [Run(**vars(run)) for run in seen if keys is None or run.key in keys]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _require_same(first: Run, other: Run, keys: Iterable[str], what: str) -> None:
-    """Raise unless both runs agree on ``keys`` of their configurations (dotted)."""
-    one, two = with_defaults(_flat(first.config)), with_defaults(_flat(other.config))
-    for key in keys:
-        if one.get(key) != two.get(key):
-            raise ResultsError(
-                f"{other.path} has {key}={two.get(key)} but {first.path} has {one.get(key)}, and {what}: "
+def _require_same(first: Run, other: Run, what: str, groups: tuple[str, ...] = ("",)) -> None:
+    """Raise unless two runs agree in the science of some groups of their configurations."""
+    for key, (one, two) in differences(first.config, other.config).items():
+        if key.startswith(groups):
+            raise UserError(
+                f"{other.path} has {key}={two} but {first.path} has {one}, and {what}: "
                 "keep one of them below this name and train the other under a name of its own."
             )
-
-
-def _science(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not any(f"{key}.".startswith(f"{i}.") for i in INCIDENTAL)]
 
 
 def _seeds(seeds: Iterable[int]) -> str:
@@ -223,7 +124,7 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
         For each key its runs, sorted by seed. All rows hold the same seeds, so that they can be paired.
 
     Raises:
-        ResultsError: If a row has no run or too few seeds, rows differ in their seeds or in the planned PFLOPs and
+        UserError: If a row has no run or too few seeds, rows differ in their seeds or in the planned PFLOPs and
             marks, or the runs of one row differ in more than the seed.
     """
     rows: dict[Key, list[Run]] = {key: [] for key in keys}
@@ -237,26 +138,22 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
             raise MissingRow(f"{name} has no run: train it, which makes {folder}/...method={method}.../seed=<n>.")
         row.sort(key=lambda run: run.seed)
         for run in row[1:]:
-            keys_of_both = sorted(_flat(row[0].config) | _flat(run.config))
-            _require_same(row[0], run, _science(keys_of_both), "one row holds one configuration")
+            _require_same(row[0], run, "one row holds one configuration")
         present = {run.seed for run in row}
         if len(present) < len(row):
             twice = next(b for a, b in itertools.pairwise(row) if a.seed == b.seed)
-            raise ResultsError(f"{twice.path} repeats seed {twice.seed} of {name}: delete one of the two run folders.")
+            raise UserError(f"{twice.path} repeats seed {twice.seed} of {name}: delete one of the two run folders.")
         if len(present) < seeds:
-            raise ResultsError(
+            raise UserError(
                 f"{name} has seeds {_seeds(present)}, but the table needs {seeds}: train the missing ones, "
                 "or lower --seeds."
             )
         reference = reference or row
         paired = {run.seed for run in reference}
         if present != paired:
-            raise ResultsError(
+            raise UserError(
                 f"{name} has seeds {_seeds(present)}, but {reference[0].path.parent} has {_seeds(paired)}, and rows "
                 "are compared seed by seed: train the missing ones or delete the others."
             )
-        # The keys of both: the older of two runs may not have one that the younger has.
-        both = sorted(_flat(reference[0].config) | _flat(row[0].config))
-        shared = [k for k in both if k.startswith(("dataset.", "train.", "selection.", "hardware."))]
-        _require_same(reference[0], row[0], _science(shared), "rows of one table share it")
+        _require_same(reference[0], row[0], "rows of one table share it", SHARED)
     return rows

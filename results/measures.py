@@ -12,10 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from mat.errors import UserError
 from mat.glance import Glance
-from results.frame import Key, ResultsError, Run
+from results.frame import Key, Run
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -34,27 +38,27 @@ class Score:
     sign: int
     shown: float = 1.0
 
-    def values(self, run: Run | Glance) -> "pd.Series[float]":
+    def values(self, run: Glance) -> "pd.Series[float]":
         """The score at every evaluation.
 
         Raises:
-            ResultsError: If one of them is missing or not finite.
+            UserError: If one of them is missing or not finite.
         """
         evaluations = run.evaluations
         values = evaluations.get(self.name, pd.Series(float("nan"), evaluations.index)).astype(float)
         if not np.isfinite(values).all():
-            raise ResultsError(f"{run.path} has an evaluation without a finite {self.name}: train it again.")
+            raise UserError(f"{run.path} has an evaluation without a finite {self.name}: train it again.")
         return values
 
     def check(self, run: Run) -> None:
         """Hold the summary's best validation against the evaluations.
 
         Raises:
-            ResultsError: If they differ.
+            UserError: If they differ.
         """
         told, best = run.number(f"best_validation_{self.name}"), self.sign * float((self.sign * self.values(run)).max())
         if not math.isclose(told, best, rel_tol=1e-9):
-            raise ResultsError(
+            raise UserError(
                 f"{run.path} contradicts itself (best validation {self.name} {told} in summary.json, {best} in "
                 "metrics.jsonl): delete that run folder and train it again."
             )
@@ -88,7 +92,7 @@ class Mark:
         """The mark in PFLOPs."""
         marks = run.config["train"]["marks"]
         if len(marks) < self.number:
-            raise ResultsError(f"{run.path} has train.marks={marks}, but the table needs mark {self.number}: set it.")
+            raise UserError(f"{run.path} has train.marks={marks}, but the table needs mark {self.number}: set it.")
         return float(marks[self.number - 1])
 
     def title(self, run: Run) -> str:
@@ -101,7 +105,7 @@ class Mark:
             return None
         before = run.evaluations[run.evaluations["pflops"] <= self.at(run)]
         if before.empty:
-            raise ResultsError(f"{run.path} has no evaluation up to the mark {self.at(run)}: evaluate more often.")
+            raise UserError(f"{run.path} has no evaluation up to the mark {self.at(run)}: evaluate more often.")
         return float(before["loss"].iloc[-1])
 
 
@@ -122,11 +126,10 @@ class Until:
 
     def read(self, run: Run) -> float | None:
         """The run's number, or None where it has none."""
-        trained = run.metrics[run.metrics["event"] == "train"]
-        if "accuracy" not in trained or trained["accuracy"].isna().all():
-            raise ResultsError(f"{run.path} has no training accuracy: train it again, for an epoch at least.")
-        reached = trained[trained["accuracy"] >= self.accuracy]
-        return None if reached.empty else float(reached["pflops"].iloc[0])
+        trained = [e for e in run.events if e["event"] == "train" and e.get("accuracy") is not None]
+        if not trained:
+            raise UserError(f"{run.path} has no training accuracy: train it again, for an epoch at least.")
+        return next((float(event["pflops"]) for event in trained if event["accuracy"] >= self.accuracy), None)
 
 
 Level = Mark | Until  # a column of the paper's table that is read somewhere along the run
@@ -134,8 +137,7 @@ Level = Mark | Until  # a column of the paper's table that is read somewhere alo
 
 def same_clock(one: Run, other: Run) -> bool:
     """Whether the seconds of two runs can be compared: both alone on the same machine, equally precise."""
-    keys = ("device", "device_name", "threads", "precision")
-    return one.timed and other.timed and all(one.environment.get(k) == other.environment.get(k) for k in keys)
+    return one.timed and other.timed and one.machine == other.machine
 
 
 def of_run(run: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, float | None]:
@@ -147,7 +149,7 @@ def of_run(run: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, 
         score: What it is judged by.
 
     Raises:
-        ResultsError: If a number is missing or not finite.
+        UserError: If a number is missing or not finite.
     """
     return {
         **{f"{part}_{score.name}": run.number(f"{part}_{score.name}") for part in ("test", "best_validation")},
@@ -168,11 +170,11 @@ def against(run: Run, baseline: Run, levels: Sequence[Level], score: Score = LOS
         (``pflops_ratio``, ``seconds_ratio``), and each column of the paper's table over the baseline's.
 
     Raises:
-        ResultsError: If the baseline was best before its first step, so that there is nothing to divide by.
+        UserError: If the baseline was best before its first step, so that there is nothing to divide by.
     """
     needed = baseline.number("pflops_to_best"), baseline.number("seconds_to_best")
     if min(needed) <= 0:
-        raise ResultsError(f"{baseline.path} is best before its first step, so nothing was learnt: mend its recipe.")
+        raise UserError(f"{baseline.path} is best before its first step, so nothing was learnt: mend its recipe.")
     reached = score.first_reach(run, baseline.number(f"best_validation_{score.name}"))
     values: dict[str, float | None] = dict.fromkeys(("pflops_to_baseline_best", "seconds_to_baseline_best",
                                                      "pflops_ratio", "seconds_ratio"))  # fmt: skip

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from mat.errors import UserError
 from mat.glance import Glance, look_below
-from results.frame import ResultsError
+from results.measures import Array
 
-Array = npt.NDArray[np.float64]
 NOISE = 1e-6  # eigenvalues below this share of the largest are rounding
 LEAST_GAP = 0.1  # nats
 
@@ -22,29 +21,31 @@ class Source:
     Attributes:
         root: Folder of all runs.
         suffix: ``_mini`` or nothing.
-        damaged: Sentences about runs that could not be read and were left out, as keys.
+        damaged: Sentences about runs that could not be read and were left out.
     """
 
     root: Path
     suffix: str
-    damaged: dict[str, None] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    _read: dict[Path, list[Glance]] = field(default_factory=dict)
 
     def runs(self, experiment: str, method: str) -> list[Glance]:
         """The complete runs of a method: one configuration, of the model with the shortest name (others vary it).
 
         Raises:
-            ResultsError: If there is none, or if they differ in more than the seed.
+            UserError: If there is none, or if they differ in more than the seed.
         """
         folder = self.root / f"{experiment}{self.suffix}"
-        seen, damaged = look_below(folder)
-        self.damaged.update(dict.fromkeys(damaged))
-        found = [run for run in seen if run.config["method"]["name"] == method and run.status == "complete"]
+        if folder not in self._read:
+            self._read[folder], damaged = look_below(folder)
+            self.damaged.extend(damaged)
+        found = [run for run in self._read[folder] if run.method == method and run.status == "complete"]
         if not found:
-            raise ResultsError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")
-        model = min(found, key=lambda run: len(run.config["model"]["name"])).config["model"]["name"]
-        kept = [run for run in found if run.config["model"]["name"] == model]
+            raise UserError(f"{folder} holds no complete run of method={method}: run make figures, which trains it.")
+        model = min((run.model for run in found), key=len)
+        kept = [run for run in found if run.model == model]
         if len(names := dict.fromkeys(run.path.parent.name for run in kept)) > 1:
-            raise ResultsError(
+            raise UserError(
                 f"{folder} holds method={method} model={model} in {len(names)} folders ({'; '.join(names)}), but a "
                 "figure shows one configuration: keep one of them and train the others under a name of their own."
             )
@@ -59,14 +60,14 @@ def read_table(run: Glance, name: str) -> pd.DataFrame:
     """A table of a run, ``<name>.parquet``.
 
     Raises:
-        ResultsError: If it is missing, or does not begin with the run (observers can be added to one on its way).
+        UserError: If it is missing, or does not begin with the run (observers can be added to one on its way).
     """
     path = run.path / f"{name}.parquet"
     if not path.is_file():
-        raise ResultsError(f"{path} is missing: remove that run folder and run make figures again.")
+        raise UserError(f"{path} is missing: remove that run folder and run make figures again.")
     table = pd.read_parquet(path)
     if table["t"].min() > 0:
-        raise ResultsError(f"{path} begins at t={table['t'].min()}: remove that run folder and run make figures again.")
+        raise UserError(f"{path} begins at t={table['t'].min()}: remove that run folder and run make figures again.")
     return table
 
 

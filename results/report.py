@@ -6,8 +6,6 @@ Opens without a network: the plotting library is in the file, and the page's own
 a sweep that is still running or partly failed: it shows what there is and says what is missing.
 """
 
-import argparse
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,11 +16,11 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from mat.config import CONF
 from mat.errors import UserError
 from mat.glance import Glance, look_below
 from mat.show import clock, number
 from results import charts
+from results.cli import add_seeds, parser_of
 from results.curves import LINES
 from results.measures import summarise
 from results.render import Column, Section, to_html
@@ -91,21 +89,6 @@ class Page:
                  "</div>")  # fmt: skip
 
 
-def command_of(run: Glance) -> tuple[str, bool]:
-    """The command that makes a run, and whether it was recorded; else it is put together from the folder's name."""
-    if run.environment.get("command"):
-        return str(run.environment["command"]), True
-    name, overrides = run.path.parts[-3], run.path.parts[-2]
-    experiment = [f"+experiment={name}"] if (CONF / "experiment" / f"{name}.yaml").is_file() else [f"name={name}"]
-    named = [] if overrides == "default" else overrides.split(",")
-    return shlex.join(["python", "launch.py", *experiment, *named, f"seed={run.config['seed']}"]), False
-
-
-def name_of(run: Glance) -> str:
-    """Its method."""
-    return str(run.config["method"]["name"])
-
-
 def incomplete(runs: Sequence[Glance], rows: Mapping[str, Sequence[Glance]], root: Path) -> list[str]:
     """Sentences about what is missing in an experiment: runs not complete, and seeds that other rows have."""
     found = []
@@ -115,15 +98,15 @@ def incomplete(runs: Sequence[Glance], rows: Mapping[str, Sequence[Glance]], roo
             found.append(f"{where} failed at {done}: {run.failure}")
         elif run.status != "complete":
             found.append(f"{where} is {run.status}, {done}" + (f", ETA {clock(run.eta)}." if run.eta else "."))
-    seeds = {run.config["seed"] for run in runs}
+    seeds = {run.seed for run in runs}
     for name, members in rows.items():
-        if absent := seeds - {run.config["seed"] for run in members}:
+        if absent := seeds - {run.seed for run in members}:
             found.append(f"{name} has no run of seed {', '.join(map(str, sorted(absent)))}.")
     return found
 
 
 def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
-    keys = {(run.config["model"]["name"], run.config["method"]["name"]) for run in runs}
+    keys = {run.key for run in runs}
     for spec in (spec for spec in SPECS.values() if spec.runs == experiment):
         page.add(f"<h3>{escape(spec.title)}</h3>")
         absent = [row for row in spec.rows if row.key not in keys]
@@ -144,7 +127,6 @@ def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, see
 
 def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
     """State, environment and exact command of every run."""
-    commands = [command_of(run) for run in runs]
     columns = {
         "run": [str(run.path.relative_to(root)) for run in runs],
         "status": [run.status for run in runs],
@@ -159,30 +141,27 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
     page.add(to_html(Section("Runs", [Column(header, texts) for header, texts in columns.items()])))
     where: dict[str, list[str]] = {}
     for run in runs:
-        e = run.environment
-        text = (f"{e.get('device_name', '–')}, {e.get('threads', '–')} threads, {e.get('precision', '–')}; "
-                f"{', '.join(f'{k} {v}' for k, v in e.get('versions', {}).items())}; commit {str(e.get('commit'))[:12]}"
-                f"{' with changes' if e.get('dirty') else ''}; machine {'its own' if run.timed else 'shared'}"
-                f"{', resumed' if e.get('resumed') else ''}")  # fmt: skip
+        versions = ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items())
+        text = (f"{run.machine}; {versions}; commit {run.commit}; machine {'its own' if run.timed else 'shared'}"
+                f"{', resumed' if run.environment.get('resumed') else ''}")  # fmt: skip
         where.setdefault(text, []).append(str(run.path.relative_to(root)))
     paths = ["; ".join(names) for names in where.values()]
     page.add(to_html(Section("Environment", [Column("environment", list(where)), Column("runs", paths)])))
-    lines = (f"<tr><td><code>{escape(command)}</code></td></tr>" for command, _ in commands)
+    commands = (run.environment.get("command") or "–" for run in runs)
+    lines = (f"<tr><td><code>{escape(command)}</code></td></tr>" for command in commands)
     page.add("<h4>Commands</h4><div class='scroll'><table><tbody>", *lines, "</tbody></table></div>")
-    if not all(recorded for _, recorded in commands):
-        page.add("<p class='note'>Runs made before commands were recorded show what their folder's name tells.</p>")
 
 
 def base_model(runs: Sequence[Glance]) -> str:
     """The model of most runs, whose rows are in colour; of several that with the shortest name, which others vary."""
-    counts = Counter(str(run.config["model"]["name"]) for run in runs)
+    counts = Counter(run.model for run in runs)
     return max(counts, key=lambda name: (counts[name], -len(name), name))
 
 
 def experiment_section(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
     """Everything about the runs below one name."""
     rows: dict[str, list[Glance]] = {}
-    for run in sorted(runs, key=lambda r: [*LINES, name_of(r)].index(name_of(r))):
+    for run in sorted(runs, key=lambda r: [*LINES, r.method].index(r.method)):
         rows.setdefault(charts.row_name(run), []).append(run)
     base = base_model(runs)
     page.add(f"<h2 id='{escape(experiment)}'>{escape(experiment)}</h2>")
@@ -195,7 +174,7 @@ def experiment_section(page: Page, experiment: str, runs: Sequence[Glance], root
     if selecting:
         select = f"choice-{escape(experiment)}"
         names = [str(run.path.relative_to(root / experiment)) for run in selecting]
-        first = next((i for i, run in enumerate(selecting) if name_of(run) == "mat"), 0)
+        first = next((i for i, run in enumerate(selecting) if run.method == "mat"), 0)
         page.add(f"<h3>Inside a run</h3><label>Run: <select id='{select}'>",
                  *(f"<option{' selected' if i == first else ''}>{escape(n)}</option>" for i, n in enumerate(names)),
                  "</select></label>")  # fmt: skip
@@ -248,10 +227,8 @@ def build(root: Path, seeds: int = 3) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m results.report", description="Run folders to one HTML page.")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of all runs (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/report.html"), help="the page (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="least number of seeds per row (%(default)s)")
+    parser = parser_of("report", "Run folders to one HTML page.", "results/report.html")
+    add_seeds(parser)
     chosen = parser.parse_args(arguments)
     try:
         page = build(chosen.runs, chosen.seeds)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from results.frame import Key, ResultsError, Run, group, read_runs
+from mat.errors import UserError
+from results.frame import Key, Run, group, read_runs
 from results.measures import ACCURACY, LOSS, Level, Mark, Score, Until
 
 DATASETS = {  # what readers call them, by dataset.name
@@ -28,19 +29,20 @@ class PaperTable:
     rows: dict[str, dict[str, PaperValue]]
 
 
-def _paper_table(source: str, titles: dict[str, str], rows: dict[str, tuple[PaperValue, ...]]) -> PaperTable:
-    return PaperTable(source, titles, {method: dict(zip(titles, row, strict=True)) for method, row in rows.items()})
+def _paper_table(where: str, titles: dict[str, str], rows: dict[str, tuple[PaperValue, ...]]) -> PaperTable:
+    numbers = {method: dict(zip(titles, row, strict=True)) for method, row in rows.items()}
+    return PaperTable(f"Shi et al., NeurIPS 2023, arXiv 2405.07527, {where}", titles, numbers)
+
+
+def _loss_titles(*marks: int) -> dict[str, str]:
+    """What Tables 1 and 2 call their columns, the first of which are read at so many PFLOPs."""
+    read = {f"val_loss_mark{number}": f"val @{mark} PFLOPs" for number, mark in enumerate(marks, start=1)}
+    return {**read, "test_loss": "test @ convergence", "pflops_to_best": "PFLOPs until best test loss"}
 
 
 PAPER_TABLE_1 = _paper_table(
-    "Shi et al., NeurIPS 2023, arXiv 2405.07527, Table 1: log PPL; PFLOPs per GPU, without embeddings",
-    {
-        "val_loss_mark1": "val @10 PFLOPs",
-        "val_loss_mark2": "val @15 PFLOPs",
-        "val_loss_mark3": "val @20 PFLOPs",
-        "test_loss": "test @ convergence",
-        "pflops_to_best": "PFLOPs until best test loss",
-    },
+    "Table 1: log PPL; PFLOPs per GPU, without embeddings",
+    _loss_titles(10, 15, 20),
     {
         "baseline": ((5.39, 0.15), (4.75, 0.06), (4.48, 0.03), (4.41, 0.05), (28.70, None)),
         "rand": ((5.65, 0.18), (5.11, 0.16), (4.96, 0.11), (4.82, 0.06), (21.53, None)),
@@ -50,14 +52,8 @@ PAPER_TABLE_1 = _paper_table(
 )
 
 PAPER_TABLE_2 = _paper_table(
-    "Shi et al., NeurIPS 2023, arXiv 2405.07527, Table 2: log PPL; PFLOPs per GPU, without embeddings",
-    {
-        "val_loss_mark1": "val @200 PFLOPs",
-        "val_loss_mark2": "val @400 PFLOPs",
-        "val_loss_mark3": "val @600 PFLOPs",
-        "test_loss": "test @ convergence",
-        "pflops_to_best": "PFLOPs until best test loss",
-    },
+    "Table 2: log PPL; PFLOPs per GPU, without embeddings",
+    _loss_titles(200, 400, 600),
     {
         "baseline": ((3.16, 0.12), (2.31, 0.05), (1.93, 0.03), (1.74, 0.02), (1155.2, None)),
         "rand": ((2.92, 0.15), (2.15, 0.08), (2.01, 0.07), (1.93, 0.05), (837.5, None)),
@@ -67,7 +63,7 @@ PAPER_TABLE_2 = _paper_table(
 )
 
 PAPER_TABLE_3 = _paper_table(
-    "Shi et al., NeurIPS 2023, arXiv 2405.07527, Table 3: top-1 accuracy in %; PFLOPs per GPU",
+    "Table 3: top-1 accuracy in %; PFLOPs per GPU",
     {
         "pflops_to_train_95": "PFLOPs until train acc 95 %",
         "pflops_to_train_99": "PFLOPs until train acc 99 %",
@@ -135,23 +131,23 @@ class TableSpec:
         """The row's name in the CSV: its method, or its label for another model than the baseline's."""
         return row.method if row.model == self.baseline[0] else row.label.replace(", ", "_")
 
-    def load(self, root: str | Path, seeds: int) -> dict[Key, list[Run]]:
+    def load(self, root: Path, seeds: int) -> dict[Key, list[Run]]:
         """Read the runs of all rows, in the rows' order, each sorted by seed.
 
         Raises:
-            ResultsError: If a run is missing, incomplete, failed, damaged or of another dataset, or seeds and
+            UserError: If a run is missing, incomplete, failed, damaged or of another dataset, or seeds and
                 configurations do not match.
         """
         keys = [row.key for row in self.rows]
         runs = read_runs(root, self.runs, keys)
         for run in runs:
             if (dataset := run.config["dataset"]["name"]) != self.dataset:
-                raise ResultsError(
+                raise UserError(
                     f"{run.path} has dataset={dataset}, but {self.name} is of dataset={self.dataset}: keep it below "
                     "another name=..., and train this one on its dataset."
                 )
             self.score.check(run)
-        return group(runs, keys, Path(root) / self.runs, seeds)
+        return group(runs, keys, root / self.runs, seeds)
 
 
 def _four_methods(model: str, label: str = "BERT") -> tuple[Row, ...]:
@@ -159,55 +155,44 @@ def _four_methods(model: str, label: str = "BERT") -> tuple[Row, ...]:
     return tuple(Row(model, method, label) for method, label in labels.items())
 
 
-SCALES = (("", ""), ("_mini", ", mini"))
 _MARKS = (Mark(1), Mark(2), Mark(3))
 _ACCURACIES = {"": (0.95, 0.99), "_mini": (0.8, 0.85, 0.9, 0.95, 0.99)}  # mini: the highest that all reach is wanted
 _TEXTS = {"": "wikitext103", "_mini": "enwiki2015"}
 
-SPECS = {
-    spec.name: spec
-    for spec in (
-        TableSpec("demo", "Mini BERT", "demo", "pydocs", _four_methods("bert_mini"), _MARKS),
-        *(
-            TableSpec(
-                f"table1{suffix}", f"Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
-                (*_four_methods(f"bert{suffix}"), Row(f"bert{suffix}_shallow", "baseline", "shallow")),
-                _MARKS, PAPER_TABLE_1,
-            )
-            for suffix, scale in SCALES
+
+def _tables(suffix: str, scale: str) -> tuple[TableSpec, ...]:
+    """The tables of one scale: what names end in, and what headings say of it."""
+    bert, shallow = f"bert{suffix}", f"bert{suffix}_shallow"
+    return (
+        TableSpec(
+            f"table1{suffix}", f"Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
+            (*_four_methods(bert), Row(shallow, "baseline", "shallow")), _MARKS, PAPER_TABLE_1,
         ),
-        *(
-            TableSpec(
-                f"table1_controls{suffix}", f"Controls of Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
-                (
-                    Row(f"bert{suffix}", "baseline", "BERT"),
-                    Row(f"bert{suffix}", "mat", "MAT"),
-                    Row(f"bert{suffix}", "mat_equal", "MAT, baseline's FLOPs"),
-                    Row(f"bert{suffix}", "fitted", "BERT, fitted"),  # its schedule fitted to MAT's FLOPs
-                    Row(f"bert{suffix}_shallow", "fitted", "shallow, fitted"),
-                    Row(f"bert{suffix}", "static", "static"),
-                    Row(f"bert{suffix}", "inverted", "inverted"),
-                    Row(f"bert{suffix}", "shuffled", "shuffled"),
-                    Row(f"bert{suffix}", "gradnorm", "gradnorm"),
-                    Row(f"bert{suffix}", "rand_matched", "rand, matched"),
-                ), _MARKS,
-            )
-            for suffix, scale in SCALES
+        TableSpec(
+            f"table1_controls{suffix}", f"Controls of Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
+            (
+                Row(bert, "baseline", "BERT"),
+                Row(bert, "mat", "MAT"),
+                Row(bert, "mat_equal", "MAT, baseline's FLOPs"),
+                Row(bert, "fitted", "BERT, fitted"),  # its schedule fitted to MAT's FLOPs
+                Row(shallow, "fitted", "shallow, fitted"),
+                Row(bert, "static", "static"),
+                Row(bert, "inverted", "inverted"),
+                Row(bert, "shuffled", "shuffled"),
+                Row(bert, "gradnorm", "gradnorm"),
+                Row(bert, "rand_matched", "rand, matched"),
+            ), _MARKS,
         ),
-        *(
-            TableSpec(
-                f"table2{suffix}", f"Table 2{scale}: Switch Transformer", f"table2{suffix}", _TEXTS[suffix],
-                _four_methods(f"switch{suffix}", "Switch"), _MARKS, PAPER_TABLE_2,
-            )
-            for suffix, scale in SCALES
+        TableSpec(
+            f"table2{suffix}", f"Table 2{scale}: Switch Transformer", f"table2{suffix}", _TEXTS[suffix],
+            _four_methods(f"switch{suffix}", "Switch"), _MARKS, PAPER_TABLE_2,
         ),
-        *(
-            TableSpec(
-                f"table3{suffix}", f"Table 3{scale}: VGG16", f"table3{suffix}", "cifar10",
-                _four_methods(f"vgg16{suffix}", "VGG16"), tuple(map(Until, _ACCURACIES[suffix])),
-                PAPER_TABLE_3, ACCURACY,
-            )
-            for suffix, scale in SCALES
+        TableSpec(
+            f"table3{suffix}", f"Table 3{scale}: VGG16", f"table3{suffix}", "cifar10",
+            _four_methods(f"vgg16{suffix}", "VGG16"), tuple(map(Until, _ACCURACIES[suffix])), PAPER_TABLE_3, ACCURACY,
         ),
-    )
-}  # fmt: skip
+    )  # fmt: skip
+
+
+_DEMO = TableSpec("demo", "Mini BERT", "demo", "pydocs", _four_methods("bert_mini"), _MARKS)
+SPECS = {spec.name: spec for spec in (_DEMO, *_tables("", ""), *_tables("_mini", ", mini"))}

@@ -7,7 +7,6 @@ The CSV has every number in full; the other three show the same sections, rounde
 number of seeds ends it with one sentence on stderr and exit code 2.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 from rich.console import Console
 
 from mat.errors import UserError
+from results.cli import add_seeds, parser_of
 from results.frame import Key, MissingRow, Run
 from results.measures import Level, Mark, Until, mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
@@ -125,10 +125,7 @@ def _beside_the_paper(spec: TableSpec, paper: PaperTable, run: Run, frame: pd.Da
 def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
     """What a reader must know to read the numbers: where they were made and how they were counted."""
     runs = [run for row in rows.values() for run in row]
-    made = [run.environment for run in runs]
-    machines = [f"{e.get('device_name', e.get('device'))}, {e.get('threads')} threads, {e.get('precision')}, "
-                f"torch {e.get('versions', {}).get('torch')}" for e in made]  # fmt: skip
-    commits = [str(e.get("commit"))[:10] + (" with uncommitted changes" if e.get("dirty") else "") for e in made]
+    machines = [f"{run.machine}, torch {run.environment.get('versions', {}).get('torch')}" for run in runs]
     seeds = ", ".join(str(run.seed) for run in rows[spec.baseline])
     name, beyond = spec.score.name, "below" if spec.score.sign < 0 else "above"
     measured, read = {
@@ -141,7 +138,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
     return [
         f"Data: {DATASETS[spec.dataset]} (dataset={spec.dataset}).",
         f"Machine: {'; '.join(dict.fromkeys(machines))}.",
-        f"Commit: {'; '.join(dict.fromkeys(commits))}.",
+        f"Commit: {'; '.join(dict.fromkeys(run.commit for run in runs))}.",
         f"Planned length of a dense run: {runs[0].config['train']['pflops']:.4g} PFLOPs. Seeds: {seeds}.",
         "Cells are mean ± sample standard deviation over seeds (number of runs); the best of a column is bold. Best is "
         f"the best validation {name}, and test {name} is read there. {read}",
@@ -158,7 +155,7 @@ def notes(spec: TableSpec, rows: dict[Key, list[Run]]) -> list[str]:
     ]
 
 
-def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console: Console) -> list[Path]:
+def make(spec: TableSpec, root: Path, out: Path, seeds: int, console: Console) -> list[Path]:
     """Read the runs, print the table and write its files.
 
     Args:
@@ -172,7 +169,7 @@ def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console
         The files written: Markdown, CSV, LaTeX.
 
     Raises:
-        ResultsError: If the runs cannot fill the table; nothing is written then.
+        UserError: If the runs cannot fill the table; nothing is written then.
     """
     rows = spec.load(root, seeds)
     frame = summarise(rows, spec.baseline, spec.levels, spec.score)
@@ -182,8 +179,8 @@ def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console
     frame["method"] = [spec.row_name(row) for row in spec.rows]
     shown = (spec.title, f"python -m results.tables {spec.name}", blocks, footer)
     texts = {"md": to_markdown(*shown), "csv": frame.to_csv(index=False), "tex": to_latex(*shown)}
-    Path(out).mkdir(parents=True, exist_ok=True)
-    files = [Path(out) / f"{spec.name}.{suffix}" for suffix in texts]
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{spec.name}.{suffix}" for suffix in texts]
     for path, text in zip(files, texts.values(), strict=True):
         path.write_text(text)
     return files
@@ -191,16 +188,15 @@ def make(spec: TableSpec, root: str | Path, out: str | Path, seeds: int, console
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when a table could not be made (the others still are)."""
-    parser = argparse.ArgumentParser(prog="python -m results.tables", description="Make the paper's tables from runs.")
+    parser = parser_of("tables", "Make the paper's tables from runs.", "results")
     parser.add_argument("table", choices=[*SPECS, "all"], help="which table; all: every one whose runs exist")
-    parser.add_argument("--runs", default="results/runs", help="folder of all runs (default: %(default)s)")
-    parser.add_argument("--out", default="results", help="folder for the files (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="least number of seeds per row (default: %(default)s)")
+    add_seeds(parser)
     chosen = parser.parse_args(arguments)
-    every = [spec for spec in SPECS.values() if (Path(chosen.runs) / spec.runs).is_dir()]
+    every = [spec for spec in SPECS.values() if (chosen.runs / spec.runs).is_dir()]
     specs = every if chosen.table == "all" else [SPECS[chosen.table]]
     if not specs:
-        print(f"{chosen.runs} holds the runs of no table: train some first, or point --runs at them.", file=sys.stderr)
+        sentence = f"{chosen.runs} holds the runs of no table: train some first, or point --runs at them."
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     # Into a pipe or a log the tables take the width they need.
     console, code = Console(width=None if sys.stdout.isatty() else 240), 0
@@ -212,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"no {spec.name}: {error}", file=sys.stderr)
             code = code if chosen.table == "all" else 2
         except UserError as error:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             code = 2
     return code
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mat.errors import UserError
 from mat.glance import look
 from results import figures
-from results.frame import ResultsError
 from results.observed import Source, border, gap_opens, losses, rank_correlation, separability, spectrum
 from tests.short_runs import one_sentence
 from tests.test_results import write_run
@@ -231,30 +231,37 @@ def test_command_line_writes_files_and_names_what_is_missing(
 
 def test_incomplete_runs_and_missing_tables_are_refused(tmp_path: Path) -> None:
     path = write_run(tmp_path, "baseline", 0, [9, 8], name="figure1")
-    with pytest.raises(ResultsError, match=r"attention\.parquet is missing"):
+    with pytest.raises(UserError, match=r"attention\.parquet is missing"):
         figures.figure1(Source(tmp_path, ""))
     (path / "summary.json").unlink()
     (path / "failure.json").write_text(json.dumps({"reason": "x"}))
-    with pytest.raises(ResultsError, match="no complete run"):
+    with pytest.raises(UserError, match="no complete run"):
         figures.figure1(Source(tmp_path, ""))
 
 
 def test_configurations_are_not_mixed(tmp_path: Path) -> None:
-    source = Source(tmp_path, "")
     for folder in ("method=mat", "method=mat,model=bert_mini_shallow"):
         for seed in (0, 1):
             write_run(tmp_path, "mat", seed, [9], model=folder.partition("model=")[2] or "bert_mini", folder=folder)
-    assert [run.path.parent.name for run in source.runs("t", "mat")] == ["method=mat"] * 2
+    assert [run.path.parent.name for run in Source(tmp_path, "").runs("t", "mat")] == ["method=mat"] * 2
     write_run(tmp_path, "mat", 0, [9], folder="method=mat,selection.share=0.5")
-    with pytest.raises(ResultsError, match=r"method=mat; method=mat,selection\.share=0\.5") as refused:
-        source.runs("t", "mat")
+    with pytest.raises(UserError, match=r"method=mat; method=mat,selection\.share=0\.5") as refused:
+        Source(tmp_path, "").runs("t", "mat")
     assert one_sentence(str(refused.value))
+
+
+def test_the_runs_of_an_experiment_are_read_once(tmp_path: Path) -> None:
+    write_run(tmp_path, "mat", 0, [9])
+    source = Source(tmp_path, "")
+    (run,) = source.runs("t", "mat")
+    shutil.rmtree(tmp_path / "t")
+    assert source.runs("t", "mat") == [run]
 
 
 def test_a_table_that_begins_in_mid_run_is_refused(tmp_path: Path) -> None:
     path = write_run(tmp_path, "mat", 0, [9])
     pd.DataFrame({"t": [5, 6]}).to_parquet(path / "kernels.parquet")
-    with pytest.raises(ResultsError, match=r"kernels\.parquet begins at t=5") as refused:
+    with pytest.raises(UserError, match=r"kernels\.parquet begins at t=5") as refused:
         Source(tmp_path, "").table("t", "mat", "kernels")
     assert one_sentence(str(refused.value))
 

@@ -15,12 +15,14 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from mat.glance import look
-from results import curves, tables
-from results.frame import ResultsError, group, read_runs
+from mat.errors import UserError
+from mat.glance import LEDGER, look
+from results import curves, demo, tables
+from results.frame import group, read_runs
 from results.measures import ACCURACY, LOSS, Mark, Until, against, of_run, summarise
 from results.render import cell, decimals, latex_escape
 from results.specs import PAPER_TABLE_1, PAPER_TABLE_2, PAPER_TABLE_3, SPECS, Row, TableSpec
+from tests.short_runs import one_sentence
 
 BASELINE, MAT = ("bert_mini", "baseline"), ("bert_mini", "mat")
 SPEC = TableSpec(
@@ -263,9 +265,10 @@ RUN = "t/method=mat,model=bert_mini/seed=1"
 
 
 def broken(root: Path, message: str, spec: TableSpec = SPEC, seeds: int = 3) -> None:
-    """The table must fail with a message that matches."""
-    with pytest.raises(ResultsError, match=message):
+    """The table must fail with a sentence that matches."""
+    with pytest.raises(UserError, match=message) as error:
         made(root, spec, seeds)
+    assert one_sentence(str(error.value))
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -290,7 +293,7 @@ def test_failed_run(root: Path) -> None:
 def test_runs_of_other_rows_do_not_matter(root: Path) -> None:
     (write_run(root, "static", 0, [3, 2]) / "summary.json").unlink()
     assert len(made(root)) == 2
-    with pytest.raises(ResultsError, match=r"static.* is incomplete"):
+    with pytest.raises(UserError, match=r"static.* is incomplete"):
         read_runs(root, "t")
 
 
@@ -313,7 +316,7 @@ def test_damaged_line(root: Path, text: str) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], text, *lines[3:]]))
-    broken(root, f"{RUN}/metrics.jsonl, line 4, is damaged")
+    broken(root, rf"{RUN} is damaged \(metrics.jsonl, line 4, is no event\)")
 
 
 def test_evaluation_written_twice(root: Path) -> None:
@@ -328,20 +331,23 @@ def test_no_evaluation(root: Path) -> None:
     broken(root, f"{RUN}/metrics.jsonl holds no evaluation")
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl"])
-def test_missing_file(root: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [
+    ("config.yaml", r" is damaged \(config.yaml is missing\)"), ("environment.json", "/environment.json is missing"),
+    ("metrics.jsonl", "/metrics.jsonl holds no evaluation"),
+])  # fmt: skip
+def test_missing_file(root: Path, name: str, message: str) -> None:
     (root / RUN / name).unlink()
-    broken(root, f"{RUN}/{name} is missing")
+    broken(root, f"{RUN}{message}")
 
 
 def test_damaged_summary(root: Path) -> None:
     (root / RUN / "summary.json").write_text("{")
-    broken(root, f"{RUN}/summary.json is damaged")
+    broken(root, rf"{RUN} is damaged \(summary.json is no JSON object\)")
 
 
 def test_configuration_without_a_needed_key(root: Path) -> None:
     (root / RUN / "config.yaml").write_text("seed: 1\n")
-    broken(root, f"{RUN}/config.yaml has no model.name")
+    broken(root, rf"{RUN} is damaged \(config.yaml has no model.name\)")
 
 
 def test_summary_against_metrics(root: Path) -> None:
@@ -412,13 +418,6 @@ def test_baseline_that_learnt_nothing(root: Path) -> None:
     broken(root, "method=baseline.*seed=0 is best before its first step")
 
 
-def test_errors_are_one_sentence(root: Path) -> None:
-    (root / RUN / "summary.json").unlink()
-    with pytest.raises(ResultsError) as error:
-        made(root)
-    assert re.fullmatch(r"[^\n]+\.", str(error.value))
-
-
 # What is written
 
 
@@ -476,7 +475,7 @@ def test_all_makes_what_it_can(mini: Path, capsys: pytest.CaptureFixture[str]) -
     assert tables.main(arguments(mini, "all")) == 0  # the controls are not there, and it says so
     assert (mini.parent / "out" / "table1_mini.md").is_file()
     assert not (mini.parent / "out" / "table1_controls_mini.md").exists()
-    assert "method=fitted has no run" in capsys.readouterr().err
+    assert "method=mat_equal has no run" in capsys.readouterr().err
 
 
 def test_controls_read_the_same_runs(mini: Path) -> None:
@@ -585,6 +584,20 @@ def test_the_paper_is_copied_right() -> None:
     assert marks == [(2.34, 0.06), (1.92, 0.03), (1.69, 0.02)]
 
 
+@pytest.mark.parametrize(("best", "code"), [(5.4, 0), (5.6, 2)])
+def test_the_demo_fails_when_the_baseline_learnt_too_little(
+    best: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The unigram entropy is 6 nats."""
+    for method in ("baseline", "rand", "multirate", "mat"):
+        path = write_run(tmp_path / "runs", method, 0, [9, best], name="demo", dataset="pydocs")
+        edit(path / "summary.json", lambda summary: summary.update({f"pflops_{part}": 0.5 for part in LEDGER}))
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == code
+    shown = capsys.readouterr()
+    assert f"{best:.3f}" in shown.out and "500.00" in shown.out and (tmp_path / "demo_curves.svg").is_file()
+    assert shown.err.startswith("error: the baseline ends only 0.40 nats under") if code else not shown.err
+
+
 # Curves
 
 
@@ -598,7 +611,7 @@ def test_band_covers_what_all_seeds_cover(root: Path) -> None:
 
 def test_band_of_runs_that_share_no_range_is_refused(tmp_path: Path) -> None:
     early, late = (look(write_run(tmp_path, "mat", seed, [9, 8], speed=speed)) for seed, speed in ((0, 1), (1, 5)))
-    with pytest.raises(ResultsError, match=r"seed=0 is last evaluated at pflops=2, before .*seed=1 is first at 5"):
+    with pytest.raises(UserError, match=r"seed=0 is last evaluated at pflops=2, before .*seed=1 is first at 5"):
         curves.band([late, early], "pflops")
     assert curves.band([late, early], "step", points=2)[0].tolist() == [1, 2]
 

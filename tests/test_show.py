@@ -21,7 +21,7 @@ def write_live(path: Path, steps: int = 3, *, complete: bool = False, failure: s
     path.mkdir(parents=True)
     config = {"seed": 0, "model": {"name": "bert_mini"}, "dataset": {"name": "pydocs"},
               "method": {"name": "mat", "budget": 0.5}, "selection": {"mode": "cut"},
-              "train": {"pflops": 8.0}}  # fmt: skip
+              "train": {"pflops": 8.0, "marks": []}}  # fmt: skip
     OmegaConf.save(OmegaConf.create(config), path / "config.yaml")
     rows = [{"t": t, "kind": "heads", "layer": layer, "unit": unit, "active": t == 0 or layer == 0,
              "stopped": t > 1 and layer == 1} for t in range(3) for layer in (0, 1) for unit in (0, 1)]  # fmt: skip
