@@ -60,7 +60,8 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
     files = RunFolder(folder, config)
     if files.summary is not None:
         return files.summary
-    torch.set_num_threads(config.hardware.threads or THREADS)
+    if (threads := config.hardware.threads or THREADS) != torch.get_num_threads():
+        torch.set_num_threads(threads)
     keep_freed_memory()
     training: Training | None = None
     summary: dict[str, Any] | None = None
@@ -474,13 +475,14 @@ class Training:
         if state is None:
             self.files.rewind(0, 0)
             return
-        if not {"probe", "recent", *self._SAVED} <= state.keys():
+        known = {"probe", "recent", *self._SAVED} <= state.keys()
+        if not known or not all("samples" in metrics for metrics in state["recent"]):
             raise UserError(
                 f"{self.files.path} was begun by another version of this program: remove {self.files.checkpoints} to "
                 "start the run again."
             )
-        known = state["probe"]
-        if self.probe is not None and known is not None and not torch.equal(self.probe.inputs, known):
+        begun = state["probe"]
+        if self.probe is not None and begun is not None and not torch.equal(self.probe.inputs, begun):
             raise UserError(
                 f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
                 "with, or remove that folder."

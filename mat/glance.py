@@ -37,7 +37,7 @@ class Glance:
         config: The resolved configuration.
         environment: ``environment.json``; empty if it is not there yet.
         events: Lines of ``metrics.jsonl``; one that is being written is left out.
-        units: ``units.parquet``, or None before the first selection.
+        units: ``units.parquet``, or None before the first record.
         summary: Empty until the run is complete.
         failure: Why it failed, or None.
         quiet: Seconds since something was written.
@@ -119,7 +119,7 @@ class Glance:
     def commit(self) -> str:
         """Which version of the code computes."""
         changes = " with uncommitted changes" if self.environment.get("dirty") else ""
-        return f"{str(self.environment.get('commit'))[:10]}{changes}"
+        return f"{(self.environment.get('commit') or 'unknown')[:10]}{changes}"
 
     @property
     def budget(self) -> float:
@@ -149,11 +149,13 @@ def look(path: Path) -> Glance:
     Raises:
         UserError: If a file of it is damaged, or its configuration missing.
     """
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} has no config.yaml: run the same command again, or delete that run folder.")
     try:
         environment, summary, failure = (_json(path / f"{n}.json") for n in ("environment", "summary", "failure"))
         return Glance(
             path, _config(path / "config.yaml"), environment, _events(path / "metrics.jsonl"),
-            _units(path / "units.parquet"), summary, failure.get("reason"),
+            _units(path / "units.parquet"), summary, str(failure.get("reason")) if failure else None,
             time.time() - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
         )  # fmt: skip
     except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
@@ -172,9 +174,16 @@ def look_below(root: Path) -> tuple[list[Glance], list[str]]:
     return runs, damaged
 
 
+def row_of(path: Path) -> tuple[str, str] | None:
+    """Model and method of a run folder; None where its configuration cannot be read."""
+    try:
+        config = _config(path / "config.yaml")
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException):
+        return None
+    return config["model"]["name"], config["method"]["name"]
+
+
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
     config = OmegaConf.load(path)
     for key in CONFIGURED:
         if not isinstance(config, DictConfig) or OmegaConf.select(config, key) is None:

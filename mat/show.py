@@ -33,7 +33,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def course(units: pd.DataFrame) -> str:
-    """Active share of some units over the selections, one block each; the newest is on the right."""
+    """Active share of some units over the records, one block each; the newest is on the right."""
     return "".join(LEVELS[max(share > 0, round(8 * share))] for share in units.groupby("t")["active"].mean())
 
 
@@ -54,10 +54,10 @@ def show_run(run: Glance, console: Console) -> None:
     flops = [f"{column.replace('_', ' ')} {number(run.last(f'pflops_{column}'), 3)}" for column in LEDGER]
     console.print(f"PFLOPs  {', '.join(flops)}: {number(run.last('pflops'))} of {number(run.budget)}")
     if run.units is None:
-        console.print("active  no selection: all units train")
+        console.print("active  no record yet")
         return
     table = Table(title="active share by layer", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("units", "layer", "course over selections", "active now", "stopped"):
+    for column in ("units", "layer", "course over the run", "active now", "stopped"):
         table.add_column(column, justify="left" if column[0] in "uc" else "right")
     for (kind, layer), units in run.units.groupby(["kind", "layer"], sort=False):
         now = units[units["t"] == units["t"].max()]

@@ -201,7 +201,7 @@ def active_set(run: Glance) -> go.Figure:
         hovertemplate="%{y}: %{text}, t = %{x}, step %{customdata[2]}, %{customdata[3]:.4g} PFLOPs<br>"
         f"{_score_name(run, layers)} %{{customdata[0]:.4g}}<br>threshold %{{customdata[1]:.4g}}<extra></extra>",
     ))  # fmt: skip
-    figure.update_xaxes(title_text=f"selection t (one per {run.config['selection']['interval']:.3g} of the PFLOPs)")
+    figure.update_xaxes(title_text=f"record t (one per {run.config['selection']['interval']:.3g} of the PFLOPs)")
     figure.update_yaxes(title_text="layer" if layers else "unit (kind layer.unit)", autorange="reversed",
                         tickvals=labelled, tickfont={"size": 9}, showgrid=False)  # fmt: skip
     return _layout(figure, "Active set" + (", share by layer" if layers else ""), 200 + height * len(names))

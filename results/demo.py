@@ -46,7 +46,7 @@ def table(rows: dict[Key, list[Run]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
-    chosen = parser_of("demo", "Show what the four methods did.", out="runs", runs="runs").parse_args(arguments)
+    chosen = parser_of("demo", "Show what the four methods did.", "runs", "runs").parse_args(arguments)
     try:
         rows = SPECS["demo"].load(chosen.runs, seeds=1)
         Console().print(table(rows))

@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same runs make the same file
             print(f"wrote {stem}.png and .svg: {said}.")
         except UserError as error:
-            print(f"no {name}: {error}", file=sys.stderr)
+            print(f"error: no {name}: {error}", file=sys.stderr)
             code = 2
     for sentence in source.damaged:
         print(f"left out: {sentence}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mat.config import differences
 from mat.errors import UserError
-from mat.glance import Glance, look
+from mat.glance import Glance, look, row_of
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
 
@@ -57,6 +57,8 @@ class Run(Glance):
                 _number(event, "accuracy", where)
         if self.evaluations.empty:
             raise UserError(f"{metrics} holds no evaluation: delete that run folder and train it again.")
+        if not metrics.read_bytes().endswith(b"\n"):
+            raise UserError(f"{metrics} ends within a line: delete that run folder and train it again.")
 
     def number(self, key: str) -> float:
         """A number of the summary.
@@ -82,7 +84,7 @@ def read_runs(root: Path, name: str, keys: Collection[Key] | None = None) -> lis
     Args:
         root: Folder of all runs.
         name: The experiment: first folder below ``root``.
-        keys: Rows to read; a run of another row is left alone, complete or not. All runs when None.
+        keys: Rows to read; a run of another row is left alone, whatever state it is in. All runs when None.
 
     Returns:
         The runs, sorted by path.
@@ -93,8 +95,9 @@ def read_runs(root: Path, name: str, keys: Collection[Key] | None = None) -> lis
     folder = root / name
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: train the runs of name={name} first, or point --runs at them.")
-    seen = [look(path) for path in sorted(folder.rglob("seed=*")) if path.is_dir()]
-    return [Run(**vars(run)) for run in seen if keys is None or run.key in keys]
+    paths = [path for path in sorted(folder.rglob("seed=*")) if path.is_dir()]
+    wanted = [path for path in paths if keys is None or row_of(path) in (*keys, None)]
+    return [Run(**vars(look(path))) for path in wanted]
 
 
 def _require_same(first: Run, other: Run, what: str, groups: tuple[str, ...] = ("",)) -> None:
@@ -124,8 +127,8 @@ def group(runs: Iterable[Run], keys: Collection[Key], folder: Path, seeds: int =
         For each key its runs, sorted by seed. All rows hold the same seeds, so that they can be paired.
 
     Raises:
-        UserError: If a row has no run or too few seeds, rows differ in their seeds or in the planned PFLOPs and
-            marks, or the runs of one row differ in more than the seed.
+        UserError: If a row has no run or too few seeds, rows differ in their seeds or in dataset, training,
+            selection or hardware, or the runs of one row differ in more than the seed.
     """
     rows: dict[Key, list[Run]] = {key: [] for key in keys}
     for run in runs:

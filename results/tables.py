@@ -205,8 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in make(spec, chosen.runs, chosen.out, chosen.seeds, console):
                 print(f"wrote {path}")
         except MissingRow as error:
-            print(f"no {spec.name}: {error}", file=sys.stderr)
-            code = code if chosen.table == "all" else 2
+            among_others = chosen.table == "all"
+            print(f"{'' if among_others else 'error: '}no {spec.name}: {error}", file=sys.stderr)
+            code = code if among_others else 2
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2

@@ -61,6 +61,18 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
+def test_threads_are_the_runs_own(cache, tmp_path, monkeypatch):
+    """All again in the next run of a sweep that asks for no number; nothing is set when nothing changes."""
+    config, asked = small(cache, "method=baseline", steps=2), []
+    monkeypatch.setattr(engine, "THREADS", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1] if asked else 3)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for number, threads in enumerate((None, 1, 1, None)):
+        hardware = dataclasses.replace(config.hardware, threads=threads)
+        engine.run(dataclasses.replace(config, hardware=hardware), tmp_path / str(number))
+    assert asked == [1, 3]
+
+
 # --- the run folder
 
 
@@ -328,8 +340,7 @@ def test_a_step_back_propagates_the_loss_and_the_routers_losses_by_share(cache, 
     assert given == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(older, cache, tmp_path, monkeypatch):
+def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(cache, tmp_path, monkeypatch):
     """Digits: 1,137 training images, in nine steps of 128 but for the last, of 113."""
     config = small(cache, *VGG, "method=baseline", modality="image", steps=24)
     seen, metrics = [], Vgg.metrics
@@ -341,13 +352,6 @@ def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(older, cache,
         return found
 
     monkeypatch.setattr(Vgg, "metrics", spy)
-    if older:  # its checkpoint does not tell the samples of a step, which then counts as a whole batch
-        run_interrupted(config, tmp_path / "run", "_train_step", 8, "sigterm")
-        latest = tmp_path / "run" / "checkpoint" / "latest.pt"
-        state = torch.load(latest, weights_only=True)
-        assert len(state["recent"]) == 8
-        state["recent"] = [{"accuracy": m["accuracy"]} for m in state["recent"]]
-        torch.save(state, latest)
     engine.run(config, tmp_path / "run")
     logged = events(tmp_path / "run", "train")
     assert [n for _, n in seen[:9]] == [128] * 8 + [113] and logged[-1]["step"] > 18
@@ -718,13 +722,13 @@ def test_run_that_was_refused_leaves_its_folder_to_another(cache, tmp_path):
     assert "device: cpu" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_checkpoint_of_another_version_is_refused_with_the_remedy(cache, tmp_path):
+@pytest.mark.parametrize("change", [{"needed": None}, {"recent": [{"accuracy": 0.5}]}])
+def test_checkpoint_of_another_version_is_refused_with_the_remedy(change, cache, tmp_path):
     config = small(cache, "method=mat", steps=12)
     run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
     latest = tmp_path / "run" / "checkpoint" / "latest.pt"
-    state = torch.load(latest, weights_only=True)
-    del state["needed"]
-    torch.save(state, latest)
+    state = torch.load(latest, weights_only=True) | change
+    torch.save({key: value for key, value in state.items() if value is not None or key not in change}, latest)
     with pytest.raises(UserError, match="another version") as caught:
         engine.run(config, tmp_path / "run")
     assert one_sentence(str(caught.value))

@@ -226,7 +226,7 @@ def test_a_level_of_training_accuracy_needs_one(root: Path) -> None:
 def test_an_evaluation_without_accuracy(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:5], re.sub('"accuracy": [0-9.]+, ', "", lines[5]), *lines[6:]]))
+    path.write_text("\n".join([*lines[:5], re.sub('"accuracy": [0-9.]+, ', "", lines[5]), *lines[6:]]) + "\n")
     made(root)
     broken(root, f"{RUN} has an evaluation without a finite accuracy", SPEC_3)
 
@@ -234,7 +234,9 @@ def test_an_evaluation_without_accuracy(root: Path) -> None:
 def test_nan_in_a_training_accuracy(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:3], re.sub('"accuracy": [0-9.]+', '"accuracy": NaN', lines[3]), *lines[4:]]))
+    path.write_text(
+        "\n".join([*lines[:3], re.sub('"accuracy": [0-9.]+', '"accuracy": NaN', lines[3]), *lines[4:]]) + "\n"
+    )
     broken(root, f"{RUN}/metrics.jsonl, line 4, has accuracy=nan", SPEC_3)
 
 
@@ -291,10 +293,21 @@ def test_failed_run(root: Path) -> None:
 
 
 def test_runs_of_other_rows_do_not_matter(root: Path) -> None:
-    (write_run(root, "static", 0, [3, 2]) / "summary.json").unlink()
+    other = write_run(root, "static", 0, [3, 2])
+    (other / "summary.json").unlink()
     assert len(made(root)) == 2
     with pytest.raises(UserError, match=r"static.* is incomplete"):
         read_runs(root, "t")
+    (other / "environment.json").write_text("{")
+    assert len(made(root)) == 2
+    with pytest.raises(UserError, match=r"static.* is damaged"):
+        read_runs(root, "t")
+
+
+def test_metrics_that_end_within_a_line(root: Path) -> None:
+    path = root / RUN / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    broken(root, rf"{RUN}/metrics.jsonl ends within a line")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "3", True])
@@ -307,7 +320,7 @@ def test_nan_in_an_evaluation(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
     lines[5] = lines[5].replace('"loss": 8', '"loss": NaN')
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines) + "\n")
     broken(root, f"{RUN}/metrics.jsonl, line 6, has loss=nan")
 
 
@@ -315,14 +328,14 @@ def test_nan_in_an_evaluation(root: Path) -> None:
 def test_damaged_line(root: Path, text: str) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:3], text, *lines[3:]]))
+    path.write_text("\n".join([*lines[:3], text, *lines[3:]]) + "\n")
     broken(root, rf"{RUN} is damaged \(metrics.jsonl, line 4, is no event\)")
 
 
 def test_evaluation_written_twice(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:6], lines[2], *lines[6:]]))
+    path.write_text("\n".join([*lines[:6], lines[2], *lines[6:]]) + "\n")
     broken(root, f"{RUN}/metrics.jsonl, line 7, goes back in PFLOPs")
 
 
@@ -332,7 +345,7 @@ def test_no_evaluation(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("config.yaml", r" is damaged \(config.yaml is missing\)"), ("environment.json", "/environment.json is missing"),
+    ("config.yaml", r" has no config.yaml: run the same command again"), ("environment.json", "/environment.json is missing"),
     ("metrics.jsonl", "/metrics.jsonl holds no evaluation"),
 ])  # fmt: skip
 def test_missing_file(root: Path, name: str, message: str) -> None:
