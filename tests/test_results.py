@@ -345,7 +345,7 @@ def test_no_evaluation(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("config.yaml", r" has no config.yaml: run the same command again"), ("environment.json", "/environment.json is missing"),
+    ("config.yaml", r" has no config.yaml: run the same"), ("environment.json", "/environment.json is missing"),
     ("metrics.jsonl", "/metrics.jsonl holds no evaluation"),
 ])  # fmt: skip
 def test_missing_file(root: Path, name: str, message: str) -> None:
