@@ -55,8 +55,8 @@ def main() -> None:
     compiled = Subject(plain.model, plain.batch, plain.recipe, forward=forward)
     rows: list[Row] = []
     for label, share in (("dense step", 1.0), ("step with a third active", 1 / 3), ("step with a half active", 1 / 2)):
-        first = seconds(compiled.step(share))
-        ours, other = medians([compiled.step(share), plain.step(share)], REPEATS)
+        first = seconds(compiled.launched(share))
+        ours, other = medians([compiled.launched(share), plain.launched(share)], REPEATS)
         rows.append(row(f"mini: {label}, compiled against as it is", ours, other, None))
         rows.append(row(f"mini: {label}, the first one compiled", first, other, None))
     error, first = changes(plain, compiled)

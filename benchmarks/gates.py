@@ -121,9 +121,9 @@ def alternatives(subject: Subject) -> dict[str, Action]:
             parameter.requires_grad_(wanted)
 
     return {
-        "mask after backward": subject.step(after=mask),
-        "gradient hooks": subject.step(before=hook, after=unhook),
-        "frozen layers, two of three": subject.step(before=lambda: freeze(False), after=lambda: freeze(True)),
+        "mask after backward": subject.launched(after=mask),
+        "gradient hooks": subject.launched(before=hook, after=unhook),
+        "frozen layers, two of three": subject.launched(before=lambda: freeze(False), after=lambda: freeze(True)),
     }
 
 
@@ -171,7 +171,7 @@ def measure(name: str, case: Case) -> tuple[pd.DataFrame, list[Row]]:
         label = f"{name}: peak memory of a step, {share:.2f} active against {more:.2f}, cut"
         rows.append(row(label, peaks[share], peaks[more], 1.0, "byte"))
     ways = alternatives(subject)
-    times = medians([dense, *ways.values()], case.repeats)
+    times = medians([subject.launched(), *ways.values()], case.repeats)
     for way, spent in zip(ways, times[1:], strict=True):
         found.append({"case": name, "way": way, "share": 1 / 3, "seconds": spent, "seconds_dense": times[0],
                       "time_ratio": spent / times[0]})  # fmt: skip

@@ -26,6 +26,7 @@ from mat.config import Config, HardwareConfig, TrainConfig
 from mat.interface import Batch, UnitModel
 from mat.optim import build_optimiser
 from mat.runs import environment
+from mat.stepper import Stepper
 from mat.units import BackwardMode, unit_layers
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +79,7 @@ class Subject:
         batch: The batch of every step, there too.
         recipe: Optimiser, learning rate and clipping.
         bfloat16: Autocast; else the model's own precision.
-        forward: Runs in place of the model, such as its compiled form.
+        forward: Runs in place of the model in :meth:`launched` steps, such as its compiled form.
     """
 
     def __init__(
@@ -88,6 +89,9 @@ class Subject:
         self.model, self.batch, self.recipe, self.bfloat16 = model, batch, recipe, bfloat16
         self.forward = forward or model
         self.optimiser = build_optimiser(model, recipe)
+        self.stepper = Stepper(
+            model, self.optimiser, lambda: autocast(bfloat16), recipe.clip, graphs=DEVICE.type == "cuda"
+        )
 
     def backward(self) -> None:
         """Forward and backward, gates as they stand."""
@@ -98,13 +102,20 @@ class Subject:
             extra = self.model.auxiliary_loss()
         torch.autograd.backward(loss if extra is None else loss + extra)
 
-    def step(
-        self, share: float = 1.0, mode: BackwardMode = "cut", before: Action = nothing, after: Action = nothing
-    ) -> Action:
-        """A whole training step with a share of the units active; ``before`` and ``after`` lie around its backward."""
+    def step(self, share: float = 1.0, mode: BackwardMode = "cut") -> Action:
+        """A whole training step as in a run (on CUDA a graph) with a share of the units active."""
 
         def run() -> None:
             set_share(self.model, share, mode)
+            self.stepper.step(self.batch, self.recipe.lr)
+
+        return run
+
+    def launched(self, share: float = 1.0, before: Action = nothing, after: Action = nothing) -> Action:
+        """The same in ``cut``, every kernel launched by itself; ``before`` and ``after`` lie around its backward."""
+
+        def run() -> None:
+            set_share(self.model, share, "cut")
             before()
             self.backward()
             after()

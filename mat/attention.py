@@ -80,7 +80,7 @@ def attend(qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         probabilities (B, H, T, T).
     """
     batch, length, heads, _, width = qkv.shape
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(qkv.device.type, enabled=False):
         if table is None:
             packed = qkv.permute(3, 0, 2, 1, 4).contiguous()
         else:
@@ -100,7 +100,7 @@ def attend_backward(gradient: Tensor, packed: Tensor, probabilities: Tensor, tab
     _, batch, heads, length, width = packed.shape
     q, k, v = packed.view(3, batch * heads, length, width).unbind(0)
     p = probabilities.view(batch * heads, length, length)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(packed.device.type, enabled=False):
         d_context = gradient.to(packed.dtype).transpose(1, 2).reshape(batch * heads, length, width)
         d_packed = torch.empty_like(packed)
         d_q, d_k, d_v = d_packed.view(3, batch * heads, length, width).unbind(0)

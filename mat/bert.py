@@ -70,9 +70,7 @@ class Attention(UnitLayer):
         return self.tap("out_weight", context, False, y)
 
     def gated(self, x: Tensor) -> Tensor:
-        """One dense forward, and a backward of its own (CPU)."""
-        if x.device.type != "cpu":
-            return cast(Tensor, super().gated(x))
+        """One dense forward, and a backward of its own."""
         y: Tensor = _GatedAttention.apply(x, *self.active_leaves(), self)
         return y
 

@@ -163,6 +163,7 @@ class HardwareConfig:
     device: str = choice("cpu", "cuda")
     precision: str = choice("float32", "bfloat16")  # bfloat16: autocast
     threads: int | None = number(1, os.cpu_count() or 1, None)  # CPU threads; all when null
+    graphs: bool = False  # CUDA: training steps are recorded as graphs and replayed while the gates stand
     gather_block: int = number(
         1, default=16
     )  # convolutions: the channels that a gated backward gathers are padded to multiples of this
@@ -241,6 +242,7 @@ INCIDENTAL = (
     "method.matched",
     "train.checkpoint_steps",
     "hardware.threads",
+    "hardware.graphs",
     "hardware.exclusive",
 )
 
@@ -398,6 +400,8 @@ def validate(config: Config) -> None:
         raise UserError(
             f"train.accumulation={train.accumulation} does not divide train.batch={train.batch}: choose a divisor."
         )
+    if config.hardware.graphs and config.hardware.device != "cuda":
+        raise UserError("hardware.graphs=true records CUDA graphs: set it to false, or choose hardware=cuda.")
     if train.schedule == "step":
         for drop in train.drops:
             _between("train.drops", drop, train.warmup, 1)

@@ -31,11 +31,13 @@ from mat.models import build
 from mat.optim import build_optimiser
 from mat.runs import RunFolder
 from mat.schedule import learning_rate
+from mat.stepper import Stepper
 from mat.tracking import Progress, open_mirror
 from mat.units import BackwardMode, UnitIndex, unit_layers
 
 PFLOP = 1e15
 THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
+COSTS = 16  # of steps are remembered
 DIVERGED = 3.0  # a training loss this many times the first one will not come back
 
 
@@ -103,6 +105,10 @@ class Training:
         self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
         self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
         mode, cut = cast(BackwardMode, config.selection.mode), config.selection.cut_last
+        drifting = self.index.layers if self.method.drifts else []
+        self.stepper = Stepper(
+            self.model, self.optimiser, self._autocast, train.clip, train.accumulation, drifting, config.hardware.graphs
+        )
         self.mode: list[BackwardMode] = [mode] * (len(self.index.layers) - cut) + ["cut"] * cut  # of every layer
         self.budget = train.pflops * config.method.budget * PFLOP
 
@@ -121,6 +127,8 @@ class Training:
         self.evaluated_at = -1.0  # FLOPs
         self.best: dict[str, float] = {"loss": math.inf}
         self._interrupt = False
+        self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
+        self._next: tuple[int, tuple[Batch, int]] | None = None  # a step's batch and epoch, made ahead
         self._restore()
         files.write_environment(config)
         self.mirror = open_mirror(config, files.path)
@@ -150,7 +158,7 @@ class Training:
                 if progress >= self.records * self.config.selection.interval:
                     self._record(due)
                 start = time.perf_counter()
-                batch, self.epoch = self.data.train_batch(self.step, train.batch)
+                batch = self._train_batch()
                 self.index.set_active(self.method.active_at(self.step), self.mode)
                 cost = self._step_cost(batch)
                 self.seconds += time.perf_counter() - start
@@ -173,46 +181,42 @@ class Training:
 
     # --- one step
 
+    def _train_batch(self) -> Batch:
+        """The coming step's batch."""
+        if self._next is None or self._next[0] != self.step:
+            self._next = self.step, self.data.train_batch(self.step, self.config.train.batch)
+        _, (batch, self.epoch) = self._next
+        return batch
+
     def _step_cost(self, batch: Batch, padded: bool = True) -> Flops:
         """What a training step on a batch spends with the gates as they stand."""
-        return flops.training_step(self.model, batch, padded, self.config.train.accumulation)
+        key = *self.stepper.key(batch), padded
+        if key not in self._costs:  # a GPU makes a step in the time that this takes
+            if len(self._costs) > COSTS:
+                self._costs.clear()
+            self._costs[key] = flops.training_step(self.model, batch, padded, self.config.train.accumulation)
+        return self._costs[key]
 
-    def _train_step(self, batch: Batch, cost: Flops) -> None:
+    def _train_step(self, batch: Batch, cost: Flops, record: bool = True) -> None:
         start = time.perf_counter()
-        train = self.config.train
-        self.model.train()
-        self.optimiser.clear()
-        loss = 0.0
-        metrics: dict[str, float] = {}
-        for part in batch.to(self.device).split(train.accumulation):
-            weight = part.samples / batch.samples
-            with self._autocast():
-                outputs = self.model(part)
-                part_loss = self.model.loss_of_outputs(outputs, part)
-                extra = self.model.auxiliary_loss()
-            torch.autograd.backward((part_loss if extra is None else part_loss + extra) * weight)
-            loss += float(part_loss.detach()) * weight
-            for name, value in self.model.metrics(outputs.detach(), part).items():
-                metrics[name] = metrics.get(name, 0.0) + value * weight
-        norm = float(self.optimiser.clip(train.clip))
-        self._refuse_divergence(loss, norm)
-        lr = learning_rate(train, (self.spent.figure + cost.figure / 2) / self.budget)
-        self.optimiser.step(lr)
-        if self.method.drifts:
-            self.optimiser.drift(((layer, ~layer.active) for layer in self.index.layers), lr)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        lr = learning_rate(self.config.train, (self.spent.figure + cost.figure / 2) / self.budget)
+        outcome = self.stepper.step(batch, lr, record)
+        self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
+        if self.device.type == "cuda":  # which computes meanwhile
+            self._next = self.step + 1, self.data.train_batch(self.step + 1, self.config.train.batch)
+        metrics = outcome.read()
         self.seconds += time.perf_counter() - start
+        loss = metrics.pop("loss")
+        self._refuse_divergence(loss, metrics.pop("norm"))
 
         self.step += 1
         self.spent += cost
-        self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         active_share = self.index.active_share
         self.share_sum += active_share
         self.window.append(loss)
         if metrics:
             self.recent.append({**metrics, "samples": batch.samples})
-        if self.step % train.log_steps == 0:
+        if self.step % self.config.train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
             noticed = {**self._running_metrics(), **self.model.monitors()}
@@ -254,7 +258,7 @@ class Training:
             return flops.estimate(
                 self.model, self.probe, self.index.layers, self._reduction(), selection.projections, memory
             )
-        batch, _ = self.data.train_batch(self.step, self.config.train.batch)
+        batch = self._train_batch()
         overhead = flops.kernels(self.index.layers, batch.samples, batch.length, memory)
         return self._step_cost(batch) + Flops(overhead=overhead)
 
@@ -309,9 +313,9 @@ class Training:
         assert self.probe is not None
         try:
             if self._online:
-                batch, self.epoch = self.data.train_batch(self.step, self.config.train.batch)
+                batch = self._train_batch()
                 with ntk.Online(self.model, self.index) as online:
-                    self._train_step(batch, cost)
+                    self._train_step(batch, cost, record=False)
                 found = online.result(memory)
             else:
                 with self._autocast():
@@ -378,8 +382,8 @@ class Training:
                 outputs = self.model(batch)
                 loss = self.model.loss_of_outputs(outputs, batch)
             targets = batch.targets.numel()
-            for name, value in {"loss": float(loss), **self.model.metrics(outputs, batch)}.items():
-                total[name] = total.get(name, 0.0) + value * targets
+            for name, value in {"loss": loss, **self.model.metrics(outputs, batch)}.items():
+                total[name] = total.get(name, 0.0) + float(value) * targets
             count += targets
         return {name: value / count for name, value in total.items()}
 

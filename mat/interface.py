@@ -88,8 +88,8 @@ class UnitModel(nn.Module):
         """What training adds to the loss of its last forward pass, if anything."""
         return None
 
-    def metrics(self, outputs: Tensor, batch: Any) -> dict[str, float]:
-        """Means over the batch beside the loss, such as the accuracy."""
+    def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Means over the batch beside the loss, such as the accuracy: scalars, on the device."""
         return {}
 
     def monitors(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ matrices, not to biases and norms.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from mat.config import TrainConfig
-from mat.units import BoolArray, UnitLayer, unit_layers
+from mat.units import UnitLayer, unit_layers
 
 
 @dataclass
@@ -72,11 +72,11 @@ class UnitOptimiser(ABC):
             self.slots.append(Slot(name, parameter, layer, local_name, state, decays))
 
     @abstractmethod
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """Update every parameter that has a gradient, in its active units.
 
         Args:
-            lr: Learning rate.
+            lr: Learning rate; a scalar tensor on the device for a CUDA graph, which would keep a number for good.
         """
 
     @abstractmethod
@@ -110,28 +110,28 @@ class UnitOptimiser(ABC):
             layer.clear_gradient()
 
     @torch.no_grad()
-    def drift(self, layers: Iterable[tuple[UnitLayer, BoolArray]], lr: float) -> None:
-        """Let units repeat the direction of their last update at the present learning rate (multirate).
+    def drift(self, layers: Sequence[UnitLayer], lr: float | Tensor) -> None:
+        """Let frozen units repeat the direction of their last update at the present learning rate (multirate).
 
         The state stands since the unit's last gradient. A unit that has had none does not move.
 
         Args:
-            layers: Layers with the units that drift.
-            lr: Learning rate.
+            layers: Layers whose frozen units drift.
+            lr: Learning rate, as in :meth:`step`.
         """
-        drifting = {id(layer): torch.from_numpy(np.flatnonzero(units)) for layer, units in layers}
+        drifting = set(map(id, layers))
         for slot in self.slots:
-            rows = drifting.get(id(slot.layer))
-            if rows is None or len(rows) == 0:
+            if slot.layer is None or id(slot.layer) not in drifting or slot.layer.n_active == slot.layer.n_units:
                 continue
-            rows = rows.to(slot.parameter.device)
+            rows = slot.layer.frozen_index(slot.parameter.device)
             moved = slot.parameter.detach()[rows]
             direction = self.direction(slot, rows)
             if slot.decays:
                 moved.mul_(self._drift_decay(slot, rows, lr))
-            slot.parameter.detach().index_copy_(0, rows, moved.sub_(direction, alpha=lr))
+            _descend([moved], [direction], lr)
+            slot.parameter.detach().index_copy_(0, rows, moved)
 
-    def _drift_decay(self, slot: Slot, rows: Tensor, lr: float) -> Tensor | float:
+    def _drift_decay(self, slot: Slot, rows: Tensor, lr: float | Tensor) -> Tensor | float:
         """Factor by which decoupled weight decay shrinks drifting units."""
         return 1.0
 
@@ -165,7 +165,7 @@ class UnitAdamW(UnitOptimiser):
         self._views: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """See :meth:`UnitOptimiser.step`."""
         for decays in (True, False):
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
@@ -198,7 +198,7 @@ class UnitAdamW(UnitOptimiser):
         numerator = slot.state["exp_avg"][rows] / (1 - self.betas[0] ** steps)
         return numerator.div_((slot.state["exp_avg_sq"][rows] / (1 - self.betas[1] ** steps)).sqrt_().add_(self.eps))
 
-    def _drift_decay(self, slot: Slot, rows: Tensor, lr: float) -> Tensor:
+    def _drift_decay(self, slot: Slot, rows: Tensor, lr: float | Tensor) -> Tensor:
         trained = slot.state["steps"][rows].view(-1, *[1] * (slot.parameter.dim() - 1)) > 0
         return torch.where(trained, 1 - lr * self.weight_decay, 1.0)
 
@@ -226,28 +226,45 @@ class UnitSGD(UnitOptimiser):
         self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """See :meth:`UnitOptimiser.step`."""
-        for slot in self.slots:
-            gradient = slot.gradient()
-            if gradient is None:
-                continue
-            parameter, momentum = slot.parameter.detach(), slot.state["momentum"]
-            rows = None
-            if slot.layer is not None and slot.layer.n_active < slot.layer.n_units:
-                rows = slot.layer.active_index(parameter.device)
-                parameter, momentum = parameter[rows], momentum[rows]
-            if slot.decays:
-                gradient = gradient.add(parameter, alpha=self.weight_decay)
-            momentum.mul_(self.momentum).add_(gradient)
-            parameter.add_(momentum, alpha=-lr)
-            if rows is not None:
-                slot.parameter.detach().index_copy_(0, rows, parameter)
-                slot.state["momentum"].index_copy_(0, rows, momentum)
+        trained = [(slot, g) for slot in self.slots if (g := slot.gradient()) is not None]
+        rows = [_active_rows(slot) for slot, _ in trained]
+        parameters = [slot.parameter.detach() for slot, _ in trained]
+        momenta = [slot.state["momentum"] for slot, _ in trained]
+        moved, moving = (
+            [t if r is None else t[r] for t, r in zip(tensors, rows, strict=True)] for tensors in (parameters, momenta)
+        )
+        gradients = [
+            gradient.add(parameter, alpha=self.weight_decay) if slot.decays else gradient
+            for (slot, gradient), parameter in zip(trained, moved, strict=True)
+        ]
+        torch._foreach_mul_(moving, self.momentum)
+        torch._foreach_add_(moving, gradients)
+        _descend(moved, moving, lr)
+        for tensors, parts in ((parameters, moved), (momenta, moving)):
+            for tensor, part, r in zip(tensors, parts, rows, strict=True):
+                if r is not None:
+                    tensor.index_copy_(0, r, part)
 
     def direction(self, slot: Slot, rows: Tensor) -> Tensor:
         """The momentum, which holds the decay."""
         return slot.state["momentum"][rows]
+
+
+def _active_rows(slot: Slot) -> Tensor | None:
+    """Numbers of the rows that a gradient is for; None for all."""
+    if slot.layer is None or slot.layer.n_active == slot.layer.n_units:
+        return None
+    return slot.layer.active_index(slot.parameter.device)
+
+
+def _descend(tensors: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
+    """Move tensors against their directions, times the learning rate."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(tensors, torch._foreach_mul(directions, lr))
+    else:
+        torch._foreach_add_(tensors, directions, alpha=-lr)
 
 
 def build_optimiser(model: nn.Module, train: TrainConfig) -> UnitOptimiser:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,11 +108,11 @@ class Experts(UnitLayer):
         capacity = self.capacity(len(flat)) if self.training else int(load.max())
         dense = self.n_active == self.n_units
         leaves = list(self.unit_parameters().values()) if dense else self.active_leaves()
-        order = np.argsort(~self.active, kind="stable")  # active experts first
+        order = None
         if not dense:
-            renamed = torch.from_numpy(order.argsort()).to(x.device)
-            expert, load = renamed[expert], load[torch.from_numpy(order).to(x.device)]
-        y: Tensor = _Experts.apply(flat, gate, self, order.tolist(), fill_slots(expert, load, capacity), *leaves)
+            order = torch.cat([self.active_index(x.device), self.frozen_index(x.device)])
+            expert, load = order.argsort()[expert], load[order]
+        y: Tensor = _Experts.apply(flat, gate, self, order, fill_slots(expert, load, capacity), *leaves)
         return y.view_as(x)
 
     def chunks(self, device: torch.device) -> list[slice]:
@@ -204,13 +203,13 @@ class _Experts(torch.autograd.Function):
     """All experts forward; backward for the active ones (``cut``) or, but for weights, for all (``exact``).
 
     Products over the slots of a few experts at a time. In ``cut`` nothing of a frozen expert is kept but its output,
-    for the router. Inputs: x (N, D), gate (N,), the layer, its experts with the active ones first, their slots in
-    that order, the active experts' rows of all four parameters.
+    for the router. Inputs: x (N, D), gate (N,), the layer, its experts with the active ones first (None: all are
+    active), their slots in that order, the active experts' rows of all four parameters.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor, layer: Experts, order: list[int], slots: Slots, *leaves: Tensor
+        ctx: Any, x: Tensor, gate: Tensor, layer: Experts, order: Tensor | None, slots: Slots, *leaves: Tensor
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -219,7 +218,7 @@ class _Experts(torch.autograd.Function):
         out = x.new_empty(*slots.token.shape, x.shape[1])  # (E, C, D)
         kept: list[Tensor] = []  # of every chunk that is propagated: pre-activations, weights, inputs of both if active
         for chunk in chunks:
-            w_in, b_in, w_out, b_out = (_rows(p, order[chunk], dtype) for p in layer.unit_parameters().values())
+            w_in, b_in, w_out, b_out = (_rows(p, order, chunk, dtype) for p in layer.unit_parameters().values())
             rows = _gather(x, slots.token[chunk])
             z = torch.bmm(rows, w_in.mT).add_(b_in[:, None])
             hidden = F.gelu(z)
@@ -272,10 +271,9 @@ def _gather(x: Tensor, token: Tensor) -> Tensor:
     return x.index_select(0, token.flatten()).view(*token.shape, -1)
 
 
-def _rows(parameter: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
-    """Rows of a parameter, without a copy if they follow one another and have the right type."""
-    first, last = experts[0], experts[-1] + 1
-    return (parameter[first:last] if last - first == len(experts) else parameter[experts]).to(dtype)
+def _rows(parameter: Tensor, order: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of a parameter: those of a chunk of all experts, or of an order of them."""
+    return (parameter[chunk] if order is None else parameter.index_select(0, order[chunk])).to(dtype)
 
 
 class Switch(MaskedEncoder):
@@ -295,8 +293,10 @@ class Switch(MaskedEncoder):
         return Experts(config) if (layer + 1) % config.switch_every == 0 else super().feed_forward(layer)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Load-balancing and z-loss of the last training forward, summed over the switch layers."""
+        """Load-balancing and z-loss of the last training forward, summed over the switch layers; given once."""
         losses = [layer.auxiliary for layer in self.switch_layers if layer.auxiliary is not None]
+        for layer in self.switch_layers:
+            layer.auxiliary = None  # it would keep the step's graph alive
         return torch.stack(losses).sum() if losses else None
 
     def monitors(self) -> dict[str, float]:

@@ -100,6 +100,7 @@ class UnitLayer(nn.Module):
         self.n_units = n_units
         self.mode: BackwardMode = "cut"
         self.active: BoolArray = np.ones(n_units, dtype=bool)
+        self.n_active = n_units
         self.tape: Tape | None = None
         self.products: dict[str, str | None] = {}
         self._unit_names: list[str] = []
@@ -179,11 +180,6 @@ class UnitLayer(nn.Module):
         """The gated parameters by name, each of shape (U, ...)."""
         return {name: self.get_parameter(name) for name in self._unit_names}
 
-    @property
-    def n_active(self) -> int:
-        """Number of active units."""
-        return int(self.active.sum())
-
     def set_active(self, active: BoolArray, mode: BackwardMode | None = None) -> None:
         """Choose the units that are back-propagated from now on.
 
@@ -200,7 +196,7 @@ class UnitLayer(nn.Module):
         self.mode = mode or self.mode
         if bool((active == self.active).all()):
             return
-        self.active = active.copy()
+        self.active, self.n_active = active.copy(), int(active.sum())
         self._blocks.clear()
         for side in (True, False):
             self._index[side] = torch.from_numpy(np.flatnonzero(active == side))
@@ -244,6 +240,22 @@ class UnitLayer(nn.Module):
     def active_index(self, device: torch.device) -> Tensor:
         """(n_active,) numbers of the active units."""
         return self._numbers(True, device)
+
+    def frozen_index(self, device: torch.device) -> Tensor:
+        """(U - n_active,) numbers of the frozen units."""
+        return self._numbers(False, device)
+
+    def before_capture(self, device: torch.device) -> None:
+        """Make ready for a CUDA graph: nothing is left to copy to the device, and rows will be gathered anew."""
+        self._blocks.clear()
+        for side in (True, False):
+            self._numbers(side, device)
+
+    def after_capture(self) -> list[Tensor]:
+        """What a CUDA graph captured just now reads; it must live as long. The layer itself lets go of it."""
+        held = [*self._index.values(), *(block.rows for block in self._blocks.values())]
+        self._blocks.clear()
+        return held
 
     def compute(self, x: Any, w: UnitTensors) -> Any:
         """Contribution of the units whose rows are in ``w``, added up."""

@@ -126,13 +126,13 @@ class FilterLayer(UnitLayer):
     def _carried(self, x: Maps, count: int, factor: float) -> Maps:
         """``count`` filters pass the gradient on, first the active ones; the others of them times ``factor``."""
         weight, bias, gain, shift = self._leaves()
-        active, frozen = self.active_index(self.weight.device), self._index[False]
+        active, frozen = self.active_index(self.weight.device), self.frozen_index(self.weight.device)
         if factor:
-            frozen = frozen[torch.randperm(len(frozen))]
+            frozen = frozen[torch.randperm(len(frozen)).to(frozen.device)]
         scale = torch.full_like(self.gain.detach(), factor).index_fill_(0, active, 1.0)
         rows = None
         if count < self.n_units:
-            rows = torch.cat([active, frozen[: count - len(active)].to(active.device)])
+            rows = torch.cat([active, frozen[: count - len(active)]])
             scale = scale[rows]
         z, carrier = _Convolution.apply(x.carrier, weight, bias, self, x, rows, scale)
         y, carrier = _Activation.apply(z if rows is None else carrier, gain, shift, self, z, rows)
@@ -394,9 +394,9 @@ class Vgg(UnitModel):
         """Logits (N, classes)."""
         return cast(Tensor, self.classifier(self.maps(batch.inputs).mean((2, 3))))
 
-    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Accuracy."""
-        return {"accuracy": float((outputs.argmax(1) == batch.targets).float().mean())}
+        return {"accuracy": (outputs.argmax(1) == batch.targets).float().mean()}
 
     @torch.no_grad()
     def fix_constants(self, batches: Sequence[Batch]) -> None:

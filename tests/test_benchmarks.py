@@ -111,10 +111,13 @@ def test_a_subjects_step_trains_the_share_that_it_is_given() -> None:
     model = tiny_bert(dtype=torch.float32)
     subject = Subject(model.to(harness.DEVICE), tiny_batch().to(harness.DEVICE), TrainConfig(pflops=1, batch=4, lr=0.1))
     weight = model.get_parameter("blocks.0.ffn.in_weight")
-    before, seen = weight.detach().clone(), []
-    subject.step(1 / 3, "cut", lambda: seen.append("before"), lambda: seen.append("after"))()
-    moved = (weight != before).flatten(1).any(1)
-    assert moved.tolist() == [True, False, False] and seen == ["before", "after"]
+    seen: list[str] = []
+    launched = subject.launched(1 / 3, lambda: seen.append("before"), lambda: seen.append("after"))
+    for action in (subject.step(1 / 3, "cut"), launched):
+        before = weight.detach().clone()
+        action()
+        assert (weight != before).flatten(1).any(1).tolist() == [True, False, False]
+    assert seen == ["before", "after"]
 
 
 def test_a_ranking_is_compared_within_a_kind() -> None:

@@ -103,9 +103,12 @@ def test_run_folder_is_complete(finished):
 def test_a_run_goes_on_where_git_says_nothing(name, cache, tmp_path, monkeypatch):
     monkeypatch.setenv(name, str(tmp_path))
     config = small(cache)
-    RunFolder(tmp_path / "run", config).write_environment(config)
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["commit"] is None and environment["dirty"] is None
+    for told in (None, "0123abc"):
+        if told:
+            monkeypatch.setenv("MAT_COMMIT", told)
+        RunFolder(tmp_path / str(told), config).write_environment(config)
+        environment = json.loads((tmp_path / str(told) / "environment.json").read_text())
+        assert environment["commit"] == told and environment["dirty"] is None
 
 
 def test_summary_agrees_with_the_events(finished, tmp_path):
@@ -301,9 +304,9 @@ def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, ro
         steps.append(self.step)
         select(self, cost)
 
-    def watched(self: Training, *arguments: Any) -> None:
+    def watched(self: Training, *arguments: Any, **named: Any) -> None:
         shares.append(self.index.active_share)
-        step(self, *arguments)
+        step(self, *arguments, **named)
 
     monkeypatch.setattr(Training, "_select", measured)
     monkeypatch.setattr(Training, "_train_step", watched)
@@ -345,10 +348,10 @@ def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(cache, tmp_pa
     config = small(cache, *VGG, "method=baseline", modality="image", steps=24)
     seen, metrics = [], Vgg.metrics
 
-    def spy(self: Vgg, outputs: torch.Tensor, batch: Any) -> dict[str, float]:
+    def spy(self: Vgg, outputs: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
         found = metrics(self, outputs, batch)
         if self.training:
-            seen.append((found["accuracy"], batch.samples))
+            seen.append((float(found["accuracy"]), batch.samples))
         return found
 
     monkeypatch.setattr(Vgg, "metrics", spy)
@@ -458,14 +461,14 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, call: int, how: str) -
     original = getattr(Training, verb)
     count = 0
 
-    def patched(self: Training, *arguments: Any) -> Any:
+    def patched(self: Training, *arguments: Any, **named: Any) -> Any:
         nonlocal count
         count += 1
         if count == call and how == "before":
             raise Killed
         if count == call and how == "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
-        answer = original(self, *arguments)
+        answer = original(self, *arguments, **named)
         if count == call and how == "after":
             raise Killed
         return answer

@@ -7,13 +7,14 @@ import naive
 import numpy as np
 import pytest
 import torch
-from short_runs import small
+from short_runs import SWITCH, VGG, events, small
 from test_switch import without_gaps
 from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units
 from tiny import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 from mat import engine, gram, ntk
 from mat.attention import attention, rotary_table
+from mat.stepper import Stepper
 from mat.units import BackwardMode, unit_layers
 
 pytestmark = [
@@ -121,3 +122,34 @@ def test_a_mat_run_trains(mode: str, cache: Path, tmp_path: Path) -> None:
     summary = engine.run(small(cache, *overrides, steps=60), tmp_path / "run")
     assert summary is not None and summary["selections"] > 2 and summary["active_share"] < 1
     assert summary["best_validation_loss"] < np.log(256)
+
+
+RUNS = {
+    "bert": ("text", ("train.accumulation=2", "model.dropout=0.1")),
+    "switch": ("text", SWITCH),
+    "vgg": ("image", VGG),
+}
+
+
+@pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
+@pytest.mark.parametrize("mode", ["cut", "exact"])
+@pytest.mark.parametrize("family", RUNS)
+def test_replayed_steps_are_the_launched_ones(
+    family: str, mode: str, method: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run, selections and short batches included, with its steps recorded as graphs and without."""
+    modality, overrides = RUNS[family]
+    recorded: list[object] = []
+    plain = Stepper._record
+    monkeypatch.setattr(Stepper, "_record", lambda self, batch: recorded.append(batch) or plain(self, batch))
+    losses = {}
+    for graphs in (True, False):
+        config = small(
+            cache, *overrides, f"method={method}", f"selection.mode={mode}", "hardware.device=cuda",
+            f"hardware.graphs={graphs}", "train.log_steps=1", steps=200, modality=modality,
+        )  # fmt: skip
+        assert engine.run(config, tmp_path / str(graphs)) is not None
+        losses[graphs] = [event["loss"] for event in events(tmp_path / str(graphs)) if event["loss"] is not None]
+        assert recorded, "no step was recorded"
+    assert len(recorded) < len(losses[True]) / 3
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-4)

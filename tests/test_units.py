@@ -214,7 +214,8 @@ def backward_products(output: Tensor) -> Counter[tuple[tuple[int, ...], ...]]:
 def only(layer: UnitLayer, kept: list[int]) -> UnitLayer:
     """A layer that has only these units."""
     small = copy.deepcopy(layer)
-    small.n_units, small.active = len(kept), np.ones(len(kept), bool)
+    small.n_units = small.n_active = len(kept)
+    small.active = np.ones(len(kept), bool)
     for name, parameter in layer.unit_parameters().items():
         setattr(small, name, nn.Parameter(parameter.detach()[kept]))
     return small
@@ -398,7 +399,7 @@ def change_by_step(model: Bert, optimiser: UnitAdamW) -> None:
 
 
 def change_by_drift(model: Bert, optimiser: UnitAdamW) -> None:
-    optimiser.drift([(layer, ~layer.active) for layer in unit_layers(model)], lr=0.1)
+    optimiser.drift(unit_layers(model), lr=0.1)
 
 
 def change_by_loading(model: Bert, optimiser: UnitAdamW) -> None:
@@ -450,7 +451,8 @@ def test_drift_repeats_the_last_update_at_the_present_learning_rate() -> None:
         expected[name] = torch.stack(rows)
     others = {n: p.detach().clone() for n, p in model.named_parameters() if ".ffn." not in n}
     states = copy.deepcopy(optimiser.state_dict())
-    optimiser.drift([(ffn, np.array([True, True, True]))], lr)
+    ffn.set_active(np.zeros(3, bool))
+    optimiser.drift([ffn], lr)
     for name, wanted in expected.items():
         # bias correction is computed in float32 there, as torch's kernel keeps its step counts
         torch.testing.assert_close(ffn.get_parameter(name).detach(), wanted, rtol=1e-6, atol=1e-8)
@@ -467,7 +469,9 @@ def test_drift_right_after_a_step_is_that_step_again() -> None:
     for _ in train(model, optimiser, range(3)):
         trail = [bits(p for layer in unit_layers(model) for p in layer.parameters())]
     trail.append(bits(p for layer in unit_layers(model) for p in layer.parameters()))
-    optimiser.drift([(layer, np.ones(layer.n_units, bool)) for layer in unit_layers(model)], lr=0.01)
+    for layer in unit_layers(model):
+        layer.set_active(np.zeros(layer.n_units, bool))
+    optimiser.drift(unit_layers(model), lr=0.01)
     trail.append(bits(p for layer in unit_layers(model) for p in layer.parameters()))
     for start, stepped, drifted in zip(*trail, strict=True):
         # float32 step counts in the drift's bias correction
