@@ -41,11 +41,11 @@ from mat import flops
 from mat.config import SwitchConfig
 from mat.switch import Switch
 from mat.units import BackwardMode, unit_layers
-from mat.vgg import Vgg
 
+MODES: tuple[BackwardMode, ...] = ("cut", "exact")
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3, 1 / 8, 0.0)
 PEAKS = (1.0, 1 / 3, 0.0)  # shares whose peak memory is measured
-COLOURS = {"cut": "#0072B2", "exact": "#D55E00", "sampled": "#009E73"}
+COLOURS = {"cut": "#0072B2", "exact": "#D55E00"}
 
 
 @dataclass
@@ -133,12 +133,18 @@ def executed(subject: Subject, share: float, mode: BackwardMode) -> int:
     return flops.training_step(subject.model, subject.batch).everything
 
 
-def peak(name: str, share: float) -> int:
+def peak(subject: Subject, share: float) -> int:
     """Peak memory of a step in ``cut`` beyond model and optimiser, behind a dense step."""
-    subject = CASES[name].make()
-    subject.step()()
+    subject.launched()()
     subject.optimiser.clear()
-    return peak_bytes(subject.step(share))
+    return peak_bytes(subject.launched(share))
+
+
+def peak_of(name: str, share: float) -> int:
+    """The same by a case's name, on a CPU in a process of its own: there the process's memory is measured."""
+    if DEVICE.type == "cuda":
+        return peak(CASES[name].make(), share)
+    return int(in_process("gates", "--peak", name, share))
 
 
 def measure(name: str, case: Case) -> tuple[pd.DataFrame, list[Row]]:
@@ -146,10 +152,9 @@ def measure(name: str, case: Case) -> tuple[pd.DataFrame, list[Row]]:
     subject = case.make()
     dense, stock = subject.step(), case.stock(subject)
     whole = executed(subject, 1.0, "cut")
-    peaks = {share: in_process("gates", "--peak", name, share) for share in PEAKS}
+    peaks = {share: peak_of(name, share) for share in PEAKS}
     found, rows = [], []
-    modes: tuple[BackwardMode, ...] = images.MODES if isinstance(subject.model, Vgg) else ("cut", "exact")
-    for mode in modes:
+    for mode in MODES:
         *times, plain = medians([dense, *(subject.step(share, mode) for share in SHARES), stock], case.repeats)
         if mode == "cut":
             rows.append(row(f"{name}: all active against stock layers", times[0], plain, 1.02))
@@ -196,7 +201,7 @@ def draw(frame: pd.DataFrame) -> None:
             else:
                 axis.plot(rows["share"], rows["time_ratio"], "k", marker=next(markers), linestyle="", label=way)
         axis.set(title=name, xlabel="active share of units", ylim=(0, 1.2))
-        axis.legend(fontsize=6)  # not every model has every mode
+    axes[0][0].legend(fontsize=7)
     axes[0][0].set_ylabel("ratio to the dense step")
     figure.tight_layout()
     save(figure, "gates")
@@ -210,7 +215,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SHARE"))
     arguments = parser.parse_args()
     if arguments.peak:
-        print(json.dumps(peak(arguments.peak[0], float(arguments.peak[1]))))
+        print(json.dumps(peak(CASES[arguments.peak[0]].make(), float(arguments.peak[1]))))
         return
     for name in arguments.cases or CASES:
         torch.manual_seed(0)

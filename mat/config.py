@@ -143,8 +143,7 @@ class SelectionConfig:
 
     units: list[str] = MISSING  # kinds that are gated; the others belong to the rest
     interval: float = number(0, 0.05, above=True)  # share of the run's FLOPs between selections
-    mode: str = choice("cut", "exact", "sampled")  # backward mode; sampled: vgg only
-    cut_last: int = number(0, default=0)  # vgg, mode=exact: the last so many layers use cut instead
+    mode: str = choice("cut", "exact")  # backward mode
     share: float | None = number(0, 1, None)  # wanted share of active units; alpha follows from it
     alpha: float | None = number(0, 1, None)  # eq. (4), instead of share
     scope: str = choice("kind", "layer", "all", default="kind")  # units compared with each other in eq. (4)
@@ -230,6 +229,8 @@ class Config:
     tracking: TrackingConfig = MISSING
 
 
+# Keys that recorded runs have and configurations no longer do, at the one value that says what is computed now.
+RETIRED = {"selection.cut_last": 0}
 # Keys that say where and how a run was made, not what was computed: they name no folder and may differ on resuming.
 INCIDENTAL = (
     "seed",
@@ -298,7 +299,8 @@ def science(config: Mapping[str, Any]) -> dict[str, Any]:
         for f in fields(schemas[0][1])
         if f.default is not MISSING
     }
-    return {key: value for key, value in {**defaults, **flatten(config)}.items() if not is_incidental(key)}
+    recorded = {key: value for key, value in flatten(config).items() if RETIRED.get(key, MISSING) != value}
+    return {key: value for key, value in {**defaults, **recorded}.items() if not is_incidental(key)}
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -328,7 +330,6 @@ MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
 SUITS = {  # what to choose beside a model
     "bert": "selection=mini", "switch": "selection=experts_mini", "vgg": "selection=filters_mini train=images_mini",
 }  # fmt: skip
-MODES = {"bert": ("cut", "exact"), "switch": ("cut", "exact"), "vgg": ("cut", "exact", "sampled")}
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -416,12 +417,6 @@ def validate(config: Config) -> None:
         _one_of("selection.units", kind, KINDS[model.family])
     if not selection.units:
         raise UserError("selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline.")
-    _one_of("selection.mode", selection.mode, MODES[model.family])
-    if selection.cut_last and not (isinstance(model, VggConfig) and selection.mode == "exact"):
-        raise UserError(
-            f"selection.cut_last={selection.cut_last} is for the layers of a VGG with selection.mode=exact: set it to "
-            "0, or choose these."
-        )
     if selection.reduction == "online" and model.family != "bert":  # batch norm, capacity: samples are coupled
         raise UserError(
             f"selection.reduction=online cannot tell apart the samples of a training step of model={model.family}, "
@@ -477,7 +472,6 @@ def _validate_vgg(model: VggConfig, selection: SelectionConfig) -> None:
         raise UserError(f"model.stages={model.stages} has an empty stage: give the filters of at least one layer each.")
     for filters in (count for stage in model.stages for count in stage):
         _between("model.stages", filters, 1, INF)
-    _between("selection.cut_last", selection.cut_last, 0, sum(map(len, model.stages)))
 
 
 def _validate_dataset(dataset: DatasetConfig) -> None:

@@ -104,12 +104,11 @@ class Training:
         probing = self.method.selects or config.analysis
         self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
         self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
-        mode, cut = cast(BackwardMode, config.selection.mode), config.selection.cut_last
+        self.mode = cast(BackwardMode, config.selection.mode)
         drifting = self.index.layers if self.method.drifts else []
         self.stepper = Stepper(
             self.model, self.optimiser, self._autocast, train.clip, train.accumulation, drifting, config.hardware.graphs
         )
-        self.mode: list[BackwardMode] = [mode] * (len(self.index.layers) - cut) + ["cut"] * cut  # of every layer
         self.budget = train.pflops * config.method.budget * PFLOP
 
         self.step = 0

@@ -68,7 +68,8 @@ def fits(samples: int, p: int, dtype: torch.dtype, device: torch.device) -> bool
 def settings(samples: int) -> dict[str, int]:
     """Blocks and warps for N samples; on-chip memory stays under an A100's 164 KB."""
     block = max(16, triton.next_power_of_2(samples))
-    return {"n_block": block, "P": P, "Q": Q, "T": 16 if block > 32 else 32, "num_warps": 8, "num_stages": 2}
+    step, warps = (16, 8) if block > 32 else (32, 4)
+    return {"n_block": block, "P": P, "Q": Q, "T": step, "num_warps": warps, "num_stages": 2}
 
 
 def schedule(tiles: int, units: int) -> tuple[int, int]:

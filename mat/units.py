@@ -7,7 +7,6 @@ A gate is a boolean vector over the layer's units and a backward mode (paper sec
 ``cut``    nothing flows back through a frozen unit: its part of the forward pass runs without gradients, keeps no
            activations and costs no backward at all;
 ``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient;
-``sampled``  filters only (``mat/vgg.py``): the gradient also passes through some frozen units, drawn in every step.
 
 Gradients of the active units land where the optimiser finds them (``UnitLayer.gradient``): in ``p.grad`` when all
 units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from mat.interface import Flops
 
-BackwardMode = Literal["cut", "exact", "sampled"]
+BackwardMode = Literal["cut", "exact"]
 UnitTensors = dict[str, Tensor]
 BoolArray = NDArray[np.bool_]
 
@@ -343,13 +342,12 @@ class UnitIndex:
         """Share of the units whose gate is open."""
         return sum(layer.n_active for layer in self.layers) / max(1, len(self))
 
-    def set_active(self, active: BoolArray, mode: BackwardMode | Sequence[BackwardMode]) -> None:
+    def set_active(self, active: BoolArray, mode: BackwardMode) -> None:
         """Set every layer's gate.
 
         Args:
             active: (N,) boolean.
-            mode: Backward mode, of all layers or layer by layer.
+            mode: Backward mode.
         """
-        modes = [mode] * len(self.layers) if isinstance(mode, str) else mode
-        for (layer, rows), own in zip(self.slices(), modes, strict=True):
-            layer.set_active(active[rows], own)
+        for layer, rows in self.slices():
+            layer.set_active(active[rows], mode)

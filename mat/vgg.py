@@ -4,16 +4,12 @@ The features equal ``torchvision.models.vgg16_bn`` given the same weights (``loa
 one linear classifier follows. A stage ends in a 2 x 2 max pool, which is left out where the map is 1 x 1 already,
 so that images of any size go in: 32 x 32 ends at 1 x 1, and so does 8 x 8 from the third stage on.
 
-Backward modes, beside ``mat.units``: without residual connections ``cut`` starves the lower layers. ``sampled`` lets
-the gradient pass through the active filters and, in every step, a random ``CARRYING`` share of the frozen ones, scaled
-up so that its mean is the gradient of ``exact``; its input gradients cost the square of the share that carries. Every
-layer has a mode of its own: with ``selection.cut_last`` the last ones use ``cut``, the others ``exact``.
-All modes run the dense forward; frozen filters normalise with the batch and keep updating running statistics.
+Without residual connections ``cut`` starves the lower layers, so VGG trains in ``exact``. Both modes run the dense
+forward; frozen filters normalise with the batch and keep updating running statistics.
 
 Shapes: N images, C filters, I input channels, S x S maps, P channels that carry a gradient (padding included).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,7 +27,6 @@ TORCHVISION = {  # our tensors of a layer: which of its modules there has them (
     "weight": (0, "weight"), "bias": (0, "bias"),
     "gain": (1, "weight"), "shift": (1, "bias"), "mean": (1, "running_mean"), "variance": (1, "running_var"),
 }  # fmt: skip
-CARRYING = 0.25  # sampled: share of the frozen filters that carry the gradient in a step
 
 
 @dataclass(frozen=True)
@@ -107,10 +102,7 @@ class FilterLayer(UnitLayer):
 
     def gated(self, x: Maps) -> Maps:
         """One dense forward, and a backward by the mode."""
-        n, count = self.n_active, self.carrying()
-        if self.mode == "exact" or (self.mode == "sampled" and count == self.n_units):
-            return self._exact(x)
-        return self._carried(x, count, 0.0 if self.mode == "cut" else (self.n_units - n) / (count - n))
+        return self._exact(x) if self.mode == "exact" else self._cut(x)
 
     def _exact(self, x: Maps) -> Maps:
         """Dense gradients but for the weights of frozen filters."""
@@ -123,14 +115,12 @@ class FilterLayer(UnitLayer):
         y = self.activated(z, gains, shifts, self.mean, self.variance)
         return Maps(y, y)
 
-    def _carried(self, x: Maps, count: int, factor: float) -> Maps:
-        """``count`` filters pass the gradient on, first the active ones; the others of them times ``factor``."""
+    def _cut(self, x: Maps) -> Maps:
+        """The active filters pass the gradient on; those that padding adds to them pass on zeros."""
         weight, bias, gain, shift = self._leaves()
         active, frozen = self.active_index(self.weight.device), self.frozen_index(self.weight.device)
-        if factor:
-            frozen = frozen[torch.randperm(len(frozen)).to(frozen.device)]
-        scale = torch.full_like(self.gain.detach(), factor).index_fill_(0, active, 1.0)
-        rows = None
+        scale = torch.zeros_like(self.gain.detach()).index_fill_(0, active, 1.0)
+        rows, count = None, self.carrying()
         if count < self.n_units:
             rows = torch.cat([active, frozen[: count - len(active)]])
             scale = scale[rows]
@@ -194,8 +184,7 @@ class FilterLayer(UnitLayer):
         n, units = self.n_active, self.n_units
         if n == units or self.mode == "exact":
             return units
-        count = n if self.mode == "cut" else n + math.ceil(CARRYING * (units - n))
-        return self.padded(count) if padded else count
+        return self.padded(n) if padded else n
 
     def step_flops(self, samples: int, length: int, n_active: int, mode: BackwardMode, padded: bool = True) -> Flops:
         """See :meth:`UnitLayer.step_flops`; the layers above and below count with their gates as they stand."""

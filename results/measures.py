@@ -203,13 +203,6 @@ def _aggregate(values: Sequence[float | None]) -> tuple[float | None, float | No
     return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None
 
 
-def mode_of(run: Run) -> str:
-    """The backward mode, with the layers that have another."""
-    selection = run.config["selection"]
-    last = selection.get("cut_last")  # which older runs have not
-    return f"{selection['mode']}, cut in the last {last}" if last else str(selection["mode"])
-
-
 def summarise(
     rows: Mapping[Key, Sequence[Run]], baseline: Key, levels: Sequence[Level], score: Score = LOSS
 ) -> pd.DataFrame:
@@ -232,7 +225,7 @@ def summarise(
         numbers = [of_run(run, levels, score) | against(run, other, levels, score) for run, other in pairs]
         timed, paired = [run.timed for run in runs], [same_clock(run, other) for run, other in pairs]
         reached = sum(values["pflops_ratio"] is not None for values in numbers)
-        row: dict[str, object] = {"method": method, "model": model, "mode": mode_of(runs[0]),
+        row: dict[str, object] = {"method": method, "model": model, "mode": runs[0].config["selection"]["mode"],
                                   "budget": runs[0].config["method"]["budget"], "n": len(runs), "n_reached": reached,
                                   "n_timed": sum(timed), "n_timed_pairs": sum(paired)}  # fmt: skip
         for level in levels:

@@ -167,7 +167,6 @@ REFUSED = [  # overrides, a part of the sentence
     ("selection.units=[]", "method=baseline"),
     ("selection.interval=0.1", "selection.interval=0.1"),
     ("selection.mode=dense", "choose one of cut, exact"),
-    ("selection.cut_last=1", "selection.cut_last=1 is for the layers of a VGG"),
     ("selection.share=1.5", "selection.share=1.5"),
     ("selection.share=null", "exactly one of them"),
     ("selection.alpha=0.5", "exactly one of them"),
@@ -212,9 +211,6 @@ REFUSED_OF_IMAGES = [
     ("analysis=[descent]", "leave it out for model=vgg"),
     ("analysis=[attention]", "leave it out for model=vgg"),
     ("selection.reduction=online", "selection.reduction=online"),
-    ("selection.cut_last=14", "within [0, 13]"),
-    ("selection.cut_last=-1", "selection.cut_last=-1"),
-    ("selection.cut_last=2 selection.mode=sampled", "selection.mode=exact"),
 ]
 
 

@@ -395,21 +395,15 @@ def test_two_plans_in_a_table(root: Path) -> None:
     broken(root, "method=rand.* has train.marks=.*rows of one table share it", spec)
 
 
-def test_a_row_with_a_key_that_the_baseline_is_too_old_for(root: Path) -> None:
+def test_a_row_whose_runs_have_a_key_that_is_no_more(root: Path) -> None:
+    """Rows go together while it has the value that says what is computed now."""
     spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
     for seed in range(3):
         write_run(root, "rand", seed, [3, 2], selection__mode="cut", selection__cut_last=0)
     assert line(made(root, spec), "rand")["mode"] == "cut"
     for path in root.glob("t/method=rand*/seed=*/config.yaml"):
         path.write_text(path.read_text().replace("cut_last: 0", "cut_last: 2"))
-    broken(root, "method=rand.* has selection.cut_last=2 but .* has 0, .*rows of one table share it", spec)
-
-
-def test_the_mode_names_layers_that_have_another(tmp_path: Path) -> None:
-    for seed in range(3):
-        for method in ("baseline", "mat"):
-            write_run(tmp_path, method, seed, [3, 2], selection__mode="exact", selection__cut_last=3)
-    assert line(made(tmp_path), "mat")["mode"] == "exact, cut in the last 3"
+    broken(root, "method=rand.* has selection.cut_last=2 but .* has None, .*rows of one table share it", spec)
 
 
 def test_another_dataset(root: Path) -> None:

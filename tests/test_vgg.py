@@ -1,7 +1,6 @@
 """VGG: filter gates, their ledger and the estimator against naive references, and the features against torchvision."""
 
 import copy
-import itertools
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from mat.vgg import Maps, Vgg
 
 COUNTS = (4, 6, 5, 7)  # filters of tiny_vgg's layers
 N_UNITS = sum(COUNTS)
-MODES: tuple[BackwardMode, ...] = ("cut", "exact", "sampled")
+MODES: tuple[BackwardMode, ...] = ("cut", "exact")
 
 
 def first_of_each(*counts: int) -> list[bool]:
@@ -90,19 +89,6 @@ def test_gradients_and_statistics_equal_the_reference(
         torch.testing.assert_close(layer.variance, 0.9 + 0.1 * variance * count / (count - 1), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("cut_last", range(5))
-@pytest.mark.parametrize("active", ACTIVE)
-def test_the_last_layers_alone_are_cut(active: str, cut_last: int) -> None:
-    """``selection.cut_last``: as if the outputs of these layers' frozen filters, and no others, were detached."""
-    model, batch = tiny_vgg(), tiny_images()
-    modes: list[BackwardMode] = [*["exact"] * (4 - cut_last), *["cut"] * cut_last]  # type: ignore[list-item]
-    UnitIndex(unit_layers(model)).set_active(np.array(ACTIVE[active]), modes)
-    assert step_flops(model, batch) == flops.training_step(model, batch)  # runs the step, too
-    detached = {(name, u) for name, u in frozen_units(model) if int(name.removeprefix("features.")) >= 4 - cut_last}
-    expected = naive.filter_gradients(model, batch, detached)
-    assert_same_gradients(active_gradients(model), active_rows(model, expected), rtol=1e-9)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_in_evaluation_mode(mode: BackwardMode) -> None:
     """Running statistics then normalise; they do not move, and the gates work as in training."""
@@ -121,31 +107,7 @@ def test_gradients_in_evaluation_mode(mode: BackwardMode) -> None:
     logits, _ = naive.filters(p, batch.inputs, naive.pools_of(model), frozen, statistics)
     loss = nn.functional.cross_entropy(logits, batch.targets)
     expected = dict(zip(p, torch.autograd.grad(loss, list(p.values())), strict=True))
-    found = active_gradients(model)
-    if mode == "sampled":  # random below the highest layer
-        found = {n: g for n, g in found.items() if n.startswith(("features.3", "classifier"))}
-    wanted = active_rows(model, expected)
-    assert_same_gradients(found, {n: wanted[n] for n in found}, rtol=1e-9)
-
-
-@pytest.mark.parametrize("kept", [0, 2], ids=["none active", "two active"])
-def test_sampled_gradients_average_to_the_exact_ones(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    """Over all draws in one layer of five filters, of which 1 or (block 2) 2 carry beside the active ones."""
-    model, batch = tiny_vgg(block=1 if kept else 2), tiny_images()
-    active = first_of_each(4, 6, kept, 7)
-    set_gates(model, active, "exact")
-    model.loss(batch).backward()
-    expected = {name: None if g is None else g.clone() for name, g in active_gradients(model).items()}
-    draws = list(itertools.permutations(range(5 - kept)))
-    set_gates(model, active, "sampled")
-    model.zero_grad()
-    for layer in unit_layers(model):
-        layer.clear_gradient()
-    for draw in draws:
-        monkeypatch.setattr(torch, "randperm", lambda n, draw=draw: torch.tensor(draw))
-        (model.loss(batch) / len(draws)).backward()
-    assert_same_gradients(active_gradients(model), expected, rtol=1e-10)
-    assert model.features[2].carrying() < 5
+    assert_same_gradients(active_gradients(model), active_rows(model, expected), rtol=1e-9)
 
 
 def convolutions(model: Vgg, batch: ImageBatch) -> list[tuple[str, int, int]]:
@@ -395,10 +357,6 @@ def test_a_layer_by_hand() -> None:
     set_gates(model, [u == 0 for n in (4, 6) for u in range(n)], "exact")
     assert flops.training_step(model, batch) == Flops(
         forward, position * 6 * 4 + head, position * (2 * 2 + 2 * 4) + head
-    )
-    set_gates(model, [u == 0 for n in (4, 6) for u in range(n)], "sampled")  # 1 + 1 of 3, and 1 + 2 of 5, which is 4
-    assert flops.training_step(model, batch) == Flops(
-        forward, position * 4 * 2 + head, position * (2 * 2 + 2 * 4) + head
     )
 
 
