@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,6 @@ class Subject:
         self.model, self.batch, self.recipe, self.bfloat16 = model, batch, recipe, bfloat16
         self.forward = forward or model
         self.optimiser = build_optimiser(model, recipe)
-        self.stepper = Stepper(
-            model, self.optimiser, lambda: autocast(bfloat16), recipe.clip, graphs=DEVICE.type == "cuda"
-        )
 
     def backward(self) -> None:
         """Forward and backward, gates as they stand."""
@@ -103,11 +101,13 @@ class Subject:
         torch.autograd.backward(loss if extra is None else loss + extra)
 
     def step(self, share: float = 1.0, mode: BackwardMode = "cut") -> Action:
-        """A whole training step as in a run (on CUDA a graph) with a share of the units active."""
+        """A whole training step as in a run with a share of the units active; on CUDA a graph of its own."""
+        context, graphs = partial(autocast, self.bfloat16), DEVICE.type == "cuda"
+        stepper = Stepper(self.model, self.optimiser, context, self.recipe.clip, graphs=graphs)
 
         def run() -> None:
             set_share(self.model, share, mode)
-            self.stepper.step(self.batch, self.recipe.lr)
+            stepper.step(self.batch, self.recipe.lr)
 
         return run
 

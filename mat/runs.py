@@ -6,7 +6,6 @@ selects or not. ``summary.json`` is written last: its presence means that the ru
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -138,10 +137,7 @@ class RunFolder:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Command, commit, versions, device, threads, precision of this process; None for what git does not tell.
-
-    A copy of the code without its repository, as in a container, is told its commit in MAT_COMMIT.
-    """
+    """Command, commit, versions, device, threads, precision of this process; None for what git does not tell."""
 
     def git(*arguments: str) -> str | None:
         root = Path(__file__).resolve().parent.parent
@@ -154,7 +150,7 @@ def environment(config: Config) -> dict[str, Any]:
     device = config.hardware.device
     return {
         "command": _command(),
-        "commit": git("rev-parse", "HEAD") or os.environ.get("MAT_COMMIT"),
+        "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),

@@ -60,7 +60,6 @@ class Stepper:
         self._layers = unit_layers(model)
         self._recorded: OrderedDict[Key, _Recorded | None] = OrderedDict()  # None: seen once
         self._lr = torch.zeros((), device=self.device)
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def step(self, batch: Batch, lr: float, record: bool = True) -> Outcome:
         """Update the model; on CUDA this returns before the device is done.
@@ -95,7 +94,8 @@ class Stepper:
         for layer in self._layers:
             layer.before_capture(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # one at a time replays, so they share
+        others = [recorded.graph.pool() for recorded in self._recorded.values() if recorded]
+        with torch.cuda.graph(graph, pool=others[0] if others else None):  # one at a time replays, so they share
             outcome = self._compute(static, self._lr)
         held = [tensor for layer in self._layers for tensor in layer.after_capture()]
         self.optimiser.clear()  # its gradients lie in the graph's memory

@@ -528,7 +528,8 @@ def test_numbers_as_text() -> None:
 def test_table_3_shows_percent_and_stresses_the_highest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     for seed in range(3):
-        for method, best, speed in (("baseline", 1, 1), ("rand", 2, 1.1), ("multirate", 1.5, 0.8), ("mat", 0.5, 0.6)):
+        methods = ("baseline", 1, 1), ("rand", 2, 1.1), ("multirate", 1.5, 0.8), ("mat", 0.5, 0.6), ("fitted", 2, 1)
+        for method, best, speed in (*methods, ("mat_equal", 2, 1)):
             best = 0.9 if (method, seed) == ("rand", 0) else best
             write_run(runs, method, seed, [9, 8, 1.4, best], name="table3_mini", model="vgg16_mini", dataset="cifar10",
                       speed=speed)  # fmt: skip
