@@ -71,10 +71,14 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         resolved = asdict(config)
         known = path / "config.yaml"
-        begun = (path / "summary.json").is_file() or (self.checkpoints / "latest.pt").is_file()
+        complete = (path / "summary.json").is_file()
+        begun = complete or (self.checkpoints / "latest.pt").is_file()
         if known.is_file() and begun:  # a run that was refused or killed before its first checkpoint holds nothing
             before: Any = OmegaConf.to_container(OmegaConf.load(known))
-            if differing := differences(before, resolved):
+            differing = differences(before, resolved)
+            if complete:  # and stands, whatever it was made on
+                differing = {key: values for key, values in differing.items() if not key.startswith("hardware.")}
+            if differing:
                 raise UserError(
                     f"{path} holds a run with another {next(iter(differing))}: remove that folder, or give this run "
                     "another name=..."
