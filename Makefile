@@ -10,6 +10,7 @@ $(error SCALE=$(SCALE) is not known: choose mini or full)
 endif
 SHALLOW := bert$(SUFFIX)_shallow
 comma := ,
+CONTROLS := method=fitted$(comma)mat_equal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench gpu-check clean
@@ -48,11 +49,11 @@ table1: $(VENV)/installed ## train BERT on WikiText-2 with the four methods, the
 table1-controls: table1 ## the controls beside Table 1, then their table (SCALE=mini or full)
 	$(call train-and-show,table1_controls$(SUFFIX),model=$(SHALLOW) method=fitted)
 
-table2: $(VENV)/installed ## train Switch on WikiText-103 (mini: enwiki2015) with the four methods, then Table 2
-	$(call train-and-show,table2$(SUFFIX))
+table2: $(VENV)/installed ## train Switch on WikiText-103 (mini: enwiki2015) with the four methods and two controls, then Table 2
+	$(call train-and-show,table2$(SUFFIX),$(CONTROLS))
 
-table3: $(VENV)/installed ## train VGG16 on CIFAR-10 with the four methods, then Table 3
-	$(call train-and-show,table3$(SUFFIX),method=fitted$(comma)mat_equal)
+table3: $(VENV)/installed ## train VGG16 on CIFAR-10 with the four methods and two controls, then Table 3
+	$(call train-and-show,table3$(SUFFIX),$(CONTROLS))
 
 tables: $(VENV)/installed ## every table whose runs are there
 	$(RUN) -m results.tables all --runs $(RUNS)

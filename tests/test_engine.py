@@ -151,7 +151,7 @@ def test_complete_run_is_skipped(finished, monkeypatch):
 def test_a_complete_run_stands_whatever_it_was_made_on_but_a_begun_one_goes_on_there(cache, tmp_path):
     config = small(cache, "method=mat", steps=12)
     other = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision="bfloat16"))
-    run_interrupted(config, tmp_path / "run", "_train_step", 8, "sigterm")
+    run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
     with pytest.raises(UserError, match=r"holds a run with another hardware.precision"):
         engine.run(other, tmp_path / "run")
     summary = engine.run(config, tmp_path / "run")

@@ -563,7 +563,7 @@ def test_table_3_shows_percent_and_stresses_the_highest(tmp_path: Path, capsys: 
 def test_table_2_has_the_columns_of_table_1(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for seed in range(3):
-        for method in ("baseline", "rand", "multirate", "mat"):
+        for method in ("baseline", "rand", "multirate", "mat", "fitted", "mat_equal"):
             write_run(runs, method, seed, [9, 8, 5, 4], name="table2_mini", model="switch_mini", dataset="enwiki2015")
     assert tables.main(arguments(runs, "table2_mini")) == 0
     markdown = (tmp_path / "out" / "table2_mini.md").read_text()
