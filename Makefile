@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SCALE ?= mini
+HARDWARE ?=
 RUNS ?= results/runs
 SUFFIX := $(if $(filter full,$(SCALE)),,_mini)
 ifeq ($(filter $(SCALE),mini full),)
@@ -11,6 +12,7 @@ endif
 SHALLOW := bert$(SUFFIX)_shallow
 comma := ,
 CONTROLS := method=fitted$(comma)mat_equal
+ON := $(if $(HARDWARE),hardware=$(HARDWARE))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench gpu-check clean
@@ -37,8 +39,8 @@ lint: $(VENV)/installed ## ruff and mypy
 
 # Of an experiment, and, with a second argument, of rows that its sweep does not have.
 define train-and-show
-	$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS)
-	$(if $(2),$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS) $(2))
+	$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS) $(ON)
+	$(if $(2),$(RUN) launch.py -m +experiment=$(1) runs=$(RUNS) $(ON) $(2))
 	$(RUN) -m results.tables $(1) --runs $(RUNS)
 	$(RUN) -m results.curves $(1) --runs $(RUNS)
 endef
@@ -59,7 +61,7 @@ tables: $(VENV)/installed ## every table whose runs are there
 	$(RUN) -m results.tables all --runs $(RUNS)
 
 figures: $(VENV)/installed ## the runs behind Figures 1 to 5 (complete ones are skipped), then the figures (SCALE=mini or full)
-	for n in 1 2 3 4 5; do $(RUN) launch.py -m +experiment=figure$$n$(SUFFIX) runs=$(RUNS) || exit; done
+	for n in 1 2 3 4 5; do $(RUN) launch.py -m +experiment=figure$$n$(SUFFIX) runs=$(RUNS) $(ON) || exit; done
 	$(RUN) -m results.figures all --suffix=$(SUFFIX) --runs $(RUNS)
 
 report: $(VENV)/installed ## results/report.html: every run in one page that opens without a network

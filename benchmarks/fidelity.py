@@ -143,7 +143,7 @@ def study(setting: Setting, stage: str, sizes: tuple[int, ...]) -> pd.DataFrame:
             def call(samples: int = samples, reduction: str = reduction, m: int = m, into: Any = found) -> None:
                 into.append(estimate(samples, reduction, m, seed=len(into)))  # type: ignore[arg-type]
 
-            spent, dense = medians([call, step], calls, warmup=1)
+            spent, dense = medians([call, step], calls)
             add(reduction, m, samples, found, spent / dense)
         training = [Subject(model, setting.batches(2 + i, samples), RECIPE, bfloat16) for i in range(ONLINE_BATCHES)]
         results: list[NDArray[np.float64]] = []

@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks import vgg as images
 from benchmarks.harness import (
     DEVICE,
+    MODES,
     Action,
     Row,
     Subject,
@@ -42,7 +43,6 @@ from mat.config import SwitchConfig
 from mat.switch import Switch
 from mat.units import BackwardMode, unit_layers
 
-MODES: tuple[BackwardMode, ...] = ("cut", "exact")
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3, 1 / 8, 0.0)
 PEAKS = (1.0, 1 / 3, 0.0)  # shares whose peak memory is measured
 COLOURS = {"cut": "#0072B2", "exact": "#D55E00"}

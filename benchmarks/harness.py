@@ -32,6 +32,7 @@ from mat.units import BackwardMode, unit_layers
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODES: tuple[BackwardMode, ...] = ("cut", "exact")
 LOAD_BEFORE = os.getloadavg()
 Action = Callable[[], object]
 
@@ -101,7 +102,7 @@ class Subject:
         torch.autograd.backward(loss if extra is None else loss + extra)
 
     def step(self, share: float = 1.0, mode: BackwardMode = "cut") -> Action:
-        """A whole training step as in a run with a share of the units active; on CUDA a graph of its own."""
+        """A training step as in a run, a share of the units active; on CUDA a graph of its own, from the third call."""
         context, graphs = partial(autocast, self.bfloat16), DEVICE.type == "cuda"
         stepper = Stepper(self.model, self.optimiser, context, self.recipe.clip, graphs=graphs)
 
@@ -177,7 +178,7 @@ def medians(actions: list[Action], repeats: int, warmup: int = 2) -> list[float]
 def peak_bytes(action: Action) -> int:
     """Largest memory during one call beyond what was held before it: the device's, or the process's on a CPU.
 
-    For :func:`in_process`. Call something like it before, so that libraries and their scratch space are there.
+    On a CPU for :func:`in_process`. Call something like it before, so that libraries and their scratch space are there.
     """
     gc.collect()
     if DEVICE.type == "cuda":

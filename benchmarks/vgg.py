@@ -17,6 +17,7 @@ from torchvision.models.vgg import make_layers
 
 from benchmarks.harness import (
     DEVICE,
+    MODES,
     Action,
     Row,
     Subject,
@@ -38,7 +39,6 @@ STAGES = {"vgg16": FULL, "vgg16_mini": [[filters // 2 for filters in stage] for 
 REPEATS = {"vgg16": 9, "vgg16_mini": 21}
 RECIPE = TrainConfig(pflops=1, batch=128, lr=1e-3, optimiser="sgd", weight_decay=5e-4, clip=None)
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3, 1 / 8, 0.0)
-MODES: tuple[BackwardMode, ...] = ("cut", "exact")
 
 
 def pictures(samples: int = RECIPE.batch) -> ImageBatch:

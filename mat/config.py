@@ -162,7 +162,7 @@ class HardwareConfig:
     device: str = choice("cpu", "cuda")
     precision: str = choice("float32", "bfloat16")  # bfloat16: autocast
     threads: int | None = number(1, os.cpu_count() or 1, None)  # CPU threads; all when null
-    graphs: bool = False  # CUDA: training steps are recorded as graphs and replayed while the gates stand
+    graphs: bool = False  # CUDA: training steps are captured as graphs and replayed while the gates stand
     gather_block: int = number(
         1, default=16
     )  # convolutions: the channels that a gated backward gathers are padded to multiples of this
@@ -384,7 +384,7 @@ def validate(config: Config) -> None:
     if isinstance(model, SwitchConfig):
         _validate_switch(model, selection.units)
     if isinstance(model, VggConfig):
-        _validate_vgg(model, selection)
+        _validate_vgg(model)
     _validate_dataset(config.dataset)
 
     for name in config.analysis:
@@ -402,7 +402,7 @@ def validate(config: Config) -> None:
             f"train.accumulation={train.accumulation} does not divide train.batch={train.batch}: choose a divisor."
         )
     if config.hardware.graphs and config.hardware.device != "cuda":
-        raise UserError("hardware.graphs=true records CUDA graphs: set it to false, or choose hardware=cuda.")
+        raise UserError("hardware.graphs=true captures CUDA graphs: set it to false, or choose hardware=cuda.")
     if train.schedule == "step":
         for drop in train.drops:
             _between("train.drops", drop, train.warmup, 1)
@@ -467,7 +467,7 @@ def _validate_switch(model: SwitchConfig, units: list[str]) -> None:
         )
 
 
-def _validate_vgg(model: VggConfig, selection: SelectionConfig) -> None:
+def _validate_vgg(model: VggConfig) -> None:
     if not model.stages or not all(model.stages):
         raise UserError(f"model.stages={model.stages} has an empty stage: give the filters of at least one layer each.")
     for filters in (count for stage in model.stages for count in stage):

@@ -37,7 +37,7 @@ from mat.units import BackwardMode, UnitIndex, unit_layers
 
 PFLOP = 1e15
 THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
-COSTS = 16  # of steps are remembered
+COSTS = 16  # steps whose cost is remembered
 DIVERGED = 3.0  # a training loss this many times the first one will not come back
 
 
@@ -191,37 +191,36 @@ class Training:
         """What a training step on a batch spends with the gates as they stand."""
         key = *self.stepper.key(batch), padded
         if key not in self._costs:  # a GPU makes a step in the time that this takes
-            if len(self._costs) > COSTS:
+            if len(self._costs) == COSTS:
                 self._costs.clear()
             self._costs[key] = flops.training_step(self.model, batch, padded, self.config.train.accumulation)
         return self._costs[key]
 
-    def _train_step(self, batch: Batch, cost: Flops, record: bool = True) -> None:
+    def _train_step(self, batch: Batch, cost: Flops, capture: bool = True) -> None:
         start = time.perf_counter()
         lr = learning_rate(self.config.train, (self.spent.figure + cost.figure / 2) / self.budget)
-        outcome = self.stepper.step(batch, lr, record)
+        outcome = self.stepper.step(batch, lr, capture)
         self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         if self.device.type == "cuda":  # which computes meanwhile
             self._next = self.step + 1, self.data.train_batch(self.step + 1, self.config.train.batch)
-        metrics = outcome.read()
+        seen = outcome.read()
         self.seconds += time.perf_counter() - start
-        loss = metrics.pop("loss")
-        self._refuse_divergence(loss, metrics.pop("norm"))
+        self._refuse_divergence(seen.loss, seen.norm)
 
         self.step += 1
         self.spent += cost
         active_share = self.index.active_share
         self.share_sum += active_share
-        self.window.append(loss)
-        if metrics:
-            self.recent.append({**metrics, "samples": batch.samples})
+        self.window.append(seen.loss)
+        if seen.metrics:
+            self.recent.append({**seen.metrics, "samples": batch.samples})
         if self.step % self.config.train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
-            noticed = {**self._running_metrics(), **self.model.monitors()}
+            noticed = {**self._running_metrics(), **seen.monitors}
             self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **noticed)
         best = None if math.isinf(self.best["loss"]) else self.best["loss"]
-        self.progress.update(self.spent.figure / PFLOP, loss, active_share, best)
+        self.progress.update(self.spent.figure / PFLOP, seen.loss, active_share, best)
 
     def _running_metrics(self) -> dict[str, float]:
         """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
@@ -314,7 +313,7 @@ class Training:
             if self._online:
                 batch = self._train_batch()
                 with ntk.Online(self.model, self.index) as online:
-                    self._train_step(batch, cost, record=False)
+                    self._train_step(batch, cost, capture=False)
                 found = online.result(memory)
             else:
                 with self._autocast():

@@ -92,8 +92,8 @@ class UnitModel(nn.Module):
         """Means over the batch beside the loss, such as the accuracy: scalars, on the device."""
         return {}
 
-    def monitors(self) -> dict[str, float]:
-        """What the last training forward pass noticed about itself."""
+    def monitors(self) -> dict[str, Tensor]:
+        """What the last training forward pass noticed about itself: scalars, on the device."""
         return {}
 
     def rest_flops(self, batch: Any) -> Flops:

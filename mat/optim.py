@@ -229,6 +229,8 @@ class UnitSGD(UnitOptimiser):
     def step(self, lr: float | Tensor) -> None:
         """See :meth:`UnitOptimiser.step`."""
         trained = [(slot, g) for slot in self.slots if (g := slot.gradient()) is not None]
+        if not trained:
+            return
         rows = [_active_rows(slot) for slot, _ in trained]
         parameters = [slot.parameter.detach() for slot, _ in trained]
         momenta = [slot.state["momentum"] for slot, _ in trained]

@@ -9,7 +9,7 @@ import json
 import platform
 import shlex
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from mat.config import Config, differences, is_incidental
+from mat.config import Config, HardwareConfig, differences, is_incidental
 from mat.errors import UserError
 from mat.files import replacing
 
+MACHINE = tuple(f"hardware.{f.name}" for f in fields(HardwareConfig) if f.name != "precision")
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
@@ -62,7 +63,7 @@ class RunFolder:
         config: The run's configuration.
 
     Raises:
-        UserError: If the folder holds a run of another configuration.
+        UserError: If the folder holds a run of another configuration, or one begun on other hardware.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -76,8 +77,8 @@ class RunFolder:
         if known.is_file() and begun:  # a run that was refused or killed before its first checkpoint holds nothing
             before: Any = OmegaConf.to_container(OmegaConf.load(known))
             differing = differences(before, resolved)
-            if complete:  # and stands, whatever it was made on
-                differing = {key: values for key, values in differing.items() if not key.startswith("hardware.")}
+            if complete:  # and stands, whatever machine made it
+                differing = {k: v for k, v in differing.items() if k not in MACHINE}
             if differing:
                 raise UserError(
                     f"{path} holds a run with another {next(iter(differing))}: remove that folder, or give this run "

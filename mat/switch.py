@@ -299,8 +299,8 @@ class Switch(MaskedEncoder):
             layer.auxiliary = None  # it would keep the step's graph alive
         return torch.stack(losses).sum() if losses else None
 
-    def monitors(self) -> dict[str, float]:
+    def monitors(self) -> dict[str, Tensor]:
         """Largest load of any expert, share of dropped tokens and router entropy in nats (means over switch layers)."""
         found = [layer.monitors() for layer in self.switch_layers]
         columns = {name: torch.stack([layer[name] for layer in found]) for name in found[0]}
-        return {name: float(v.max() if name == "expert_load" else v.mean()) for name, v in columns.items()}
+        return {name: v.max() if name == "expert_load" else v.mean() for name, v in columns.items()}

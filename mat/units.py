@@ -6,7 +6,7 @@ A gate is a boolean vector over the layer's units and a backward mode (paper sec
 
 ``cut``    nothing flows back through a frozen unit: its part of the forward pass runs without gradients, keeps no
            activations and costs no backward at all;
-``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient;
+``exact``  only the weight gradients of frozen units are skipped, so active units receive the dense gradient.
 
 Gradients of the active units land where the optimiser finds them (``UnitLayer.gradient``): in ``p.grad`` when all
 units are active, else in a compact block with one row per active unit. Frozen units never get a gradient tensor.
@@ -251,10 +251,9 @@ class UnitLayer(nn.Module):
             self._numbers(side, device)
 
     def after_capture(self) -> list[Tensor]:
-        """What a CUDA graph captured just now reads; it must live as long. The layer itself lets go of it."""
-        held = [*self._index.values(), *(block.rows for block in self._blocks.values())]
-        self._blocks.clear()
-        return held
+        """What a CUDA graph captured just now reads and did not make; it must live as long as the graph."""
+        self._blocks.clear()  # they lie in the graph's memory, and every replay gathers them before it reads them
+        return list(self._index.values())
 
     def compute(self, x: Any, w: UnitTensors) -> Any:
         """Contribution of the units whose rows are in ``w``, added up."""

@@ -150,12 +150,17 @@ def test_complete_run_is_skipped(finished, monkeypatch):
 
 def test_a_complete_run_stands_whatever_it_was_made_on_but_a_begun_one_goes_on_there(cache, tmp_path):
     config = small(cache, "method=mat", steps=12)
-    other = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision="bfloat16"))
+    other, rougher = (
+        dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, **changed))
+        for changed in ({"gather_share": 0.5}, {"precision": "bfloat16"})
+    )
     run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
-    with pytest.raises(UserError, match=r"holds a run with another hardware.precision"):
+    with pytest.raises(UserError, match=r"holds a run with another hardware.gather_share"):
         engine.run(other, tmp_path / "run")
     summary = engine.run(config, tmp_path / "run")
     assert summary is not None and engine.run(other, tmp_path / "run") == summary
+    with pytest.raises(UserError, match=r"holds a run with another hardware.precision"):
+        engine.run(rougher, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
