@@ -272,8 +272,16 @@ def _gather(x: Tensor, token: Tensor) -> Tensor:
 
 
 def _rows(parameter: Tensor, order: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of a parameter: those of a chunk of all experts, or of an order of them."""
-    return (parameter[chunk] if order is None else parameter.index_select(0, order[chunk])).to(dtype)
+    """Rows of a parameter: those of a chunk of all experts, or of an order of them.
+
+    On a CPU without a copy, but for the type, if they follow one another: a chunk is often a single expert there.
+    """
+    if order is None:
+        return parameter[chunk].to(dtype)
+    experts = order[chunk]
+    if not experts.is_cuda and int(experts[-1] - experts[0]) == len(experts) - 1:
+        return parameter[int(experts[0]) : int(experts[-1]) + 1].to(dtype)
+    return parameter.index_select(0, experts).to(dtype)
 
 
 class Switch(MaskedEncoder):

@@ -137,7 +137,7 @@ RUNS = {
 def test_replayed_steps_are_the_launched_ones(
     family: str, mode: str, method: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole run, selections and short batches included, with its steps recorded as graphs and without."""
+    """A whole run, selections and short batches included, with its steps captured as graphs and without."""
     modality, overrides = RUNS[family]
     captured: list[object] = []
     plain = Stepper._capture

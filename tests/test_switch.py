@@ -629,3 +629,11 @@ def test_a_run_logs_what_the_router_does(method: str, tmp_path: Path, cache: Pat
     logged = events(tmp_path / "run", "train")
     assert logged and all(1 / 4 <= e["expert_load"] <= 1 and 0 <= e["drop_rate"] < 1 for e in logged)
     assert all(0 < e["router_entropy"] <= np.log(4) + 1e-6 for e in logged)
+
+
+@pytest.mark.parametrize("experts, copied", [([1], False), ([1, 2], False), ([0, 2], True)])
+def test_experts_that_follow_one_another_are_not_copied(experts: list[int], copied: bool) -> None:
+    parameter = torch.randn(4, 3)
+    rows = switch._rows(parameter, torch.tensor(experts), slice(0, len(experts)), torch.float32)
+    assert torch.equal(rows, parameter[experts])
+    assert (rows.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()) is copied
