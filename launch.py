@@ -1,6 +1,6 @@
 """Run one experiment, or a sweep with -m. ``python launch.py --help`` shows what can be chosen.
 
-Follow a run from here: compose (conf/) -> mat.config.resolve -> mat.engine.run -> the run folder.
+Follow a run from here: compose (conf/) -> mat.suite.config.resolve -> mat.suite.engine.run -> the run folder.
 """
 
 import os
@@ -10,9 +10,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mat.config import register_schemas, resolve
-from mat.errors import RunFailed, UserError
-from mat.explain import explain
+from mat.suite.config import register_schemas, resolve
+from mat.suite.errors import RunFailed, UserError
+from mat.suite.explain import explain
 
 register_schemas()
 exit_codes = [0]
@@ -27,8 +27,8 @@ def main(composed: DictConfig) -> None:
         config = resolve(composed)
         if checking:
             return
-        from mat import engine  # torch is slow to import: --help and typos should answer at once
-        from mat.runs import folder_of
+        from mat.suite import engine  # torch is slow to import: --help and typos should answer at once
+        from mat.suite.runs import folder_of
 
         folder = folder_of(config, list(HydraConfig.get().overrides.task))
         summary = engine.run(config, folder)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import Row, Subject, medians, row, seconds, write
 from benchmarks.step import bert
-from mat.units import unit_layers
+from mat.suite.units import unit_layers
 
 REPEATS, CHANGES = 9, 10
 TOLERANCE = 0.05  # of the gradients' norm: both are rounded to bf16, each in its own order

@@ -32,12 +32,12 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import DEVICE, Subject, autocast, medians, path_of, row, save, write
 from benchmarks.step import RECIPE
-from mat import data, ntk
-from mat.bert import Bert
-from mat.config import BertConfig, TextConfig
-from mat.data.masking import MaskedBatch, mask
-from mat.optim import UnitAdamW
-from mat.units import UnitIndex, unit_layers
+from mat.suite import data, ntk
+from mat.suite.bert import Bert
+from mat.suite.config import BertConfig, TextConfig
+from mat.suite.data.masking import MaskedBatch, mask
+from mat.suite.optim import UnitAdamW
+from mat.suite.units import UnitIndex, unit_layers
 
 SIZES = (8, 16, 32, 64)
 REDUCTIONS = (("sum", 1, 1), ("loss", 1, 1), ("random", 1, 3), ("random", 4, 2), ("random", 16, 1))  # m, timed calls

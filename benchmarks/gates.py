@@ -38,10 +38,10 @@ from benchmarks.harness import (
     write_table,
 )
 from benchmarks.step import RECIPE, batch_of, bert, by_position, twin
-from mat import flops
-from mat.config import SwitchConfig
-from mat.switch import Switch
-from mat.units import BackwardMode, unit_layers
+from mat.suite import flops
+from mat.suite.config import SwitchConfig
+from mat.suite.switch import Switch
+from mat.suite.units import BackwardMode, unit_layers
 
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3, 1 / 8, 0.0)
 PEAKS = (1.0, 1 / 3, 0.0)  # shares whose peak memory is measured

@@ -22,13 +22,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from mat.allocator import keep_freed_memory
-from mat.config import Config, HardwareConfig, TrainConfig
-from mat.interface import Batch, UnitModel
-from mat.optim import build_optimiser
-from mat.runs import environment
-from mat.stepper import Stepper
-from mat.units import BackwardMode, unit_layers
+from mat.suite.allocator import keep_freed_memory
+from mat.suite.config import Config, HardwareConfig, TrainConfig
+from mat.suite.interface import Batch, UnitModel
+from mat.suite.optim import build_optimiser
+from mat.suite.runs import environment
+from mat.suite.stepper import Stepper
+from mat.suite.units import BackwardMode, unit_layers
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@
 Given the same reduction (random signs, n = 32, m = 1), ours in bf16 autocast. Neither torch.func's transforms nor
 BackPACK work under autocast, so the peers get a twin that is bf16 throughout, which is no slower:
 
-``ours``           ``mat.ntk.estimate``
+``ours``           ``mat.suite.ntk.estimate``
 ``vmap(grad)``     torch.func per-sample gradients of the reduced outputs, sliced by unit, multiplied
 ``ntk tutorial``   the empirical NTK of torch.func's tutorial (``jacrev`` per sample, contraction by einsum) per unit
 ``BackPACK``       per-sample gradients by ``BatchGrad``, sliced by unit, multiplied
@@ -45,12 +45,12 @@ from benchmarks.harness import (
     write,
 )
 from benchmarks.step import RECIPE, batch_of
-from mat import ntk
-from mat.attention import rotary_table
-from mat.bert import Bert
-from mat.config import BertConfig
-from mat.data.masking import MaskedBatch
-from mat.units import UnitIndex, unit_layers
+from mat.suite import ntk
+from mat.suite.attention import rotary_table
+from mat.suite.bert import Bert
+from mat.suite.config import BertConfig
+from mat.suite.data.masking import MaskedBatch
+from mat.suite.units import UnitIndex, unit_layers
 
 MINI = BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "rotary", "pre")
 VOCABULARY, LENGTH, SAMPLES, SEED = 4096, 128, 32, 0
@@ -86,7 +86,7 @@ class TwinBlock(nn.Module):
 
 
 class Twin(nn.Module):
-    """A pre-norm rotary ``mat.bert.Bert`` from stock layers, with its weights.
+    """A pre-norm rotary ``mat.suite.bert.Bert`` from stock layers, with its weights.
 
     Args:
         model: The model to copy.

@@ -20,10 +20,10 @@ import torch
 
 from benchmarks.harness import DEVICE, autocast, medians, path_of, save, write
 from benchmarks.step import batch_of
-from mat import flops, ntk
-from mat.bert import Bert
-from mat.config import BertConfig
-from mat.units import unit_layers
+from mat.suite import flops, ntk
+from mat.suite.bert import Bert
+from mat.suite.config import BertConfig
+from mat.suite.units import unit_layers
 
 POINTS = {
     "units": (4, 8, 16, 32, 64),

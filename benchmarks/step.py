@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE, Row, Subject, autocast, medians, row, set_share, stock_step, write
 from benchmarks.switch import their_layer
-from mat import flops, ntk
-from mat.bert import Bert, MaskedEncoder
-from mat.config import CONF, BertConfig, TrainConfig, register_schemas, resolve
-from mat.data.masking import MaskedBatch, mask
-from mat.models import build
-from mat.switch import Experts
-from mat.units import UnitIndex, unit_layers
+from mat.suite import flops, ntk
+from mat.suite.bert import Bert, MaskedEncoder
+from mat.suite.config import CONF, BertConfig, TrainConfig, register_schemas, resolve
+from mat.suite.data.masking import MaskedBatch, mask
+from mat.suite.models import build
+from mat.suite.switch import Experts
+from mat.suite.units import UnitIndex, unit_layers
 
 SIZES = {
     "mini": (BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "learned", "post"), 4096, 16, 128),

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE, Row, autocast, medians, row, write
-from mat import switch
-from mat.config import SwitchConfig
-from mat.switch import Experts
+from mat.suite import switch
+from mat.suite.config import SwitchConfig
+from mat.suite.switch import Experts
 
 SAMPLES, LENGTH, EXPERTS = 16, 128, 8
 WANTED = {256: 1 / 1.5, 768: 1.0}

@@ -29,10 +29,10 @@ from benchmarks.harness import (
     write,
     write_table,
 )
-from mat.config import HardwareConfig, ImageConfig, TrainConfig, VggConfig
-from mat.data.images import ImageBatch, Images
-from mat.units import BackwardMode, unit_layers
-from mat.vgg import FilterLayer, Maps, Vgg
+from mat.suite.config import HardwareConfig, ImageConfig, TrainConfig, VggConfig
+from mat.suite.data.images import ImageBatch, Images
+from mat.suite.units import BackwardMode, unit_layers
+from mat.suite.vgg import FilterLayer, Maps, Vgg
 
 FULL = [[64, 64], [128, 128], [256] * 3, [512] * 3, [512] * 3]
 STAGES = {"vgg16": FULL, "vgg16_mini": [[filters // 2 for filters in stage] for stage in FULL]}

@@ -12,8 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mat.errors import UserError
-from mat.glance import LEDGER, Glance
+from mat.suite.errors import UserError
+from mat.suite.glance import LEDGER, Glance
 from results.curves import LINES, OTHER_MODEL, STATES, band, count, layer_colours
 from results.measures import Array
 

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from mat.errors import UserError
-from mat.glance import Glance
+from mat.suite.errors import UserError
+from mat.suite.glance import Glance
 from results.cli import add_seeds, parser_of
 from results.frame import Key, Run
 from results.measures import LOSS, Array, Score

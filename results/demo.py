@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mat.errors import UserError
-from mat.glance import LEDGER
+from mat.suite.errors import UserError
+from mat.suite.glance import LEDGER
 from results.cli import parser_of
 from results.curves import draw
 from results.frame import Key, Run

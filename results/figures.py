@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from mat.errors import UserError
+from mat.suite.errors import UserError
 from results.cli import parser_of
 from results.curves import LINES, STATES, STYLE, draw_band, layer_colours
 from results.measures import LOSS

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from mat.errors import UserError
-from mat.glance import Glance
+from mat.suite.errors import UserError
+from mat.suite.glance import Glance
 from results.frame import Key, Run
 
 Array = npt.NDArray[np.float64]

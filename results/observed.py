@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mat.errors import UserError
-from mat.glance import Glance, look_below
+from mat.suite.errors import UserError
+from mat.suite.glance import Glance, look_below
 from results.measures import Array
 
 NOISE = 1e-6  # eigenvalues below this share of the largest are rounding

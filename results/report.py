@@ -16,9 +16,9 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from mat.errors import UserError
-from mat.glance import Glance, look_below
-from mat.show import clock, number
+from mat.suite.errors import UserError
+from mat.suite.glance import Glance, look_below
+from mat.suite.show import clock, number
 from results import charts
 from results.cli import add_seeds, parser_of
 from results.curves import LINES

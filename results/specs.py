@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mat.errors import UserError
+from mat.suite.errors import UserError
 from results.frame import Key, Run, group, read_runs
 from results.measures import ACCURACY, LOSS, Level, Mark, Score, Until
 

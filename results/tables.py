@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from mat.errors import UserError
+from mat.suite.errors import UserError
 from results.cli import add_seeds, parser_of
 from results.frame import Key, MissingRow, Run
 from results.measures import Level, Mark, Until, mean_column, summarise

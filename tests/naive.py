@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat.attention import rotary_table
-from mat.bert import MaskedEncoder
-from mat.config import BertConfig
-from mat.data.images import ImageBatch
-from mat.data.masking import MaskedBatch
-from mat.vgg import Vgg
+from mat.suite.attention import rotary_table
+from mat.suite.bert import MaskedEncoder
+from mat.suite.config import BertConfig
+from mat.suite.data.images import ImageBatch
+from mat.suite.data.masking import MaskedBatch
+from mat.suite.vgg import Vgg
 
 Unit = tuple[str, int]  # name of the unit layer in the model, and which unit
 

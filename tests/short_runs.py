@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mat.config import CONF, Config, register_schemas, resolve
+from mat.suite.config import CONF, Config, register_schemas, resolve
 
 register_schemas()
 STEP = {"text": 2e-9, "image": 15e-9}  # PFLOPs of a dense training step of a small model, rounded up

@@ -7,7 +7,7 @@ from naive import rotate
 from tiny import shapes
 from torch import Tensor
 
-from mat.attention import attention, rotary_table
+from mat.suite.attention import attention, rotary_table
 
 CASES = shapes(batch=(1, 3), length=(1, 7, 16), heads=(1, 3), width=(2, 6), rotary=(False, True))
 

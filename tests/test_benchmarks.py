@@ -16,7 +16,7 @@ from tiny import tiny_batch, tiny_bert
 from benchmarks import gpu_check, harness
 from benchmarks.fidelity import compare
 from benchmarks.harness import Subject
-from mat.config import TrainConfig
+from mat.suite.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def run(code: str) -> str:
 
 FAULTS = """
 import resource, torch
-from mat.allocator import keep_freed_memory
+from mat.suite.allocator import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -56,7 +56,7 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
 
 def test_the_allocator_is_set_when_times_are_taken_and_not_before() -> None:
     """A peak of memory measured in a process that keeps what is freed would be that of everything before."""
-    code = "from benchmarks import harness; from mat.allocator import keep_freed_memory as k; "
+    code = "from benchmarks import harness; from mat.suite.allocator import keep_freed_memory as k; "
     code += "print(k.cache_info().currsize); harness.medians([lambda: 0], 1); print(k.cache_info().currsize)"
     assert run(code).split() == ["0", "1"]
 

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_batch, tiny_bert, tiny_config
 from torch import Tensor
 
-from mat.bert import Attention, Bert
+from mat.suite.bert import Attention, Bert
 
 FORMS = [("pre", "rotary"), ("pre", "learned"), ("post", "rotary"), ("post", "learned")]
 

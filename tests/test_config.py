@@ -11,11 +11,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from short_runs import composed, one_sentence, small_overrides
 
-from mat import engine
-from mat.config import CONF, GROUPS, Config, describe_groups, resolve
-from mat.errors import UserError
-from mat.explain import explain
-from mat.runs import folder_of
+from mat.suite import engine
+from mat.suite.config import CONF, GROUPS, Config, describe_groups, resolve
+from mat.suite.errors import UserError
+from mat.suite.explain import explain
+from mat.suite.runs import folder_of
 
 
 def options(group: str) -> list[str]:

@@ -24,12 +24,12 @@ import torch
 from short_runs import composed, one_sentence
 from tokenizers import Tokenizer
 
-from mat.config import TextConfig, resolve
-from mat.data import tokens
-from mat.data.masking import MaskedBatch, mask, masked_per_sequence
-from mat.data.text import SPLITS, open_text
-from mat.data.tokens import SPECIAL, MaskedText, cached_tokens
-from mat.errors import UserError
+from mat.suite.config import TextConfig, resolve
+from mat.suite.data import tokens
+from mat.suite.data.masking import MaskedBatch, mask, masked_per_sequence
+from mat.suite.data.text import SPLITS, open_text
+from mat.suite.data.tokens import SPECIAL, MaskedText, cached_tokens
+from mat.suite.errors import UserError
 
 LINES = {
     "train": ["", " = Title = \n", *["the cat <unk> on the mat , unhappily\n", "dogs and <unk> cats ran\n"] * 40],
@@ -279,8 +279,8 @@ def test_a_killed_run_is_cleaned_up_and_started_again(tmp_path):
     config = wikitext(tmp_path, tmp_path / "cache", vocabulary=256)
     done = in_another_process(f"""
 import os, signal
-from mat.config import TextConfig
-from mat.data import tokens
+from mat.suite.config import TextConfig
+from mat.suite.data import tokens
 def killed(*arguments):
     yield from encoded(*arguments)  # which is written
     os.kill(os.getpid(), signal.SIGKILL)
@@ -316,7 +316,7 @@ def test_streamed_tokens_are_those_of_the_whole_text(tmp_path, monkeypatch):
         first, last = ((0, 700), (700, 900), (900, 1000))[shard]
         pq.write_table(pa.table({"text": lines[first:last]}), folder / f"train-0000{shard}-of-00003.parquet")
     (folder / "train-00000-of-00001.parquet").unlink()
-    monkeypatch.setattr("mat.data.sources.PIECE", 64)
+    monkeypatch.setattr("mat.suite.data.sources.PIECE", 64)
     config = wikitext(tmp_path, tmp_path / "cache", vocabulary=256)
     assert read_text(config)["train"] == lines
     for split, ids in in_one_piece(config).items():
@@ -343,10 +343,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         folder = write(tmp_path / str(lines), {**LINES, "train": text})
         configs.append(dataclasses.asdict(wikitext(folder.parent, tmp_path / "cache")))
     done = in_another_process(f"""
-from mat.data import sources
+from mat.suite.data import sources
 sources.PIECE = 256
-from mat.config import TextConfig
-from mat.data.tokens import cached_tokens
+from mat.suite.config import TextConfig
+from mat.suite.data.tokens import cached_tokens
 def memory(which):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(which))
 for config in {configs!r}:

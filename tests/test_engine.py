@@ -18,14 +18,14 @@ import torch
 from omegaconf import OmegaConf
 from short_runs import STEP, SWITCH, VGG, assert_same, events, one_sentence, result, small
 
-from mat import engine, methods, ntk
-from mat.config import Config, validate
-from mat.engine import PFLOP, Training
-from mat.errors import RunFailed, UserError
-from mat.flops import flop_counter
-from mat.interface import Flops
-from mat.runs import RunFolder
-from mat.vgg import Vgg
+from mat.suite import engine, methods, ntk
+from mat.suite.config import Config, validate
+from mat.suite.engine import PFLOP, Training
+from mat.suite.errors import RunFailed, UserError
+from mat.suite.flops import flop_counter
+from mat.suite.interface import Flops
+from mat.suite.runs import RunFolder
+from mat.suite.vgg import Vgg
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
 EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",

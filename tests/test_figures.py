@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mat.errors import UserError
-from mat.glance import look
+from mat.suite.errors import UserError
+from mat.suite.glance import look
 from results import figures
 from results.observed import Source, border, gap_opens, losses, rank_correlation, separability, spectrum
 from tests.short_runs import one_sentence

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import shapes, tiny_batch, tiny_bert, tiny_config
 
-from mat import flops, gram, ntk
-from mat.bert import Attention, Bert, FeedForward
-from mat.data.masking import MaskedBatch
-from mat.flops import Flops
-from mat.units import UnitIndex, unit_layers
+from mat.suite import flops, gram, ntk
+from mat.suite.bert import Attention, Bert, FeedForward
+from mat.suite.data.masking import MaskedBatch
+from mat.suite.flops import Flops
+from mat.suite.units import UnitIndex, unit_layers
 
 # Active units per layer (heads, groups, heads, groups; three each). Counts differ so that no two layers cost the same.
 ACTIVE = {

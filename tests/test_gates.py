@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mat.attention import rotary_table
-from mat.bert import Attention, FeedForward
-from mat.units import BackwardMode, UnitLayer
+from mat.suite.attention import rotary_table
+from mat.suite.bert import Attention, FeedForward
+from mat.suite.units import BackwardMode, UnitLayer
 
 # Of the norm of all gradients together: bf16 (autocast, parameters in float32) keeps 8 bits of every factor.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}

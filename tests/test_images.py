@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from short_runs import one_sentence
 
-from mat import data
-from mat.config import ImageConfig
-from mat.data import images as module
-from mat.data.images import ImageBatch, Images, cached_images
-from mat.errors import UserError
+from mat.suite import data
+from mat.suite.config import ImageConfig
+from mat.suite.data import images as module
+from mat.suite.data.images import ImageBatch, Images, cached_images
+from mat.suite.errors import UserError
 
 SIZE, CLASSES, TRAIN, TEST = 8, 5, 60, 20
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from short_runs import events, one_sentence, small_overrides
 
-from mat.config import CONF, GROUPS
+from mat.suite.config import CONF, GROUPS
 
 LAUNCH = CONF.parent / "launch.py"
 Outcome = tuple[int, str, str]  # exit code, output, errors
@@ -91,7 +91,10 @@ def test_help_answers_at_once_and_names_every_group(tmp_path):
 
 
 def test_help_needs_neither_torch_nor_numpy():
-    code = "import sys, mat.config, mat.explain; sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
+    code = (
+        "import sys, mat.suite.config, mat.suite.explain\n"
+        "sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=LAUNCH.parent, check=False).returncode == 0
 
 
@@ -133,7 +136,7 @@ def test_bugs_keep_their_traceback(launch, monkeypatch):
     def bug(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("mat.runs.folder_of", bug)
+    monkeypatch.setattr("mat.suite.runs.folder_of", bug)
     with pytest.raises(ZeroDivisionError):
         launch()
 

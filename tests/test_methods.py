@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from mat.config import MethodConfig, SelectionConfig
-from mat.errors import UserError
-from mat.methods import Method, MethodState, settled, threshold
-from mat.units import UnitIndex, UnitLayer
+from mat.suite.config import MethodConfig, SelectionConfig
+from mat.suite.errors import UserError
+from mat.suite.methods import Method, MethodState, settled, threshold
+from mat.suite.units import UnitIndex, UnitLayer
 
 LAYERS = (("heads", 6), ("ffn", 9), ("heads", 6), ("ffn", 9))
 

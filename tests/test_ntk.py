@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mat import gram, ntk
-from mat.bert import Bert
-from mat.data.masking import MaskedBatch
-from mat.interface import UnitModel
-from mat.units import UnitIndex, UnitLayer, unit_layers
+from mat.suite import gram, ntk
+from mat.suite.bert import Bert
+from mat.suite.data.masking import MaskedBatch
+from mat.suite.interface import UnitModel
+from mat.suite.units import UnitIndex, UnitLayer, unit_layers
 
 SAMPLES, OUTPUTS = 4, MASKED * VOCABULARY
 FORMS = [("pre", "rotary"), ("post", "learned")]

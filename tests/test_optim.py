@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import torch
 
-from mat.optim import UnitSGD
-from mat.units import unit_layers
+from mat.suite.optim import UnitSGD
+from mat.suite.units import unit_layers
 from tests.test_units import ACTIVE, MATRICES, set_gates
 from tests.tiny import tiny_batch, tiny_bert
 

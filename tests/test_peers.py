@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_batch, tiny_bert
 
 from benchmarks.peers import Contenders
-from mat import ntk
+from mat.suite import ntk
 
 
 @pytest.fixture(scope="module")

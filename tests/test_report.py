@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mat.glance import look, runs_below
+from mat.suite.glance import look, runs_below
 from results import charts, report
 from results.curves import LINES
 from tests.short_runs import one_sentence

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from mat.errors import UserError
-from mat.glance import LEDGER, look
+from mat.suite.errors import UserError
+from mat.suite.glance import LEDGER, look
 from results import curves, demo, tables
 from results.frame import group, read_runs
 from results.measures import ACCURACY, LOSS, Mark, Until, against, of_run, summarise

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mat.config import TrainConfig
-from mat.schedule import learning_rate
+from mat.suite.config import TrainConfig
+from mat.suite.schedule import learning_rate
 
 RECIPE = {"lr": 0.1, "warmup": 0.25, "drops": [0.5, 0.75]}
 

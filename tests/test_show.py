@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from mat.errors import UserError
-from mat.glance import look, runs_below
-from mat.show import clock, course, main
+from mat.suite.errors import UserError
+from mat.suite.glance import look, runs_below
+from mat.suite.show import clock, course, main
 from tests.short_runs import one_sentence
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_bert
 
-from mat.optim import UnitAdamW, UnitOptimiser, UnitSGD
-from mat.stepper import GRAPHS, Outcome, Stepper
-from mat.units import unit_layers
+from mat.suite.optim import UnitAdamW, UnitOptimiser, UnitSGD
+from mat.suite.stepper import GRAPHS, Outcome, Stepper
+from mat.suite.units import unit_layers
 
 
 class Played:

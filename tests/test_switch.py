@@ -25,15 +25,15 @@ from test_units import (
 from tiny import shapes, tiny_batch, tiny_switch
 from torch import Tensor, nn
 
-from mat import engine, flops, gram, ntk, switch
-from mat.bert import FeedForward
-from mat.config import MethodConfig, SelectionConfig, SwitchConfig, resolve
-from mat.errors import UserError
-from mat.interface import Flops
-from mat.methods import Method
-from mat.optim import UnitAdamW
-from mat.switch import Experts, Switch, fill_slots
-from mat.units import BackwardMode, UnitIndex, UnitLayer, unit_layers
+from mat.suite import engine, flops, gram, ntk, switch
+from mat.suite.bert import FeedForward
+from mat.suite.config import MethodConfig, SelectionConfig, SwitchConfig, resolve
+from mat.suite.errors import UserError
+from mat.suite.interface import Flops
+from mat.suite.methods import Method
+from mat.suite.optim import UnitAdamW
+from mat.suite.switch import Experts, Switch, fill_slots
+from mat.suite.units import BackwardMode, UnitIndex, UnitLayer, unit_layers
 
 WIDTH, HIDDEN = 5, 7
 

@@ -10,9 +10,9 @@ import pytest
 import wandb
 from short_runs import assert_same, events, small, without_seconds
 
-from mat import engine
-from mat.config import Config
-from mat.tracking import Mirror, Progress, open_mirror
+from mat.suite import engine
+from mat.suite.config import Config
+from mat.suite.tracking import Mirror, Progress, open_mirror
 
 
 class Recorder:

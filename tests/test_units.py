@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mat.bert import Attention, Bert, FeedForward
-from mat.optim import UnitAdamW
-from mat.units import BackwardMode, UnitIndex, UnitLayer, unit_layers
+from mat.suite.bert import Attention, Bert, FeedForward
+from mat.suite.optim import UnitAdamW
+from mat.suite.units import BackwardMode, UnitIndex, UnitLayer, unit_layers
 
 BETAS, EPS, DECAY = (0.9, 0.98), 1e-6, 0.1
 MATRICES = {"tokens", "positions", "transform_weight", "qkv_weight", "in_weight", "out_weight"}

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.vgg import cfgs, make_layers
 
-from mat import flops, ntk
-from mat.config import Config, resolve
-from mat.data.images import ImageBatch
-from mat.interface import Flops, UnitModel
-from mat.models import build
-from mat.optim import UnitSGD
-from mat.units import BackwardMode, UnitIndex, unit_layers
-from mat.vgg import Maps, Vgg
+from mat.suite import flops, ntk
+from mat.suite.config import Config, resolve
+from mat.suite.data.images import ImageBatch
+from mat.suite.interface import Flops, UnitModel
+from mat.suite.models import build
+from mat.suite.optim import UnitSGD
+from mat.suite.units import BackwardMode, UnitIndex, unit_layers
+from mat.suite.vgg import Maps, Vgg
 
 COUNTS = (4, 6, 5, 7)  # filters of tiny_vgg's layers
 N_UNITS = sum(COUNTS)

@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from mat.bert import Bert
-from mat.config import BertConfig, HardwareConfig, SwitchConfig, VggConfig
-from mat.data.images import ImageBatch
-from mat.data.masking import MaskedBatch
-from mat.switch import Switch
-from mat.units import unit_layers
-from mat.vgg import Vgg
+from mat.suite.bert import Bert
+from mat.suite.config import BertConfig, HardwareConfig, SwitchConfig, VggConfig
+from mat.suite.data.images import ImageBatch
+from mat.suite.data.masking import MaskedBatch
+from mat.suite.switch import Switch
+from mat.suite.units import unit_layers
+from mat.suite.vgg import Vgg
 
 VOCABULARY, LENGTH, MASKED = 11, 6, 2
 Model = TypeVar("Model", Bert, Switch)

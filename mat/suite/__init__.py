@@ -1,0 +1,1 @@
+"""The experiments: configuration, data, models, engine, run folders (``launch.py``)."""

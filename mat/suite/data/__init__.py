@@ -1,0 +1,22 @@
+"""Datasets: from a configuration to reproducible batches."""
+
+from mat.suite.config import DatasetConfig, ImageConfig, TextConfig
+from mat.suite.data.base import Data
+from mat.suite.data.images import Images
+from mat.suite.data.tokens import MaskedText
+
+
+def load(config: DatasetConfig, seed: int) -> Data:
+    """The dataset of a configuration.
+
+    Args:
+        config: The dataset's configuration.
+        seed: Seed of the order of the training data and of its masks or augmentation.
+
+    Raises:
+        UserError: If the data cannot be had.
+    """
+    if isinstance(config, ImageConfig):
+        return Images.load(config, seed)
+    assert isinstance(config, TextConfig)
+    return MaskedText.load(config, seed)

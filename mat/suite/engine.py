@@ -1,0 +1,524 @@
+"""The engine: one training run, from a validated configuration to a complete run folder.
+
+Length, schedule, evaluations and selections are all measured in executed FLOPs (the paper's figure), so that methods
+are compared at equal cost: a run spends ``method.budget`` x ``train.pflops`` PFLOPs, overhead included and never more,
+its learning rate warms up and decays over that budget, and a method that makes steps cheaper makes more of them.
+"""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mat.suite import analysis, checkpoint, flops, ntk
+from mat.suite import data as datasets
+from mat.suite.allocator import keep_freed_memory
+from mat.suite.config import Config
+from mat.suite.errors import RunFailed, UserError
+from mat.suite.interface import Batch, Flops
+from mat.suite.methods import FloatArray, Method
+from mat.suite.models import build
+from mat.suite.optim import build_optimiser
+from mat.suite.runs import RunFolder
+from mat.suite.schedule import learning_rate
+from mat.suite.stepper import Stepper
+from mat.suite.tracking import Progress, open_mirror
+from mat.suite.units import BackwardMode, UnitIndex, unit_layers
+
+PFLOP = 1e15
+THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
+COSTS = 16  # steps whose cost is remembered
+DIVERGED = 3.0  # a training loss this many times the first one will not come back
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the checkpoint is written."""
+
+
+def run(config: Config, folder: Path) -> dict[str, Any] | None:
+    """Train, or go on training, or do nothing if the run is complete.
+
+    Args:
+        config: The validated configuration.
+        folder: The run folder.
+
+    Returns:
+        The run's summary, or None if it was interrupted.
+
+    Raises:
+        RunFailed: If training diverged; ``failure.json`` says why and the last good checkpoint stays.
+        UserError: If the data or the folder cannot be used.
+    """
+    files = RunFolder(folder, config)
+    if files.summary is not None:
+        return files.summary
+    if (threads := config.hardware.threads or THREADS) != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    training: Training | None = None
+    summary: dict[str, Any] | None = None
+    try:
+        training = Training(config, files)
+        summary = training.train()
+    except Interrupted:
+        pass
+    except (RunFailed, UserError) as failure:
+        files.write_failure(str(failure))
+        raise
+    finally:
+        if training is not None:
+            training.close(summary)
+    return summary
+
+
+class Training:
+    """State and verbs of one run; ``train`` is the loop.
+
+    Args:
+        config: The validated configuration.
+        files: The run folder.
+    """
+
+    def __init__(self, config: Config, files: RunFolder) -> None:
+        self.config, self.files = config, files
+        if config.hardware.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("hardware.device=cuda finds no CUDA device: choose hardware=cpu.")
+        self.device = torch.device(config.hardware.device)
+        self.data = datasets.load(config.dataset, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = build(config, self.data.outputs).to(self.device)
+        train = config.train
+        self.optimiser = build_optimiser(self.model, train)
+        self.index = UnitIndex(unit_layers(self.model), config.selection.units)
+        self.method = Method(config.method, config.selection, self.index, config.seed)
+        probing = self.method.selects or config.analysis
+        self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
+        self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
+        self.mode = cast(BackwardMode, config.selection.mode)
+        drifting = self.index.layers if self.method.drifts else []
+        self.stepper = Stepper(
+            self.model, self.optimiser, self._autocast, train.clip, train.accumulation, drifting, config.hardware.graphs
+        )
+        self.budget = train.pflops * config.method.budget * PFLOP
+
+        self.step = 0
+        self.epoch = 0
+        self.records = 0  # of the units; one per selection interval, whatever the method
+        self.spent = Flops()  # executed
+        self.needed = 0  # FLOPs of the figure without padding
+        self.seconds = 0.0
+        self.seconds_estimator = 0.0
+        self.share_sum = 0.0  # of active shares over steps
+        self.first_loss = 0.0
+        self.window: list[float] = []  # training losses since the last logged one
+        # Metrics and numbers of samples of the last epoch's worth of steps.
+        self.recent: deque[dict[str, float]] = deque(maxlen=self.data.steps_per_epoch(train.batch))
+        self.evaluated_at = -1.0  # FLOPs
+        self.best: dict[str, float] = {"loss": math.inf}
+        self._interrupt = False
+        self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
+        self._next: tuple[int, tuple[Batch, int]] | None = None  # a step's batch and epoch, made ahead
+        self._restore()
+        files.write_environment(config)
+        self.mirror = open_mirror(config, files.path)
+        label = f"{config.model.name} {config.method.name} seed={config.seed}"
+        done = self.spent.figure / PFLOP
+        self.progress = Progress(self.budget / PFLOP, done, config.tracking.progress, label)
+
+    def train(self) -> dict[str, Any]:
+        """The loop: select, evaluate, step, until the budget is spent."""
+        train = self.config.train
+        points = self._evaluation_points()
+        if self.files.lines() == 0:
+            self._event("start", "validation", **self.data.facts())
+        with self._stopping_cleanly():
+            while True:
+                progress = self.spent.figure / self.budget
+                began = self.step
+                if due := self.method.is_due(progress):
+                    if self._online:
+                        self.index.set_active(np.ones(len(self.index), bool), self.mode)
+                    cost = self._selection_cost()
+                    after = self.spent.figure + cost.figure
+                    self._evaluate_until(after, points)
+                    if after > self.budget:
+                        break
+                    self._select(cost)
+                if progress >= self.records * self.config.selection.interval:
+                    self._record(due)
+                start = time.perf_counter()
+                batch = self._train_batch()
+                self.index.set_active(self.method.active_at(self.step), self.mode)
+                cost = self._step_cost(batch)
+                self.seconds += time.perf_counter() - start
+                after = self.spent.figure + cost.figure
+                self._evaluate_until(after, points)
+                if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
+                    break
+                self._train_step(batch, cost)
+                if self.step // train.checkpoint_steps > began // train.checkpoint_steps:  # online selections step, too
+                    self._save()
+                if self._interrupt:
+                    self._save()
+                    raise Interrupted
+            return self._finish()
+
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """Close the progress bar and the mirror."""
+        self.progress.close()
+        self.mirror.finish(summary)
+
+    # --- one step
+
+    def _train_batch(self) -> Batch:
+        """The coming step's batch."""
+        if self._next is None or self._next[0] != self.step:
+            self._next = self.step, self.data.train_batch(self.step, self.config.train.batch)
+        _, (batch, self.epoch) = self._next
+        return batch
+
+    def _step_cost(self, batch: Batch, padded: bool = True) -> Flops:
+        """What a training step on a batch spends with the gates as they stand."""
+        key = *self.stepper.key(batch), padded
+        if key not in self._costs:  # a GPU makes a step in the time that this takes
+            if len(self._costs) == COSTS:
+                self._costs.clear()
+            self._costs[key] = flops.training_step(self.model, batch, padded, self.config.train.accumulation)
+        return self._costs[key]
+
+    def _train_step(self, batch: Batch, cost: Flops, capture: bool = True) -> None:
+        start = time.perf_counter()
+        lr = learning_rate(self.config.train, (self.spent.figure + cost.figure / 2) / self.budget)
+        outcome = self.stepper.step(batch, lr, capture)
+        self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
+        if self.device.type == "cuda":  # which computes meanwhile
+            self._next = self.step + 1, self.data.train_batch(self.step + 1, self.config.train.batch)
+        seen = outcome.read()
+        self.seconds += time.perf_counter() - start
+        self._refuse_divergence(seen.loss, seen.norm)
+
+        self.step += 1
+        self.spent += cost
+        active_share = self.index.active_share
+        self.share_sum += active_share
+        self.window.append(seen.loss)
+        if seen.metrics:
+            self.recent.append({**seen.metrics, "samples": batch.samples})
+        if self.step % self.config.train.log_steps == 0:
+            mean = float(np.mean(self.window))
+            self.window.clear()
+            noticed = {**self._running_metrics(), **seen.monitors}
+            self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **noticed)
+        best = None if math.isinf(self.best["loss"]) else self.best["loss"]
+        self.progress.update(self.spent.figure / PFLOP, seen.loss, active_share, best)
+
+    def _running_metrics(self) -> dict[str, float]:
+        """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
+        if len(self.recent) < (self.recent.maxlen or 0):
+            return {}
+        samples = [metrics["samples"] for metrics in self.recent]
+        names = [name for name in self.recent[-1] if name != "samples"]
+        return {name: float(np.average([m[name] for m in self.recent], weights=samples)) for name in names}
+
+    def _refuse_divergence(self, loss: float, norm: float) -> None:
+        if self.step == 0:
+            self.first_loss = loss
+        if not math.isfinite(loss) or not math.isfinite(norm) or loss > DIVERGED * self.first_loss:
+            raise RunFailed(
+                f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, gradient norm {norm:.4g}):"
+                " lower train.lr or train.clip; the last good checkpoint is kept."
+            )
+
+    # --- selections
+
+    @property
+    def _online(self) -> bool:
+        """Whether scores come off a training step that the selection makes, all units active."""
+        return self.method.needs_score and self.config.selection.reduction == "online"
+
+    def _selection_cost(self) -> Flops:
+        """What the coming selection spends; an online one's training step, with the gates as they stand, included."""
+        if not self.method.needs_score:
+            return Flops()
+        assert self.probe is not None
+        selection, memory = self.config.selection, self.config.hardware.estimator_bytes
+        if not self._online:
+            return flops.estimate(
+                self.model, self.probe, self.index.layers, self._reduction(), selection.projections, memory
+            )
+        batch = self._train_batch()
+        overhead = flops.kernels(self.index.layers, batch.samples, batch.length, memory)
+        return self._step_cost(batch) + Flops(overhead=overhead)
+
+    def _select(self, cost: Flops) -> None:
+        start, before = time.perf_counter(), self.seconds
+        score = self._score(cost) if self.method.needs_score else None
+        if score is not None:
+            stepping = self.seconds - before  # of an online selection; that is training
+            self.seconds_estimator += time.perf_counter() - start - stepping
+        state = self.method.select(score)
+        self.seconds = before + time.perf_counter() - start
+        self._event("selection", "train", active_now=float(state.active.mean()))
+
+    def _record(self, selected: bool) -> None:
+        """Write a row per unit and run the analysis; counted neither in FLOPs nor in seconds.
+
+        Step and distance are the present ones: after an online selection, those behind the step that gave its scores.
+
+        Args:
+            selected: Whether there was a selection just now; without one there are no scores.
+        """
+        state = self.method.state
+        units = {
+            "kind": self.index.kind,
+            "layer": self.index.layer,
+            "unit": self.index.unit,
+            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score if selected else np.nan,
+            "delta": state.delta if selected else np.nan,
+            "threshold": state.threshold if selected else np.nan,
+            "active": state.active,
+            "stopped": state.stopped,
+            "distance": analysis.distances(self.index, self.start),
+        }
+        where = {"t": self.records, "step": self.step, "pflops": self.spent.figure / PFLOP}
+        self.files.add_rows("units", pd.DataFrame({**where, **units}))
+        if self.config.analysis:
+            assert self.probe is not None
+            selection, memory = self.config.selection, self.config.hardware.estimator_bytes
+            seen = analysis.scene(self.model, self.probe, selection.projections, self.config.seed, memory)
+            for name in self.config.analysis:
+                self.files.add_rows(name, pd.DataFrame({**where, **analysis.OBSERVERS[name](seen)}))
+        self.records += 1
+
+    def _reduction(self) -> ntk.Reduction:
+        if self.config.method.score == "gradnorm":
+            return "loss"
+        return cast(ntk.Reduction, self.config.selection.reduction)
+
+    def _score(self, cost: Flops) -> FloatArray:
+        """Scores of all units, and their cost spent."""
+        selection, memory = self.config.selection, self.config.hardware.estimator_bytes
+        assert self.probe is not None
+        try:
+            if self._online:
+                batch = self._train_batch()
+                with ntk.Online(self.model, self.index) as online:
+                    self._train_step(batch, cost, capture=False)
+                found = online.result(memory)
+            else:
+                with self._autocast():
+                    found = ntk.estimate(
+                        self.model,
+                        self.probe,
+                        self.index,
+                        reduction=self._reduction(),
+                        projections=selection.projections,
+                        seed=self.config.seed,
+                        memory_bytes=memory,
+                    )
+                self.spent += cost
+                self.needed += cost.figure
+        except FloatingPointError as error:
+            raise RunFailed(f"{self.files.path}: at step {self.step} {error}") from error
+        return np.sqrt(found.squared_norm) if self.config.method.score == "gradnorm" else found.lambda_max
+
+    # --- evaluation
+
+    def _evaluation_points(self) -> list[float]:
+        """FLOPs at which to evaluate: every mark, the end, and every ``eval_interval`` of the planned FLOPs."""
+        train = self.config.train
+        planned = train.pflops * PFLOP
+        marks = [mark * PFLOP for mark in train.marks]
+        regular = [i * train.eval_interval * planned for i in range(1, math.ceil(1 / train.eval_interval) + 1)]
+        points: list[float] = []
+        for point in (*marks, self.budget, *regular):  # those equal but for rounding are one
+            if point <= self.budget * (1 + 1e-9) and not any(math.isclose(point, p) for p in points):
+                points.append(point)
+        return sorted(p for p in points if p > self.evaluated_at)
+
+    def _evaluate_until(self, after: int, points: list[float]) -> None:
+        """Evaluate at the points that the next piece of work, which ends at ``after`` FLOPs, goes beyond."""
+        while points and after > points[0]:
+            self._evaluate(points.pop(0))
+
+    def _evaluate(self, point: float) -> None:
+        """Validation scores on fixed samples; not counted in FLOPs or seconds."""
+        train = self.config.train
+        scores = self._scores_on("validation", train.eval_samples)
+        self.evaluated_at = point
+        mark = next((m for m in train.marks if m * PFLOP == point), None)
+        self._event("evaluation", "validation", **scores, mark=mark)
+        if not math.isfinite(scores["loss"]):
+            raise RunFailed(
+                f"{self.files.path}: the validation loss is {scores['loss']} at step {self.step}: lower train.lr."
+            )
+        by, sign = self.model.best_by, 1 if self.model.best_by == "loss" else -1
+        if sign * scores[by] < sign * self.best.get(by, sign * math.inf):
+            where = {"step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
+            self.best = {**scores, **where}
+            checkpoint.save(self._best_path(), {"step": self.step, "model": self.model.state_dict()})
+
+    @torch.no_grad()
+    def _scores_on(self, split: str, samples: int | None) -> dict[str, float]:
+        """Loss and metrics, means over a split's targets."""
+        self.model.eval()
+        total: dict[str, float] = {}
+        count = 0
+        for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
+            batch = batch.to(self.device)
+            with self._autocast():
+                outputs = self.model(batch)
+                loss = self.model.loss_of_outputs(outputs, batch)
+            targets = batch.targets.numel()
+            for name, value in {"loss": loss, **self.model.metrics(outputs, batch)}.items():
+                total[name] = total.get(name, 0.0) + float(value) * targets
+            count += targets
+        return {name: value / count for name, value in total.items()}
+
+    def _finish(self) -> dict[str, Any]:
+        """Read the test scores at the best validation, and write the summary: the run is complete."""
+        if self.step == 0:
+            raise UserError(f"train.pflops={self.config.train.pflops} is too short for a single step: raise it.")
+        if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
+            self._evaluate(self.spent.figure)
+        self._save()
+        self.model.load_state_dict(self._best_weights())
+        test = self._scores_on("test", None)
+        self._event("test", "test", **test)
+        summary = {
+            "method": self.config.method.name,
+            "model": self.config.model.name,
+            "mode": self.config.selection.mode,
+            "seed": self.config.seed,
+            "steps": self.step,
+            **self._ledger(),
+            "seconds_estimator": self.seconds_estimator,
+            **{f"best_validation_{name}": self.best[name] for name in test},
+            "best_step": self.best["step"],
+            "pflops_to_best": self.best["pflops"],
+            "seconds_to_best": self.best["seconds"],
+            **{f"test_{name}": value for name, value in test.items()},
+            "active_share": self.share_sum / self.step,
+            **self.data.facts(),
+            "selections": self.method.state.t + 1,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        self.files.write_summary(summary)
+        return summary
+
+    # --- records
+
+    def _ledger(self) -> dict[str, float]:
+        spent = self.spent
+        return {
+            "pflops_forward": spent.forward / PFLOP,
+            "pflops_input_grad": spent.input_grad / PFLOP,
+            "pflops_weight_grad": spent.weight_grad / PFLOP,
+            "pflops_overhead": spent.overhead / PFLOP,
+            "pflops": spent.figure / PFLOP,
+            "pflops_vocabulary": spent.vocabulary / PFLOP,
+            "pflops_needed": self.needed / PFLOP,
+            "seconds": self.seconds,
+        }
+
+    def _event(self, event: str, split: str, **values: Any) -> None:
+        share = self.share_sum / self.step if self.step else 1.0
+        where = {"event": event, "step": self.step, "epoch": self.epoch, "split": split}
+        line = {**where, "loss": None, "active_share": share, **self._ledger(), **values}
+        self.files.append(line)
+        self.mirror.log(line)
+
+    def _best_path(self) -> Path:
+        return self.files.checkpoints / f"best-{self.best.get('step', 0):.0f}.pt"
+
+    def _best_weights(self) -> dict[str, torch.Tensor]:
+        best = checkpoint.load(self._best_path(), self.device)
+        if best is None:
+            raise UserError(f"{self._best_path()} is missing: remove {self.files.checkpoints} to start the run again.")
+        weights: dict[str, torch.Tensor] = best["model"]
+        return weights
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "method": self.method.state_dict(),
+            "random": torch.get_rng_state(),
+            "probe": None if self.probe is None else self.probe.inputs,
+            "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "lines": self.files.lines(),
+            "spent": list(astuple(self.spent)),
+            **{name: getattr(self, name) for name in self._SAVED},
+            "recent": list(self.recent),  # weights_only reads lists
+        }
+        checkpoint.save(self.files.checkpoints / "latest.pt", state)
+        for old in self.files.checkpoints.glob("best-*.pt"):  # only now does no checkpoint need an earlier best
+            if old != self._best_path():
+                old.unlink()
+
+    _SAVED = (
+        "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
+        "evaluated_at", "best",
+    )  # fmt: skip
+
+    def _restore(self) -> None:
+        """Go on from the latest checkpoint; without one, start over."""
+        state = checkpoint.load(self.files.checkpoints / "latest.pt", self.device)
+        if state is None:
+            self.files.rewind(0, 0)
+            return
+        known = {"probe", "recent", *self._SAVED} <= state.keys()
+        if not known or not all("samples" in metrics for metrics in state["recent"]):
+            raise UserError(
+                f"{self.files.path} was begun by another version of this program: remove {self.files.checkpoints} to "
+                "start the run again."
+            )
+        begun = state["probe"]
+        if self.probe is not None and begun is not None and not torch.equal(self.probe.inputs, begun):
+            raise UserError(
+                f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
+                "with, or remove that folder."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.method.load_state_dict(state["method"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+        self.spent = Flops(*state["spent"])
+        for name in self._SAVED:
+            setattr(self, name, state[name])
+        self.recent.extend(state["recent"])
+        if math.isfinite(self.best["loss"]):
+            self._best_weights()  # a damaged or missing file is better told now than at the run's end
+        self.files.rewind(state["lines"], self.records)
+
+    # --- surroundings
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.hardware.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def _stopping_cleanly(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the present step, with a checkpoint."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._interrupt = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

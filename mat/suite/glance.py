@@ -1,0 +1,237 @@
+"""What a run folder tells at this moment, whatever state it is in: the one reader of run folders."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mat.suite.errors import UserError
+
+PATIENCE, SLOW = 120.0, 20.0  # a run counts as alive for so many seconds, or so many gaps between its events
+WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "units.parquet")
+
+# What readers of a folder rely on, by file.
+CONFIGURED = (
+    "seed", "model.name", "dataset.name", "method.name", "method.budget", "selection.mode", "train.pflops",
+    "train.marks",
+)  # fmt: skip
+LOGGED = {"event", "pflops", "seconds"}
+LEDGER = ("forward", "input_grad", "weight_grad", "overhead")  # parts of the PFLOPs: pflops_forward, ...
+RECORDED = {"t", "kind", "layer", "unit", "active", "stopped"}
+
+
+@dataclass(frozen=True, eq=False)
+class Glance:
+    """A run folder as it is.
+
+    Attributes:
+        path: The folder.
+        config: The resolved configuration.
+        environment: ``environment.json``; empty if it is not there yet.
+        events: Lines of ``metrics.jsonl``; one that is being written is left out.
+        units: ``units.parquet``, or None before the first record.
+        summary: Empty until the run is complete.
+        failure: Why it failed, or None.
+        quiet: Seconds since something was written.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    events: list[dict[str, Any]]
+    units: pd.DataFrame | None
+    summary: dict[str, Any]
+    failure: str | None
+    quiet: float
+
+    @property
+    def method(self) -> str:
+        """Name of its method."""
+        return str(self.config["method"]["name"])
+
+    @property
+    def model(self) -> str:
+        """Name of its model."""
+        return str(self.config["model"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """What pairs it with runs of other methods."""
+        return int(self.config["seed"])
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Model and method: the row of a table that the run belongs to."""
+        return self.model, self.method
+
+    def last(self, key: str, event: str | None = None) -> Any:
+        """The newest value of a key, of one kind of event or any; None if there is none."""
+        found = (e[key] for e in reversed(self.events) if event in (None, e["event"]) and e.get(key) is not None)
+        return next(found, None)
+
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """The evaluations on the validation split in the order they were made, without that of a diverged model."""
+        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation" and math.isfinite(e["loss"])])
+
+    @property
+    def best(self) -> float | None:
+        """The lowest validation loss so far."""
+        return None if self.evaluations.empty else float(self.evaluations["loss"].min())
+
+    @cached_property
+    def _pace(self) -> tuple[float, float, int]:
+        """PFLOPs, seconds and number of the latest gaps between events."""
+        recent = self.events[-20:]
+        if len(recent) < 2:
+            return 0.0, 0.0, 1
+        first, last = recent[0], recent[-1]
+        return last["pflops"] - first["pflops"], last["seconds"] - first["seconds"], len(recent) - 1
+
+    @property
+    def status(self) -> str:
+        """``complete``, ``failed``, ``running``, or ``interrupted``: neither ended nor written to of late."""
+        if self.summary or self.failure is not None:
+            return "complete" if self.summary else "failed"
+        _, seconds, gaps = self._pace
+        return "running" if self.quiet < max(PATIENCE, SLOW * seconds / gaps) else "interrupted"
+
+    @property
+    def timed(self) -> bool:
+        """Whether the run has the machine to itself, so that its seconds may be shown."""
+        return self.environment.get("exclusive") is True
+
+    @property
+    def machine(self) -> str:
+        """Where it computes and how precisely: seconds of runs that agree in it can be compared."""
+        name = self.environment.get("device_name", self.environment.get("device", "–"))
+        return f"{name}, {self.environment.get('threads', '–')} threads, {self.environment.get('precision', '–')}"
+
+    @property
+    def commit(self) -> str:
+        """Which version of the code computes."""
+        changes = " with uncommitted changes" if self.environment.get("dirty") else ""
+        return f"{(self.environment.get('commit') or 'unknown')[:10]}{changes}"
+
+    @property
+    def budget(self) -> float:
+        """PFLOPs that the run is to spend."""
+        return float(self.config["train"]["pflops"] * self.config["method"]["budget"])
+
+    @property
+    def progress(self) -> float:
+        """Share of them that it has spent."""
+        return 1.0 if self.summary else float(min(1.0, (self.last("pflops") or 0.0) / self.budget))
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds of training left at the present pace (evaluations come on top), while the run is alive."""
+        pflops, seconds, _ = self._pace
+        if self.status != "running" or pflops <= 0:
+            return None
+        return float(max(0.0, self.budget - self.last("pflops")) * seconds / pflops)
+
+
+def look(path: Path) -> Glance:
+    """Read a run folder.
+
+    Args:
+        path: The folder, ``.../seed=<n>``.
+
+    Raises:
+        UserError: If a file of it is damaged, or its configuration missing.
+    """
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} has no config.yaml: run the same command again, or delete that run folder.")
+    try:
+        environment, summary, failure = (_json(path / f"{n}.json") for n in ("environment", "summary", "failure"))
+        return Glance(
+            path, _config(path / "config.yaml"), environment, _events(path / "metrics.jsonl"),
+            _units(path / "units.parquet"), summary, str(failure.get("reason")) if failure else None,
+            time.time() - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
+        )  # fmt: skip
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise UserError(f"{path} is damaged ({reason}): delete that run folder and train it again.") from error
+
+
+def look_below(root: Path) -> tuple[list[Glance], list[str]]:
+    """The runs at or below a folder, sorted by path, and a sentence about each that is damaged."""
+    runs, damaged = [], []
+    for path in runs_below(root):
+        try:
+            runs.append(look(path))
+        except UserError as error:
+            damaged.append(str(error))
+    return runs, damaged
+
+
+def row_of(path: Path) -> tuple[str, str] | None:
+    """Model and method of a run folder; None where its configuration cannot be read."""
+    try:
+        config = _config(path / "config.yaml")
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException):
+        return None
+    return config["model"]["name"], config["method"]["name"]
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = OmegaConf.load(path)
+    for key in CONFIGURED:
+        if not isinstance(config, DictConfig) or OmegaConf.select(config, key) is None:
+            raise ValueError(f"{path.name} has no {key}")
+    content: Any = OmegaConf.to_container(config)
+    return dict(content)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """What a JSON object says, or None if the text is none."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's content; empty if it is not there."""
+    content = _object(path.read_text()) if path.is_file() else {}
+    if content is None:
+        raise ValueError(f"{path.name} is no JSON object")
+    return content
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # what has no line feed yet is unfinished
+    events = []
+    for number, event in enumerate(map(_object, lines), start=1):
+        if (
+            event is None
+            or not event.keys() >= LOGGED
+            or (event["event"] == "evaluation" and not isinstance(event.get("loss"), float | int))
+        ):
+            raise ValueError(f"{path.name}, line {number}, is no event")
+        events.append(event)
+    return events
+
+
+def _units(path: Path) -> pd.DataFrame | None:
+    units = pd.read_parquet(path) if path.is_file() else None
+    if units is not None and (missing := sorted(RECORDED - set(units))):
+        raise ValueError(f"{path.name} has no {missing[0]}")
+    return units
+
+
+def runs_below(root: Path) -> list[Path]:
+    """Run folders at or below a folder, sorted."""
+    if (root / "config.yaml").is_file():
+        return [root]
+    return sorted(config.parent for config in root.rglob("seed=*/config.yaml")) if root.is_dir() else []

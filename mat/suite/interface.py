@@ -1,0 +1,105 @@
+"""What the engine, the ledger and the estimator need of batches and models."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by column (paper section 4); ``vocabulary`` is outside the paper's figure."""
+
+    forward: int = 0
+    input_grad: int = 0
+    weight_grad: int = 0
+    overhead: int = 0
+    vocabulary: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def figure(self) -> int:
+        """The paper's figure: everything but the vocabulary projection."""
+        return self.forward + self.input_grad + self.weight_grad + self.overhead
+
+    @property
+    def everything(self) -> int:
+        """All columns: what a FLOPs counter sees."""
+        return self.figure + self.vocabulary
+
+
+@dataclass
+class Batch:
+    """Samples that a model turns into outputs.
+
+    Attributes:
+        inputs: What the model reads, a row per sample; tells one probe from another.
+        targets: What the outputs should say; its first axis is grouped by sample.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def samples(self) -> int:
+        """Number of samples n."""
+        return self.inputs.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Positions per sample: tokens T, or 1 for images."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+    def split(self, parts: int) -> Sequence[Self]:
+        """Equal consecutive parts (fewer when there are fewer samples than parts)."""
+        raise NotImplementedError
+
+
+class UnitModel(nn.Module):
+    """A model with unit layers: outputs, loss, and the FLOPs of what is not a unit layer.
+
+    Attributes:
+        best_by: The validation score whose best value picks the weights that are tested.
+    """
+
+    best_by: ClassVar[Literal["loss", "accuracy"]] = "loss"
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss of a batch in nats."""
+        return self.loss_of_outputs(self(batch), batch)
+
+    def loss_of_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        """The same, given the outputs: mean cross-entropy of logits (rows grouped by sample, equally many each)."""
+        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
+
+    def fix_constants(self, batches: Sequence[Any]) -> None:
+        """Let the layers note what the estimator holds fixed (``mat.suite.units.Tape``), given all batches."""
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What training adds to the loss of its last forward pass, if anything."""
+        return None
+
+    def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Means over the batch beside the loss, such as the accuracy: scalars, on the device."""
+        return {}
+
+    def monitors(self) -> dict[str, Tensor]:
+        """What the last training forward pass noticed about itself: scalars, on the device."""
+        return {}
+
+    def rest_flops(self, batch: Any) -> Flops:
+        """A training step's FLOPs outside the unit layers."""
+        raise NotImplementedError
+
+    def outputs_per_sample(self, batch: Any) -> int:
+        """Number k of outputs of a sample."""
+        raise NotImplementedError

@@ -1,0 +1,132 @@
+"""Mirrors of the run folder: wandb, and the progress bar. Neither can stop a run, and nothing reads them back."""
+
+import logging
+import netrc
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from tqdm import tqdm
+
+from mat.suite.config import Config
+
+log = logging.getLogger(__name__)
+
+
+class Mirror:
+    """wandb as a view of the run folder. The first failure is reported in one line and ends the mirroring.
+
+    Args:
+        run: An initialised wandb run (or a stand-in that records); None for a mirror that shows nothing.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Send one event of ``metrics.jsonl``, its numbers named by kind of event; the x axis is the step."""
+        kind = event["event"]
+        numbers = {f"{kind}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
+        self._attempt(lambda: self._run.log(numbers, step=event["step"]))
+
+    def finish(self, summary: dict[str, Any] | None) -> None:
+        """Send the summary, which a failed or interrupted run does not have, and close."""
+        if summary is not None:
+            self._attempt(lambda: self._run.summary.update(summary))
+        self._attempt(lambda: self._run.finish(exit_code=0 if summary is not None else 1))
+
+    def _attempt(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:  # a dashboard must never cost a run
+            log.warning("wandb stopped mirroring this run (%s); the run folder goes on", error)
+            self._run = None
+
+
+def open_mirror(config: Config, folder: Path) -> Mirror:
+    """The mirror that the configuration asks for; offline without a key or a network.
+
+    Args:
+        config: The run's configuration.
+        folder: The run folder; wandb's own files go below it.
+
+    Returns:
+        A mirror. If wandb cannot start at all, one that shows nothing, with a warning.
+    """
+    if not config.tracking.wandb or os.environ.get("WANDB_MODE") == "disabled":
+        return Mirror(None)
+    try:
+        import wandb
+
+        online = _has_key() and os.environ.get("WANDB_MODE") != "offline"
+        modes: list[Literal["online", "offline"]] = ["online", "offline"] if online else ["offline"]
+        identity = folder / "wandb.id"  # a resumed run goes on where its mirror stopped
+        if not identity.is_file():
+            identity.write_text(uuid.uuid4().hex[:12])
+        for mode in modes:
+            try:
+                run = wandb.init(
+                    project=config.tracking.project,
+                    entity=config.tracking.entity,
+                    dir=str(folder),
+                    name=f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name}",
+                    config=asdict(config),
+                    id=identity.read_text(),
+                    resume="allow" if mode == "online" else None,
+                    mode=mode,
+                    settings=wandb.Settings(init_timeout=20, silent=True),
+                )
+                return Mirror(run)
+            except Exception as error:  # no network, a wrong key: the mirror goes offline
+                log.warning("wandb could not start %s (%s)", mode, error)
+    except Exception as error:  # wandb itself is broken
+        log.warning("wandb could not start (%s); the run folder goes on alone", error)
+    return Mirror(None)
+
+
+def _has_key() -> bool:
+    """Whether wandb would find a key without asking: in the environment, or where ``wandb login`` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Progress:
+    """A progress bar over the run's FLOPs: ETA, loss, active share, PFLOPs.
+
+    Args:
+        pflops: The run's length.
+        done: PFLOPs spent before (resumed runs).
+        shown: Whether to show it.
+        label: What stands before the bar.
+    """
+
+    def __init__(self, pflops: float, done: float, shown: bool, label: str) -> None:
+        self._pflops = pflops
+        self._bar = tqdm(
+            total=100.0, initial=100 * done / pflops, disable=not shown, desc=label, mininterval=1.0,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
+        )  # fmt: skip
+
+    def update(self, pflops: float, loss: float, active_share: float, validation: float | None) -> None:
+        """Show the present state."""
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}" + (f" val {validation:.3f}" if validation is not None else "")
+            + f" active {active_share:.0%} {pflops:.4g}/{self._pflops:.4g} PFLOPs",
+            refresh=False,
+        )  # fmt: skip
+        self._bar.update(min(100 * pflops / self._pflops, 100.0) - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        self._bar.close()
