@@ -136,7 +136,13 @@ class AdamW(UnitOptimiser):
         *,
         compact: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "fused": True,
+        }
         super().__init__(params, defaults, compact)
         self._views: dict[int, tuple[tuple[int, ...], _Rows]] = {}
 
@@ -256,7 +262,9 @@ class SGD(UnitOptimiser):
         *,
         compact: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, compact)
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, compact
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -271,7 +279,9 @@ class SGD(UnitOptimiser):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         """A few list operations over all parameters of a group."""
-        found: list[tuple[list[Tensor], Index, int]] = []  # tensors, and where their active rows are
+        found: list[
+            tuple[list[Tensor], Index, int]
+        ] = []  # tensors, and where their active rows are
         lists: tuple[list[Tensor], ...] = ([], [], [])  # parameters, momenta, gradients
         for parameter in group["params"]:
             part: GatedPart | None = getattr(parameter, "_gated", None)

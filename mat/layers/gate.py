@@ -81,6 +81,7 @@ class GatedPart:
         edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
         # Runs of rows of one owner: (owner, start, stop).
         self.runs = [(int(owner[a]), a, b) for a, b in pairwise(edges)]
+        self._run_of_row = torch.from_numpy(np.repeat(np.arange(len(self.runs)), np.diff(edges)))
         self.update()
 
     @property
@@ -133,8 +134,8 @@ class GatedPart:
 
     def per_row(self, values: Tensor) -> Tensor:
         """Values of the runs (runs,) for every row of the divided axis, (size,)."""
-        lengths = torch.tensor([b - a for _, a, b in self.runs], device=values.device)
-        return values.repeat_interleave(lengths)
+        self._run_of_row = self._run_of_row.to(values.device)
+        return values[self._run_of_row]
 
     def clear(self) -> None:
         """Forget the block."""
