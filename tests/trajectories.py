@@ -210,9 +210,8 @@ def sums(state: dict[str, torch.Tensor]) -> dict[str, list[float]]:
 def renamed(name: str, state: dict[str, torch.Tensor]) -> str:
     """The name that a tensor of a unit-major layer has in the ordinary module."""
     if match := re.fullmatch(r"features\.(\d+)\.(weight|bias|gain|shift|mean|variance)", name):
-        convolution = (0, 4, 7)[
-            int(match[1])
-        ]  # of [[4],[5,6]], behind batch norms, ReLUs and a pool
+        # Of the stages [[4], [5, 6]]; batch norms, ReLUs and a pool stand between.
+        convolution = (0, 4, 7)[int(match[1])]
         part, plain = {
             "weight": (0, "weight"), "bias": (0, "bias"),
             "gain": (1, "weight"), "shift": (1, "bias"),
