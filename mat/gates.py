@@ -89,6 +89,11 @@ class Gates:
                 self.active[rows] = wanted[rows]
                 gate.update()
 
+    def indices(self) -> list[Tensor]:
+        """Every tensor of row numbers in use: a CUDA graph reads them as long as it lives."""
+        found = [index for gate in self.layers for index in gate.indices()]
+        return [index for index in found if isinstance(index, Tensor)]
+
     @contextmanager
     def transparent(self) -> Iterator[None]:
         """Within, every layer runs as if nothing were gated."""

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mat.layers.gate import BackwardMode
-from mat.units import BoolArray, Units
+from mat.units import BoolArray, FloatArray, Units
 
-FloatArray = NDArray[np.float64]
+
 Rule = Literal["threshold", "lowest", "shuffled", "static", "random", "multirate", "all"]
 Scope = Literal["kind", "layer", "all"]
 Counts = dict[tuple[int, str, int], int]  # active units by selection, kind and layer

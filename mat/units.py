@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 # From a module, and the gate of a layer by the layer's name (None: not gated), to its site.
 MakeSite = Callable[[nn.Module, Callable[[str], Any]], Any]

@@ -190,6 +190,10 @@ class Gate:
             self._divisions[key] = *pair, int(mask.sum())
         return self._divisions[key]
 
+    def indices(self) -> list[Index]:
+        """All indices in use."""
+        return [index for pair in self._divisions.values() for index in pair[:2]]
+
     def update(self) -> None:
         """Follow the flat vector, and the parameters to their device."""
         self.version += 1

@@ -20,20 +20,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mat.suite import analysis, checkpoint, flops, ntk
+from mat import ntk
+from mat.adapters import find_units
+from mat.flops import Flops, Ledger, estimate_flops
+from mat.gates import attach_
+from mat.policy import MATConfig
+from mat.suite import analysis, checkpoint
 from mat.suite import data as datasets
 from mat.suite.allocator import keep_freed_memory
 from mat.suite.config import Config
 from mat.suite.errors import RunFailed, UserError
-from mat.suite.interface import Batch, Flops
-from mat.suite.methods import FloatArray, Method
-from mat.suite.models import build
-from mat.suite.optim import build_optimiser
+from mat.suite.interface import Batch
+from mat.suite.methods import Method
+from mat.suite.models import build, build_optimiser
 from mat.suite.runs import RunFolder
 from mat.suite.schedule import learning_rate
 from mat.suite.stepper import Stepper
 from mat.suite.tracking import Progress, open_mirror
-from mat.suite.units import BackwardMode, UnitIndex, unit_layers
+from mat.units import FloatArray
 
 PFLOP = 1e15
 THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
@@ -97,17 +101,24 @@ class Training:
         self.data = datasets.load(config.dataset, config.seed)
         torch.manual_seed(config.seed)
         self.model = build(config, self.data.outputs).to(self.device)
-        train = config.train
+        train, selection = config.train, config.selection
+        units = find_units(self.model, groups=getattr(config.model, "ffn_groups", None))
+        self.units = units.of_kinds(selection.units)
+        self.gates = attach_(self.model, MATConfig(mode=cast(Any, selection.mode)), self.units)
         self.optimiser = build_optimiser(self.model, train)
-        self.index = UnitIndex(unit_layers(self.model), config.selection.units)
-        self.method = Method(config.method, config.selection, self.index, config.seed)
+        self.method = Method(config.method, selection, self.units, config.seed)
         probing = self.method.selects or config.analysis
         self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
-        self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
-        self.mode = cast(BackwardMode, config.selection.mode)
-        drifting = self.index.layers if self.method.drifts else []
+        self.start = analysis.unit_values(self.gates)  # made again from the seed on resuming
         self.stepper = Stepper(
-            self.model, self.optimiser, self._autocast, train.clip, train.accumulation, drifting, config.hardware.graphs
+            self.model,
+            self.gates,
+            self.optimiser,
+            self._autocast,
+            train.clip,
+            train.accumulation,
+            self.method.drifts,
+            config.hardware.graphs,
         )
         self.budget = train.pflops * config.method.budget * PFLOP
 
@@ -126,6 +137,7 @@ class Training:
         self.evaluated_at = -1.0  # FLOPs
         self.best: dict[str, float] = {"loss": math.inf}
         self._interrupt = False
+        self._ledgers: dict[object, Ledger] = {}  # by the shapes of a batch
         self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
         self._next: tuple[int, tuple[Batch, int]] | None = None  # a step's batch and epoch, made ahead
         self._restore()
@@ -147,7 +159,7 @@ class Training:
                 began = self.step
                 if due := self.method.is_due(progress):
                     if self._online:
-                        self.index.set_active(np.ones(len(self.index), bool), self.mode)
+                        self.gates.set_active(np.ones(len(self.units), bool))
                     cost = self._selection_cost()
                     after = self.spent.figure + cost.figure
                     self._evaluate_until(after, points)
@@ -158,7 +170,7 @@ class Training:
                     self._record(due)
                 start = time.perf_counter()
                 batch = self._train_batch()
-                self.index.set_active(self.method.active_at(self.step), self.mode)
+                self.gates.set_active(self.method.active_at(self.step))
                 cost = self._step_cost(batch)
                 self.seconds += time.perf_counter() - start
                 after = self.spent.figure + cost.figure
@@ -193,8 +205,21 @@ class Training:
         if key not in self._costs:  # a GPU makes a step in the time that this takes
             if len(self._costs) == COSTS:
                 self._costs.clear()
-            self._costs[key] = flops.training_step(self.model, batch, padded, self.config.train.accumulation)
+            parts = self.config.train.accumulation
+            split = [batch] if parts == 1 else batch.split(parts)
+            costs = (self._ledger(part).step(self.gates, padded) for part in split)
+            self._costs[key] = sum(costs, Flops())
         return self._costs[key]
+
+    def _ledger(self, batch: Batch) -> Ledger:
+        """What products a forward pass on a batch makes; recorded once for every shape."""
+        shapes = tuple(tensor.shape for tensor in vars(batch).values())
+        if shapes not in self._ledgers:
+            with self._autocast():
+                self._ledgers[shapes] = Ledger(
+                    self.model, batch.to(self.device), vocabulary=("decoder",)
+                )
+        return self._ledgers[shapes]
 
     def _train_step(self, batch: Batch, cost: Flops, capture: bool = True) -> None:
         start = time.perf_counter()
@@ -203,24 +228,24 @@ class Training:
         self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         if self.device.type == "cuda":  # which computes meanwhile
             self._next = self.step + 1, self.data.train_batch(self.step + 1, self.config.train.batch)
-        seen = outcome.read()
+        reading = outcome.read()
         self.seconds += time.perf_counter() - start
-        self._refuse_divergence(seen.loss, seen.norm)
+        self._refuse_divergence(reading.loss, reading.norm)
 
         self.step += 1
         self.spent += cost
-        active_share = self.index.active_share
+        active_share = float(self.gates.active.mean())
         self.share_sum += active_share
-        self.window.append(seen.loss)
-        if seen.metrics:
-            self.recent.append({**seen.metrics, "samples": batch.samples})
+        self.window.append(reading.loss)
+        if reading.metrics:
+            self.recent.append({**reading.metrics, "samples": batch.samples})
         if self.step % self.config.train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
-            noticed = {**self._running_metrics(), **seen.monitors}
-            self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **noticed)
+            metrics = {**self._running_metrics(), **reading.monitors}
+            self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **metrics)
         best = None if math.isinf(self.best["loss"]) else self.best["loss"]
-        self.progress.update(self.spent.figure / PFLOP, seen.loss, active_share, best)
+        self.progress.update(self.spent.figure / PFLOP, reading.loss, active_share, best)
 
     def _running_metrics(self) -> dict[str, float]:
         """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
@@ -253,12 +278,17 @@ class Training:
         assert self.probe is not None
         selection, memory = self.config.selection, self.config.hardware.estimator_bytes
         if not self._online:
-            return flops.estimate(
-                self.model, self.probe, self.index.layers, self._reduction(), selection.projections, memory
+            return estimate_flops(
+                self._ledger(self.probe),
+                self.units,
+                self._reduction(),
+                selection.projections,
+                self.probe.samples,
+                memory,
             )
         batch = self._train_batch()
-        overhead = flops.kernels(self.index.layers, batch.samples, batch.length, memory)
-        return self._step_cost(batch) + Flops(overhead=overhead)
+        kernels = ntk.kernel_flops(self.units, self._ledger(batch), batch.samples, memory)
+        return self._step_cost(batch) + Flops(overhead=kernels)
 
     def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
@@ -280,24 +310,24 @@ class Training:
         """
         state = self.method.state
         units = {
-            "kind": self.index.kind,
-            "layer": self.index.layer,
-            "unit": self.index.unit,
+            "kind": self.units.kind,
+            "layer": self.units.layer,
+            "unit": self.units.unit,
             "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score if selected else np.nan,
             "delta": state.delta if selected else np.nan,
             "threshold": state.threshold if selected else np.nan,
             "active": state.active,
             "stopped": state.stopped,
-            "distance": analysis.distances(self.index, self.start),
+            "distance": analysis.distances(self.gates, self.start),
         }
         where = {"t": self.records, "step": self.step, "pflops": self.spent.figure / PFLOP}
         self.files.add_rows("units", pd.DataFrame({**where, **units}))
         if self.config.analysis:
             assert self.probe is not None
             selection, memory = self.config.selection, self.config.hardware.estimator_bytes
-            seen = analysis.scene(self.model, self.probe, selection.projections, self.config.seed, memory)
+            scene = analysis.scene(self.model, self.units, self.probe, selection.projections, self.config.seed, memory)
             for name in self.config.analysis:
-                self.files.add_rows(name, pd.DataFrame({**where, **analysis.OBSERVERS[name](seen)}))
+                self.files.add_rows(name, pd.DataFrame({**where, **analysis.OBSERVERS[name](scene)}))
         self.records += 1
 
     def _reduction(self) -> ntk.Reduction:
@@ -312,15 +342,17 @@ class Training:
         try:
             if self._online:
                 batch = self._train_batch()
-                with ntk.Online(self.model, self.index) as online:
+                with ntk.Online(self.model, self.units, samples=batch.samples) as online:
                     self._train_step(batch, cost, capture=False)
-                found = online.result(memory)
+                result = online.result(memory)
             else:
                 with self._autocast():
-                    found = ntk.estimate(
+                    result = ntk.estimate(
                         self.model,
                         self.probe,
-                        self.index,
+                        self.units,
+                        samples=self.probe.samples,
+                        loss=self.model.loss_of_outputs,
                         reduction=self._reduction(),
                         projections=selection.projections,
                         seed=self.config.seed,
@@ -330,7 +362,8 @@ class Training:
                 self.needed += cost.figure
         except FloatingPointError as error:
             raise RunFailed(f"{self.files.path}: at step {self.step} {error}") from error
-        return np.sqrt(found.squared_norm) if self.config.method.score == "gradnorm" else found.lambda_max
+        gradnorm = self.config.method.score == "gradnorm"
+        return np.sqrt(result.squared_norm) if gradnorm else result.lambda_max
 
     # --- evaluation
 
