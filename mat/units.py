@@ -234,10 +234,8 @@ def _layer_by_hand(parameters: dict[str, nn.Parameter], group: list[Unit]) -> Un
     kinds = sorted({unit.kind for unit in group})
     if len(kinds) > 1:
         raise ValueError(f"units that share a parameter must be of one kind, not {', '.join(kinds)}")
-    first = group[0].slices[0].parameter.rpartition(".")[0]
-    return UnitLayer(
-        kinds[0], first, len(group), list(parts.values()), unit_names=[unit.name for unit in group]
-    )
+    names = [unit.name for unit in group]
+    return UnitLayer(kinds[0], group[0].slices[0].parameter, len(group), list(parts.values()), [], names)
 
 
 def _refuse_overlaps(layers: Sequence[UnitLayer]) -> None:

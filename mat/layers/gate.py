@@ -104,9 +104,20 @@ class GatedPart:
 
     def deliver(self, block: Tensor, home: Tensor) -> Tensor:
         """The gradient of a home, given that of the active rows (rows first)."""
+        rows = block.transpose(0, self.dim)
         if home is self._leaf:
             return block
-        return spread(block.transpose(0, self.dim), self.active, self.dim, home.shape[self.dim])
+        if self.whole:
+            return rows
+        full = torch.zeros_like(home)  # in the home's memory format, or autograd copies it once more
+        put(full, self.active, self.dim, rows.to(full.dtype))
+        return full
+
+    def mask(self, grad: Tensor) -> Tensor | None:
+        """A gradient hook for parameters that no site knows: zeros in frozen rows, nothing skipped."""
+        if self.whole or self.gate.transparent:
+            return None
+        return spread(take(grad, self.active, self.dim), self.active, self.dim, grad.shape[self.dim])
 
     def gradient(self) -> Tensor | None:
         """Gradient of the active rows, rows first, or None if there is none."""
@@ -147,6 +158,7 @@ class Gate:
         self.parts: dict[str, GatedPart] = {}
         self.device = torch.device("cpu")
         self._divisions: dict[bytes, tuple[Index, Index, int]] = {}
+        self._widened: dict[bytes, Index] = {}
 
     def add(self, parameter: nn.Parameter, part: Part) -> GatedPart:
         """Take in a part."""
@@ -167,10 +179,30 @@ class Gate:
             self._divisions[key] = *pair, int(mask.sum())
         return self._divisions[key]
 
+    def widen(self, owner: IntArray, size: int) -> Index:
+        """Index of ``size`` rows: first those that train, then as many others as it takes.
+
+        Args:
+            owner: See :meth:`divide`. Equal divisions give the same object.
+            size: At least the number of rows that train.
+        """
+        active, _, count = self.divide(owner)
+        if size == len(owner):
+            return None
+        if size == count:
+            return active
+        key = owner.tobytes()
+        if key not in self._widened:
+            trains = (owner == REST) | self.active[owner]
+            first, others = np.flatnonzero(trains), np.flatnonzero(~trains)[: size - count]
+            self._widened[key] = torch.from_numpy(np.concatenate([first, others])).to(self.device)
+        return self._widened[key]
+
     def update(self) -> None:
         """Follow the flat vector, and the parameters to their device."""
         self.n_active = int(self.active.sum())
         self._divisions.clear()
+        self._widened.clear()
         self.device = next(iter(self.parts.values())).parameter.device
         for part in self.parts.values():
             part.update()
