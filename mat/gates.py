@@ -5,9 +5,8 @@ holds a view of its part. It changes between optimiser steps only. Parameters, n
 ``requires_grad`` stay as they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from mat.adapters import find_units
 from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
-from mat.policy import FloatArray, MATConfig, Policy
+from mat.policy import MATConfig, Policy
 from mat.units import BoolArray, Unit, UnitLayer, Units
 
 
@@ -63,7 +62,9 @@ class Gates:
     def _mask_gradients(self, layer: UnitLayer, gate: Gate) -> None:
         """Zero the frozen slices of parameters that lie in none of the layer's sites."""
         for name, part in gate.parts.items():
-            known = any(f"{name}.".startswith(f"{path}." if path else "") for path, _ in layer.sites)
+            known = any(
+                f"{name}.".startswith(f"{path}." if path else "") for path, _ in layer.sites
+            )
             if not known and part.parameter.requires_grad:
                 self._hooks.append(part.parameter.register_hook(part.mask))
 

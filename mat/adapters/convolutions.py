@@ -17,7 +17,15 @@ from mat.layers.gate import Gate
 from mat.units import IntArray, MakeSite, Part, UnitLayer
 
 # Keep channels apart; a gradient goes back through them densely.
-CHANNELWISE = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ReLU6, nn.SiLU)
+CHANNELWISE = (
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
+    nn.ReLU6,
+    nn.SiLU,
+)
 RESNET = "torchvision.models.resnet"
 BRANCHES = {  # in the order that a module of torchvision's ResNet runs them
     "BasicBlock": ("conv1", "bn1", "relu", "conv2", "bn2"),
@@ -40,7 +48,8 @@ def chain(place: Place) -> Iterator[tuple[str, nn.Module]]:
             yield from leaves(place.path, place.module)
         return
     for kind in type(place.module).__mro__:
-        if kind.__module__ == RESNET and type(place.module).forward is kind.forward:
+        own_forward = getattr(kind, "forward", None) is type(place.module).forward
+        if kind.__module__ == RESNET and own_forward:
             for name in BRANCHES.get(kind.__name__, ()):
                 yield from leaves(place.under(name), getattr(place.module, name))
 
@@ -76,10 +85,14 @@ def in_chain(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> list[Uni
                 layers.append(feeding)
         elif feeding is None:
             continue
-        elif type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and not tied(model, module):
+        elif (
+            type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and not tied(model, module)
+        ):
             own(feeding, path, module)
             feeding.sites.append(norm_site(path, feeding))
-        elif isinstance(module, (nn.ReLU, nn.MaxPool2d)) and not getattr(module, "return_indices", False):
+        elif isinstance(module, (nn.ReLU, nn.MaxPool2d)) and not getattr(
+            module, "return_indices", False
+        ):
             if id(module) not in carrying:
                 feeding.sites.append((path, channel_site))
             carrying.add(id(module))

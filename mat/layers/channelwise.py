@@ -61,7 +61,7 @@ class NormSite(Site):
             if momentum is None:
                 momentum = 1.0 / float(norm.num_batches_tracked)
         by_batch = norm.training or norm.running_mean is None
-        running = norm.running_mean, norm.running_var
+        running: tuple[Tensor | None, Tensor | None] = norm.running_mean, norm.running_var
         if norm.training and not norm.track_running_stats:
             running = None, None
         options = by_batch, momentum or 0.0, norm.eps
@@ -102,10 +102,12 @@ class _Norm(torch.autograd.Function):
         running: tuple[Tensor | None, Tensor | None],
         options: tuple[bool, float, float],
     ) -> tuple[Tensor, Tensor | None]:
-        y, mean, inverse = torch.native_batch_norm(x, gain, shift, *running, *options)
+        by_batch, momentum, eps = options
+        y, mean, inverse = torch.native_batch_norm(
+            x, gain, shift, *running, by_batch, momentum, eps
+        )
         ctx.through, ctx.parts, ctx.options = through, parts, options
         ctx.homes, ctx.compact, ctx.total = (gain_home, shift_home), compact is not None, x.shape[1]
-        by_batch = options[0]
         fixed = (None, None) if by_batch else running
         saved = (mean, inverse) if by_batch else (None, None)
         ctx.save_for_backward(
@@ -117,7 +119,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dense: Tensor | None, compact: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, gain, *statistics = ctx.saved_tensors
         g = gathered_channels(dense, compact, ctx.through)  # (N, k, H, W)
         if g is None:
@@ -165,7 +169,9 @@ class ReluSite(ChannelSite):
 
     def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
         """In place where the module works in place."""
-        found: tuple[Tensor, Tensor] = _Relu.apply(x, note.stand_in, note.index, self.module.inplace)
+        found: tuple[Tensor, Tensor] = _Relu.apply(
+            x, note.stand_in, note.index, self.module.inplace
+        )
         return found
 
 
@@ -186,7 +192,9 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dense: Tensor | None, compact: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
         g = gathered_channels(dense, compact, ctx.index)
         if g is None or not g.shape[1]:
@@ -224,13 +232,17 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dense: Tensor | None, compact: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         g = gathered_channels(dense, compact, ctx.index)
         if g is None:
             return (None,) * 4
         like = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=ctx.format)
         if g.shape[1]:
-            pair = [(o, o) if isinstance(o, int) and not isinstance(o, bool) else o for o in ctx.options]
+            pair = [
+                (o, o) if isinstance(o, int) and not isinstance(o, bool) else o for o in ctx.options
+            ]
             like = torch.ops.aten.max_pool2d_with_indices_backward(g, like, *pair, places)
         return None, like, None, None

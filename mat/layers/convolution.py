@@ -133,8 +133,15 @@ class _Convolution(torch.autograd.Function):
         part = way.rows or way.columns
         assert part is not None
         # Without a unit that trains only a bias of the rest wants a gradient, and that needs no x.
-        kept = take_channels(x, None if way.columns is None else part.active) if part.count else None
-        ctx.way, ctx.moves, ctx.homes, ctx.compact = way, moves, (weight_home, bias_home), compact is not None
+        kept = (
+            take_channels(x, None if way.columns is None else part.active) if part.count else None
+        )
+        ctx.way, ctx.moves, ctx.homes, ctx.compact = (
+            way,
+            moves,
+            (weight_home, bias_home),
+            compact is not None,
+        )
         ctx.shape, ctx.format = x.shape, memory_format(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight)
@@ -142,7 +149,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dense: Tensor | None, compact: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         way: Way = ctx.way
         wants_x, wants_compact, wants_weight, wants_bias = ctx.needs_input_grad[:4]
@@ -205,7 +214,9 @@ def parameter_gradients(
     total = d_weight = None
     if x is not None and (wants_weight or wants_bias):
         shape = (few.shape[1], x.shape[1], *weight.shape[2:])
-        like = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=memory_format(weight))
+        like = torch.empty(
+            shape, dtype=g.dtype, device=g.device, memory_format=memory_format(weight)
+        )
         _, d_weight, total = product(few, x, like, ctx.moves, [False, wants_weight, wants_bias])
     if wants_weight:
         if d_weight is None:
@@ -267,7 +278,9 @@ def spread_channels(maps: Tensor, index: Index, total: int) -> Tensor:
     if index is None:
         return maps
     shape = (maps.shape[0], total, *maps.shape[2:])
-    every = torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=memory_format(maps))
+    every = torch.empty(
+        shape, dtype=maps.dtype, device=maps.device, memory_format=memory_format(maps)
+    )
     put(every.zero_(), index, 1, maps)
     return every
 
