@@ -28,6 +28,7 @@ class Form:
         last: Last matrix; ``../`` when the module's forward ends with the activation.
         between: Name of a module between activation and last matrix.
         after: Name of a module behind the last matrix.
+        method: The method that runs them.
     """
 
     firsts: tuple[str, ...]
@@ -35,6 +36,7 @@ class Form:
     last: str
     between: str | None = None
     after: str | None = None
+    method: str = "forward"
 
 
 FORMS = (
@@ -43,25 +45,35 @@ FORMS = (
     Form(("fc1",), "activation_fn", "fc2"),  # ViT
     Form(("gate_proj", "up_proj"), "act_fn", "down_proj"),  # Llama, Qwen2
     Form(("wi",), "act", "wo", between="dropout"),  # Switch Transformers
+    # nn.TransformerDecoderLayer, nn.TransformerEncoderLayer
+    Form(("linear1",), "activation", "linear2", "dropout", "dropout3", "_ff_block"),
+    Form(("linear1",), "activation", "linear2", "dropout", "dropout2", "_ff_block"),
 )
+LIBRARIES = ("transformers.", "torch.nn.modules.transformer")
 
 
 @finder
 def groups(place: Place) -> Iterator[UnitLayer]:
-    """The groups of hidden neurons of a feed-forward module of transformers."""
-    if not type(place.module).__module__.startswith("transformers."):
+    """The groups of hidden neurons of a feed-forward module of transformers or of torch."""
+    if not type(place.module).__module__.startswith(LIBRARIES):
         return
     for form in FORMS:
         firsts = [place.linear(name) for name in form.firsts]
         last = place.linear(form.last)
-        if last is None or any(f is None for f in firsts) or not hasattr(place.module, form.activation):
+        needed = (form.activation, form.method, *filter(None, (form.between, form.after)))
+        if last is None or any(first is None for first in firsts):
+            continue
+        if not all(hasattr(place.module, name) for name in needed):
             continue
         hidden = last.in_features
         count = number_of_groups(place, hidden)
         owner = np.repeat(np.arange(count), hidden // count)
         parts = [part for name in form.firsts for part in place.parts(name, owner, 0)]
         parts += place.parts(form.last, owner, 1)
-        sites = [linear_site(place.path, place.under(form.last)), (place.path, hidden_site(place, form))]
+        sites = [
+            linear_site(place.path, place.under(form.last)),
+            (place.path, hidden_site(place, form)),
+        ]
         yield UnitLayer("ffn", place.path, count, parts, sites)
         return
 
@@ -72,15 +84,19 @@ def number_of_groups(place: Place, hidden: int) -> int:
     Raises:
         ValueError: If a number that was asked for does not divide them.
     """
-    wanted = place.groups or count_heads(place.model) or DEFAULT_GROUPS
+    wanted = place.groups or count_heads(place.model, place.module) or DEFAULT_GROUPS
     if hidden % wanted == 0:
         return wanted
     if place.groups:
-        raise ValueError(f"groups={place.groups} does not divide the {hidden} neurons of {place.path}")
+        raise ValueError(
+            f"groups={place.groups} does not divide the {hidden} neurons of {place.path}"
+        )
     return max(n for n in range(1, wanted + 1) if hidden % n == 0)
 
 
-def hidden_site(place: Place, form: Form) -> Callable[[nn.Module, Callable[[str], Gate | None]], Any]:
+def hidden_site(
+    place: Place, form: Form
+) -> Callable[[nn.Module, Callable[[str], Gate | None]], Any]:
     """What makes the site of a feed-forward module."""
 
     def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> HiddenSite:
@@ -90,7 +106,10 @@ def hidden_site(place: Place, form: Form) -> Callable[[nn.Module, Callable[[str]
         weights: Any = [part_of(gate, place.under(f"{name}.weight")) for name in form.firsts]
         biases = [part_of(gate, place.under(f"{name}.bias")) for name in form.firsts]
         inside = not form.last.startswith("../")
-        return HiddenSite(module, firsts, weights, biases, Activate(module, form), Finish(module, form) if inside else None)
+        finish = Finish(module, form) if inside else None
+        return HiddenSite(
+            module, firsts, weights, biases, Activate(module, form), finish, form.method
+        )
 
     return make
 

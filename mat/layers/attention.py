@@ -47,7 +47,9 @@ def attend_apart(
     if gate.n_active:
         moving, weights = attend(*parts, q_active)
     else:  # nothing to attend with, but the projections' gradients are zeros rather than missing
-        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(-1, q.shape[2], -1, q.shape[3])
+        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(
+            -1, q.shape[2], -1, q.shape[3]
+        )
         weights = still_weights
     context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])
     if still_weights is not None and gate.n_active:
@@ -57,6 +59,13 @@ def attend_apart(
         put(every, q_frozen, 1, still_weights)
         weights = every
     return context, weights
+
+
+def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:
+    """The part of a mask or bias that is some heads'; it broadcasts to (B, H, T, S)."""
+    if bias is None or bias.dim() != 4 or bias.shape[1] != heads or heads == 1:
+        return bias
+    return take(bias, index, 1)
 
 
 class _Join(torch.autograd.Function):

@@ -78,6 +78,14 @@ class GatedPart:
         self._leaf: Tensor | None = None
         self.update()
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.note()  # copying a parameter, or reading it from a file, loses its attributes
+
+    def note(self) -> None:
+        """Tell the parameter, so that optimisers find out."""
+        self.parameter._gated = self  # type: ignore[attr-defined]
+
     @property
     def dim(self) -> int:
         """The axis that is divided."""
@@ -152,6 +160,7 @@ class Gate:
         """Take in a part."""
         self.device = parameter.device
         self.parts[part.parameter] = GatedPart(self, parameter, part)
+        self.parts[part.parameter].note()
         return self.parts[part.parameter]
 
     def divide(self, owner: IntArray) -> tuple[Index, Index, int]:

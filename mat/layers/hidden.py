@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import GatedPart, take
-from mat.layers.linear import Way, bias_gradient, compute_dtype, home, weight_gradient
+from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
 from mat.layers.site import Site, gathered, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
@@ -29,6 +29,7 @@ class HiddenSite(Site):
         weights, biases: The gate's shares of them.
         activation: From their outputs (..., F) to the hidden neurons (..., F), elementwise.
         last: What the module does with the hidden neurons afterwards, if anything.
+        method: The method that this is.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class HiddenSite(Site):
         biases: Sequence[GatedPart | None],
         activation: Activation,
         last: Callable[[Tensor], Tensor] | None = None,
+        method: str = "forward",
     ) -> None:
-        super().__init__(module, weights[0].gate)
+        super().__init__(module, weights[0].gate, method=method)
         self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
         self.activation, self.last = activation, last
 
@@ -50,8 +52,7 @@ class HiddenSite(Site):
         for first, weight, bias in zip(self.firsts, self.weights, self.biases, strict=True):
             homes += [home(weight, first.weight), home(bias, first.bias)]
             values += [first.weight.detach(), None if first.bias is None else first.bias.detach()]
-            cut = weight.gate.mode == "cut"
-            ways.append(Way(weight, None, bias, weight.active if cut else None, None))
+            ways.append(by_rows(weight, bias))
         hidden, compact = _Hidden.apply(x, self.activation, ways, *homes, *values)
         hidden = with_compact(hidden, compact, ways[0].through)
         return hidden if self.last is None else self.last(hidden)
@@ -77,7 +78,10 @@ class _Hidden(torch.autograd.Function):
         index, part = ways[0].through, ways[0].rows
         assert part is not None
         ctx.ways, ctx.activation, ctx.homes = ways, activation, homes
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.autocast = (
+            torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type),
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *values[::2], *(take(each, index, each.dim() - 1) for each in z))
         return hidden, None if index is None else stand_in(hidden, part.count)
@@ -86,7 +90,11 @@ class _Hidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
-        x, weights, z = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count], ctx.saved_tensors[1 + count :]
+        x, weights, z = (
+            ctx.saved_tensors[0],
+            ctx.saved_tensors[1 : 1 + count],
+            ctx.saved_tensors[1 + count :],
+        )
         through = ctx.ways[0].through
         g = gathered(dense, compact, through)  # (N, r)
         if g is None or not g.shape[1]:
