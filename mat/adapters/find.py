@@ -121,10 +121,14 @@ def find_units(
     for name in BUILT_IN:
         importlib.import_module(f"mat.adapters.{name}")
     layers: list[UnitLayer] = []
+    owned: set[str] = set()
     for path, module in model.named_modules():
         place = Place(model, path, module, groups, head_output)
-        for find in FINDERS:
-            layers += find(place)
+        for layer in (layer for find in FINDERS for layer in find(place)):
+            names = {part.parameter for part in layer.parts}
+            if not names & owned:  # an expert's feed-forward layer is inside a unit already
+                layers.append(layer)
+                owned |= names
     if not layers:
         raise ValueError(
             f"no units are found in {type(model).__name__}: name them by hand, as in "
