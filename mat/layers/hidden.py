@@ -77,7 +77,10 @@ class _Hidden(torch.autograd.Function):
         index, part = ways[0].through, ways[0].rows
         assert part is not None
         ctx.ways, ctx.activation, ctx.homes = ways, activation, homes
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.autocast = (
+            torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type),
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *values[::2], *(take(each, index, each.dim() - 1) for each in z))
         return hidden, None if index is None else stand_in(hidden, part.count)
@@ -86,7 +89,11 @@ class _Hidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
-        x, weights, z = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count], ctx.saved_tensors[1 + count :]
+        x, weights, z = (
+            ctx.saved_tensors[0],
+            ctx.saved_tensors[1 : 1 + count],
+            ctx.saved_tensors[1 + count :],
+        )
         through = ctx.ways[0].through
         g = gathered(dense, compact, through)  # (N, r)
         if g is None or not g.shape[1]:

@@ -134,7 +134,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dense: Tensor | None, compact: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         way: Way = ctx.way
         weight_home, bias_home = ctx.homes
