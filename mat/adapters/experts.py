@@ -7,7 +7,13 @@ import numpy as np
 from torch import nn
 
 from mat.adapters.find import Place, finder
-from mat.layers.experts import ExpertSite, MixtureSite, StackedSite
+from mat.layers.experts import (
+    ExpertSite,
+    MixtureSite,
+    StackedSite,
+    record_separate,
+    record_stacked,
+)
 from mat.layers.gate import Gate
 from mat.units import Part, UnitLayer
 
@@ -24,7 +30,9 @@ def stacked(place: Place) -> Iterator[UnitLayer]:
     if all(p.requires_grad and p.shape[0] == count for p in module.parameters()):
         parts = [Part(place.under(name), 0, np.arange(count)) for name in names]
         site = place.path, _site(place, names, StackedSite)
-        yield UnitLayer("experts", place.path, count, parts, [site])
+        yield UnitLayer(
+            "experts", place.path, count, parts, [site], recording=(place.path, record_stacked)
+        )
 
 
 @finder
@@ -32,7 +40,11 @@ def separate(place: Place) -> Iterator[UnitLayer]:
     """Experts in a ModuleDict or ModuleList called ``experts`` (Switch Transformers)."""
     module, (outside, _, name) = place.module, place.path.rpartition(".")
     experts = list(module.named_children())
-    if name != "experts" or not isinstance(module, nn.ModuleDict | nn.ModuleList) or len(experts) < 2:
+    if (
+        name != "experts"
+        or not isinstance(module, nn.ModuleDict | nn.ModuleList)
+        or len(experts) < 2
+    ):
         return
     parts: list[Part] = []
     for unit, (child, expert) in enumerate(experts):
@@ -46,7 +58,8 @@ def separate(place: Place) -> Iterator[UnitLayer]:
     names = [part.parameter.removeprefix(f"{around}.") for part in parts]
     sites = [(place.under(child), _expert(place, unit)) for unit, (child, _) in enumerate(experts)]
     sites.append((around, _site(place, names, MixtureSite, around)))
-    yield UnitLayer("experts", place.path, len(experts), parts, sites)
+    recording = (place.path, record_separate) if runs else None
+    yield UnitLayer("experts", place.path, len(experts), parts, sites, recording=recording)
 
 
 def _site(place: Place, names: list[str], cls: Any, around: str | None = None) -> Any:

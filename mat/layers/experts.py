@@ -7,7 +7,7 @@ The router learns from all experts in both: its gradient needs their forward val
 Shapes: N tokens, D width, K experts per token, S = N * K pairs of a token and an expert, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -18,6 +18,11 @@ from torch.func import functional_call
 
 from mat.layers.gate import Gate, GatedPart, take
 from mat.layers.site import Site
+
+# From names of weight and bias (or None) in the module, number of the expert, rows of the input (n, I)
+# and of the product (n, O), and numbers of their tokens (n,) to the product that the module goes on
+# with.
+Record = Callable[[str, str | None, int, Tensor, Tensor, Tensor], Tensor]
 
 
 class ExpertSite(Site):
@@ -109,7 +114,9 @@ class StackedSite(Site):
                 return call_with(self, {k: w.detach() for k, w in tensors.items()}, *inputs)
         homes = {name: part.home(tensors[name]) for name, part in self.parts.items()}
         weights = {
-            name: weight if homes[name] is weight else _Rows.apply(homes[name], weight.detach(), self.parts[name])
+            name: weight
+            if homes[name] is weight
+            else _Rows.apply(homes[name], weight.detach(), self.parts[name])
             for name, weight in tensors.items()
         }
         return call_with(self, weights, *inputs)
@@ -178,3 +185,76 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         block = take(gradient, ctx.part.active, 0).contiguous()
         return ctx.part.deliver(block, ctx.home), None, None
+
+
+def record_stacked(
+    module: Any, record: Record, x: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """What a layer of stacked experts computes, with every expert's products shown to the estimator.
+
+    Args:
+        module: The layer, attached or not.
+        record: Called with each product of each expert that has tokens.
+        x: (N, D).
+        index: (N, K) experts of each token.
+        weights: (N, K).
+    """
+
+    def product(name: str, unit: int, rows: Tensor, token: Tensor) -> Tensor:
+        weight = getattr(module, name)[unit]
+        y = rows @ (weight if module.is_transposed else weight.T)
+        bias = f"{name}_bias" if module.has_bias else None
+        if bias is not None:
+            y = y + getattr(module, bias)[unit]
+        return record(name, bias, unit, rows, y, token)
+
+    y = torch.zeros_like(x)
+    for unit in range(module.num_experts):
+        token, place = torch.where(index == unit)
+        if not len(token):
+            continue
+        if module.has_gate:
+            hidden = module._apply_gate(product("gate_up_proj", unit, x[token], token))
+        else:
+            hidden = module.act_fn(product("up_proj", unit, x[token], token))
+        rows = product("down_proj", unit, hidden, token)
+        if module.has_post_expert_norm:
+            rows = module.post_expert_norm(rows)
+        y = y.index_add(0, token, (rows * weights[token, place, None]).to(y.dtype))
+    return y
+
+
+def record_separate(
+    module: nn.ModuleDict, record: Record, x: Tensor, selected: Tensor, weights: Tensor
+) -> Tensor:
+    """The same of experts that are modules of their own, linear layers of which each is a product.
+
+    Args:
+        module: The experts, attached or not.
+        record: Called with each product of each expert that has tokens.
+        x: (N, D).
+        selected: (N, 1, E) nonzero at each token's expert.
+        weights: (N, 1).
+    """
+
+    def hook(path: str, linear: nn.Linear, unit: int, token: Tensor) -> Callable[..., Tensor]:
+        weight, bias = f"{path}.weight", None if linear.bias is None else f"{path}.bias"
+        return lambda _, inputs, rows: record(weight, bias, unit, inputs[0], rows, token)
+
+    y = torch.zeros_like(x)
+    for unit, (child, expert) in enumerate(module.items()):
+        token = selected[:, 0, unit].nonzero()[:, 0]
+        if not len(token):
+            continue
+        hooks = [
+            linear.register_forward_hook(hook(path, linear, unit, token))
+            for path, linear in expert.named_modules(prefix=child)
+            if isinstance(linear, nn.Linear)
+        ]
+        try:
+            rows = expert(x[token])
+        finally:
+            for handle in hooks:
+                handle.remove()
+        y = y.index_add(0, token, (rows * weights[token]).to(y.dtype))
+    return y
