@@ -170,10 +170,14 @@ def find_units(
         importlib.import_module(f"mat.adapters.{name}")
     tied = _tied(model)
     layers: list[UnitLayer] = []
+    owned: set[str] = set()
     for path, module in model.named_modules():
         place = Place(model, path, module, groups, head_output, tied)
-        for find in FINDERS:
-            layers += find(place)
+        for layer in (layer for find in FINDERS for layer in find(place)):
+            names = {part.parameter for part in layer.parts}
+            if not names & owned:  # an expert's feed-forward layer is inside a unit already
+                layers.append(layer)
+                owned |= names
     left_out = _left_out(model, layers, tied)
     if not layers:
         parameter = next((name for name, _ in model.named_parameters()), "layer.weight")
