@@ -53,7 +53,8 @@ def attention_matrices(qkv: Tensor, table: Tensor | None) -> Tensor:
     """The attention matrices (B, H, T, T) of the same arguments, without gradients."""
     if table is not None:
         table = table[:, : qkv.shape[1]].to(qkv.dtype)
-    return _attend(qkv.detach(), table)[2].unflatten(0, (qkv.shape[0], qkv.shape[2]))
+    probabilities = _attend(qkv.detach(), table)[2]  # (B H, T, T)
+    return probabilities.view(qkv.shape[0], qkv.shape[2], *probabilities.shape[1:])
 
 
 def _attend(qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

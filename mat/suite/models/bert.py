@@ -55,6 +55,13 @@ def linear(weight: Tensor, bias: bool = True) -> nn.Linear:
     return layer
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding (rows, width) with BERT's initial weights."""
+    layer = nn.Embedding(rows, width, device="meta")
+    layer.weight = nn.Parameter(torch.empty(rows, width).normal_(0.0, 0.02))
+    return layer
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 
@@ -90,7 +97,7 @@ class Attention(nn.Module):
         return attention_matrices(self._split(self.qkv(x)), self.rotary)
 
     def _split(self, qkv: Tensor) -> Tensor:
-        return qkv.unflatten(2, (-1, 3, self.head_width))  # (B, T, h, 3, K)
+        return qkv.view(*qkv.shape[:2], -1, 3, self.head_width)  # (B, T, h, 3, K)
 
 
 class FeedForward(nn.Module):
@@ -152,8 +159,8 @@ class MaskedEncoder(Model):
         super().__init__()
         self.config = config
         width, heads = config.width, config.heads
-        self.tokens = _embedding(vocabulary, width)
-        self.positions = _embedding(length, width) if config.positions == "learned" else None
+        self.tokens = embedding(vocabulary, width)
+        self.positions = embedding(length, width) if config.positions == "learned" else None
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         rotary = rotary_table(length, width // heads) if config.positions == "rotary" else None
@@ -242,16 +249,13 @@ class Bert(MaskedEncoder):
             for ours, theirs in TRANSFORMERS_BLOCK.items():
                 modules[f"blocks.{i}.{ours}"] = f"{layer}.{theirs}"
             for name, tensor in own.qkv.named_parameters():  # (3 D, D), (3 D)
-                parts = tensor.detach().unflatten(0, (own.heads, 3, own.head_width)).unbind(1)
+                rest = tensor.shape[1:]
+                parts = tensor.detach().view(own.heads, 3, own.head_width, *rest).unbind(1)
                 for part, view in zip(("query", "key", "value"), parts, strict=True):
-                    shape = (self.config.width, *tensor.shape[1:])  # of (H, K, D), (H, K)
+                    shape = (self.config.width, *rest)  # of (H, K, D), (H, K)
                     views[f"{layer}.attention.self.{part}.{name}"] = view, shape
         for ours, theirs in modules.items():
             for name, tensor in self.get_submodule(ours).named_parameters():
                 views[f"{theirs}.{name}"] = tensor.detach(), tuple(tensor.shape)
         views["cls.predictions.bias"] = views["cls.predictions.decoder.bias"]
         return views
-
-
-def _embedding(rows: int, width: int) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(torch.empty(rows, width).normal_(0.0, 0.02), freeze=False)

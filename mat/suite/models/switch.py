@@ -14,7 +14,6 @@ Shapes: B sequences, T tokens, N = B * T, D width, F hidden neurons, E experts, 
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -128,16 +127,8 @@ class Experts(nn.Module):
         return probabilities.gather(1, expert[:, None]).squeeze(1), expert, load
 
     def core(self, rows: Tensor) -> Tensor:
-        """Rows (E, C, D) through their experts, a few of these at a time on a CPU."""
-        weights = self.in_weight, self.in_bias, self.out_weight, self.out_bias
-        most = self.experts
-        if not rows.is_cuda:  # weights and activations stay in its cache
-            most = max(1, CACHE_BYTES // (2 * self.config.width * self.config.ffn_hidden))
-        parts = [
-            expert_mlp(rows[start:end], *(weight[start:end] for weight in weights))
-            for start, end in pairwise([*range(0, self.experts, most), self.experts])
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """Rows (E, C, D) through their experts."""
+        return expert_mlp(rows, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
 
     def monitors(self) -> dict[str, Tensor]:
         """Of the last training forward: largest load and dropped tokens, as shares of all tokens,
@@ -157,9 +148,53 @@ class Experts(nn.Module):
 def expert_mlp(
     rows: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor
 ) -> Tensor:
-    """Rows (e, C, D) through e experts, with the rows of their four parameters."""
-    hidden = F.gelu(torch.baddbmm(in_bias[:, None], rows, in_weight.mT))  # (e, C, F)
-    return torch.baddbmm(out_bias[:, None], hidden, out_weight.mT)
+    """Rows (e, C, D) through e experts: those whose rows of the four parameters are given.
+
+    All at once on a GPU; on a CPU so many that their weights and activations stay in its cache.
+    """
+    return cast(Tensor, _ExpertMlp.apply(rows, in_weight, in_bias, out_weight, out_bias))
+
+
+class _ExpertMlp(torch.autograd.Function):
+    """See :func:`expert_mlp`: differentiated by autograd, batched products copy their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *parameters: Tensor) -> Tensor:
+        outputs = torch.empty_like(rows)
+        count, hidden_width, width = parameters[0].shape
+        most = count if rows.is_cuda else max(1, CACHE_BYTES // (2 * width * hidden_width))
+        ctx.chunks = [slice(i, min(i + most, count)) for i in range(0, count, most)]
+        kept: list[Tensor] = []
+        for chunk in ctx.chunks:
+            w_in, b_in, w_out, b_out = (each[chunk].to(rows.dtype) for each in parameters)
+            z = torch.bmm(rows[chunk], w_in.mT).add_(b_in[:, None])  # (c, C, F)
+            hidden = F.gelu(z)
+            outputs[chunk] = torch.bmm(hidden, w_out.mT).add_(b_out[:, None])
+            if any(ctx.needs_input_grad):
+                kept += z, hidden, w_in, w_out
+        ctx.parameters = [(each.shape, each.dtype) for each in parameters]
+        ctx.save_for_backward(rows, *kept)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *kept = ctx.saved_tensors
+        trains = any(ctx.needs_input_grad[1:])
+        d_rows = torch.empty_like(rows)
+        d_parameters = [rows.new_empty(s, dtype=d) for s, d in ctx.parameters if trains]
+        for i, chunk in enumerate(ctx.chunks):
+            z, hidden, w_in, w_out = kept[4 * i : 4 * i + 4]
+            g = gradient[chunk]  # (c, C, D)
+            d_z = torch.ops.aten.gelu_backward(torch.bmm(g, w_out), z)
+            d_rows[chunk] = torch.bmm(d_z, w_in)
+            if trains:
+                d_in, d_out = torch.bmm(d_z.mT, rows[chunk]), torch.bmm(g.mT, hidden)
+                for whole, part in zip(
+                    d_parameters, (d_in, d_z.sum(1), d_out, g.sum(1)), strict=True
+                ):
+                    whole[chunk] = part
+        return d_rows, *(d_parameters or [None] * 4)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -167,8 +202,10 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Slots) -> Tensor:
+        device = tokens.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         ctx.slots = slots
-        return _gather(tokens, slots.token)
+        return _gather(tokens.to(autocast or tokens.dtype), slots.token)
 
     @staticmethod
     @once_differentiable
