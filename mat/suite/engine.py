@@ -22,7 +22,7 @@ import torch
 
 from mat import ntk
 from mat.adapters import find_units
-from mat.flops import Flops, Ledger, estimate_flops
+from mat.flops import Flops, Ledger
 from mat.gates import attach_
 from mat.policy import MATConfig
 from mat.suite import analysis, checkpoint
@@ -138,6 +138,8 @@ class Training:
         self.best: dict[str, float] = {"loss": math.inf}
         self._interrupt = False
         self._ledgers: dict[object, Ledger] = {}  # by the shapes of a batch
+        self._kernels: dict[object, int] = {}  # FLOPs, by the shapes of a batch
+        self._estimate_cost: Flops | None = None
         self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
         self._next: tuple[int, tuple[Batch, int]] | None = None  # a step's batch and epoch, made ahead
         self._restore()
@@ -207,19 +209,23 @@ class Training:
                 self._costs.clear()
             parts = self.config.train.accumulation
             split = [batch] if parts == 1 else batch.split(parts)
-            costs = (self._ledger(part).step(self.gates, padded) for part in split)
+            costs = (self._ledger(part).step(executed=padded) for part in split)
             self._costs[key] = sum(costs, Flops())
         return self._costs[key]
 
-    def _ledger(self, batch: Batch) -> Ledger:
-        """What products a forward pass on a batch makes; recorded once for every shape."""
-        shapes = tuple(tensor.shape for tensor in vars(batch).values())
-        if shapes not in self._ledgers:
-            with self._autocast():
-                self._ledgers[shapes] = Ledger(
-                    self.model, batch.to(self.device), vocabulary=("decoder",)
-                )
-        return self._ledgers[shapes]
+    def _ledger(self, batch: Batch, training: bool = True) -> Ledger:
+        """What products a pass over a batch makes; recorded once for every shape."""
+        key = training, *(tensor.shape for tensor in vars(batch).values())
+        if key not in self._ledgers:
+            there = batch.to(self.device)
+
+            def forward() -> torch.Tensor:
+                with self._autocast():
+                    loss, extra = self.model.loss(there), self.model.auxiliary_loss()
+                return loss if extra is None else loss + extra
+
+            self._ledgers[key] = Ledger(self.model, forward, ("decoder",), training)
+        return self._ledgers[key]
 
     def _train_step(self, batch: Batch, cost: Flops, capture: bool = True) -> None:
         start = time.perf_counter()
@@ -276,19 +282,34 @@ class Training:
         if not self.method.needs_score:
             return Flops()
         assert self.probe is not None
-        selection, memory = self.config.selection, self.config.hardware.estimator_bytes
-        if not self._online:
-            return estimate_flops(
-                self._ledger(self.probe),
-                self.units,
-                self._reduction(),
-                selection.projections,
-                self.probe.samples,
-                memory,
-            )
-        batch = self._train_batch()
-        kernels = ntk.kernel_flops(self.units, self._ledger(batch), batch.samples, memory)
-        return self._step_cost(batch) + Flops(overhead=kernels)
+        if self._online:
+            batch = self._train_batch()
+            return self._step_cost(batch) + Flops(overhead=self._kernel_flops(batch, 1))
+        if self._estimate_cost is None:
+            passes = {"random": self.config.selection.projections, "full": self._outputs()}
+            count = passes.get(self._reduction(), 1)
+            measured = {p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts}
+            kernels = self._kernel_flops(self.probe, count)
+            ledger = self._ledger(self.probe, training=False)
+            self._estimate_cost = ledger.estimate(measured, count, kernels)
+        return self._estimate_cost
+
+    def _kernel_flops(self, batch: Batch, each: int) -> int:
+        """FLOPs of all units' kernels on a batch, with so many rows for each sample."""
+        key = tuple(tensor.shape for tensor in vars(batch).values())
+        if key not in self._kernels:
+            there = batch.to(self.device)
+            with self._autocast():
+                shapes = ntk.kernel_shapes(self.model, there, self.units, samples=batch.samples)
+            memory, rows = self.config.hardware.estimator_bytes, batch.samples * each
+            self._kernels[key] = ntk.kernel_flops(shapes, len(self.units), rows, memory)
+        return self._kernels[key]
+
+    @torch.no_grad()
+    def _outputs(self) -> int:
+        """Number k of outputs of a probe's sample."""
+        assert self.probe is not None
+        return self.model(self.probe).numel() // self.probe.samples
 
     def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
@@ -342,9 +363,9 @@ class Training:
         try:
             if self._online:
                 batch = self._train_batch()
-                with ntk.Online(self.model, self.units, samples=batch.samples) as online:
+                with ntk.Online(self.model, self.units) as online:
                     self._train_step(batch, cost, capture=False)
-                result = online.result(memory)
+                result = online.result(memory_bytes=memory)
             else:
                 with self._autocast():
                     result = ntk.estimate(

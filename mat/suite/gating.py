@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
-from mat.suite.models.bert import Attention
+from mat.suite.models.bert import Attention, FeedForward
 from mat.units import UnitLayer
 
 
@@ -42,6 +43,15 @@ def heads(place: Place) -> Iterator[UnitLayer]:
         (place.path, core),
     ]
     yield UnitLayer("heads", place.path, units, parts, sites)
+
+
+@finder
+def groups(place: Place) -> Iterator[UnitLayer]:
+    """The groups of hidden neurons of a feed-forward layer."""
+    if isinstance(place.module, FeedForward):
+        layer = feed_forward(place, Form(("up",), "activation", "down"))
+        assert layer is not None
+        yield layer
 
 
 class CoreSite(Site):
