@@ -207,11 +207,11 @@ class Gate:
             self._divisions[key] = *pair, int(mask.sum())
         return self._divisions[key]
 
-<<<<<<< HEAD
     def indices(self) -> list[Index]:
         """All indices in use."""
-        return [index for pair in self._divisions.values() for index in pair[:2]]
-=======
+        divided = [index for pair in self._divisions.values() for index in pair[:2]]
+        return divided + list(self._widened.values())
+
     def widen(self, owner: IntArray, size: int) -> Index:
         """Index of ``size`` rows: first those that train, then as many others as it takes.
 
@@ -230,7 +230,6 @@ class Gate:
             first, others = np.flatnonzero(trains), np.flatnonzero(~trains)[: size - count]
             self._widened[key] = torch.from_numpy(np.concatenate([first, others])).to(self.device)
         return self._widened[key]
->>>>>>> main
 
     def update(self) -> None:
         """Follow the flat vector, and the parameters to their device."""

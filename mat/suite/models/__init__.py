@@ -19,16 +19,11 @@ from mat.suite.models.switch import Switch
 from mat.suite.models.vgg import Vgg
 
 
-<<<<<<< HEAD
 def build(config: Config, outputs: int) -> Model:
-    """The model for data with so many outputs, on the CPU, initialised from torch's random state."""
-=======
-def build(config: Config, outputs: int) -> UnitModel:
     """The model of a configuration for data with so many outputs, on the CPU.
 
     Its weights are drawn from torch's random state.
     """
->>>>>>> main
     model, dataset = config.model, config.dataset
     if isinstance(model, VggConfig):
         assert isinstance(dataset, ImageConfig)
