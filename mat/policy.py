@@ -51,7 +51,9 @@ class PolicyConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(options))}"
                 )
-        for name in ("alpha", "share", "beta", "slow_share"):
+        if self.beta is not None and self.beta < 0:
+            raise ValueError(f"beta={self.beta} is out of range: set it to 0 or more, or to None")
+        for name in ("alpha", "share", "slow_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} is out of range: set it within [0, 1]")
