@@ -28,6 +28,13 @@ def as_index(wanted: BoolArray, device: torch.device) -> Index:
     return torch.from_numpy(numbers).to(device)
 
 
+def length(index: Index, size: int) -> int:
+    """How much of an axis of a size an index takes."""
+    if isinstance(index, slice):
+        return int(index.stop - index.start)
+    return size if index is None else len(index)
+
+
 def take(tensor: Tensor, index: Index, dim: int) -> Tensor:
     """Part of a tensor along an axis; a view where it can be one."""
     if index is None:

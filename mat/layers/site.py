@@ -4,12 +4,49 @@ Attaching sets ``module.forward`` on the instance. Class, name, parameters, hook
 the module stay as they are, and so does its forward while all units are active.
 """
 
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mat.layers.gate import Gate, Index, take
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product, convolution or attention kernel of a dense forward pass.
+
+    Attributes:
+        path: Paths of the modules that it runs in, the innermost last.
+        flops: Two per multiply-add.
+        groups: Of a grouped product the rows of every group.
+        index: Which matrix, if the weight is one of several stacked in a parameter.
+    """
+
+    path: tuple[str, ...]
+    flops: int
+    groups: tuple[int, ...] = ()
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What runs of a product, as shares of its dense forward.
+
+    Attributes:
+        forward: 1, but for padding that is not counted.
+        input_grad: Of an input's gradient; 0 also says that none goes further down.
+        weight_grad: Of its weight's gradient.
+    """
+
+    forward: Fraction = Fraction(1)
+    input_grad: Fraction = Fraction(1)
+    weight_grad: Fraction = Fraction(1)
+
+
+WHOLE = Shares()
 
 
 class Site:
@@ -45,6 +82,15 @@ class Site:
 
     def gated(self, *inputs: Any, **named: Any) -> Any:
         """The same while some units are frozen."""
+        raise NotImplementedError
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """What runs of a product, with the gates as they stand.
+
+        Args:
+            product: Of the module's own forward.
+            executed: What runs, padding included; else what the active set needs.
+        """
         raise NotImplementedError
 
 

@@ -1,0 +1,371 @@
+"""The FLOPs ledger: what a step of any model costs, in the paper's columns (sections 4 and 5).
+
+Two FLOPs per multiply-add; matrix products, convolutions and attention kernels only. The paper's
+figure is the sum of forward, input gradient, weight gradient and overhead (the estimator). Products
+with the vocabulary have a column of their own outside it. Recomputation, inside attention kernels
+and by gradient checkpointing, is not counted.
+
+A :class:`Ledger` records one dense forward pass and reads off the autograd graph which products a
+backward pass runs. The cost for any state of the gates is then arithmetic: sites say what share of a
+product they run (:meth:`mat.layers.site.Site.shares`).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mat.layers.site import WHOLE, Product, Shares
+
+aten = torch.ops.aten
+# Place of the first of two factors among the arguments; behind what the product is added to.
+FACTORS: dict[Any, int] = {aten.mm: 0, aten.bmm: 0, aten.convolution: 0, aten._grouped_mm: 0}
+FACTORS |= {aten.addmm: 1, aten.baddbmm: 1}
+# Autograd nodes between a parameter and the factor that it is: views and casts.
+VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ToCopy", "Select", "Slice", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by column (paper section 4); ``vocabulary`` is outside the paper's figure."""
+
+    forward: int = 0
+    input_grad: int = 0
+    weight_grad: int = 0
+    overhead: int = 0
+    vocabulary: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def backward(self) -> int:
+        """Input and weight gradients."""
+        return self.input_grad + self.weight_grad
+
+    @property
+    def figure(self) -> int:
+        """The paper's figure: everything but the products with the vocabulary."""
+        return self.forward + self.backward + self.overhead
+
+    @property
+    def everything(self) -> int:
+        """All columns: what a FLOPs counter sees."""
+        return self.figure + self.vocabulary
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's FLOPs counter, with formulas for kernels that it lacks or whose recomputation it counts."""
+    formulas: dict[Any, Any] = {
+        aten.baddbmm_: _batched,
+        aten._grouped_mm: _grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+        aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+        aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+# Formulas are given the shapes of what the kernels are given.
+def _batched(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(a) * b[2])
+
+
+def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    batch = a[0] if len(a) == len(b) == 3 else 1  # else every row is in one group's product
+    return int(2 * batch * a[-2] * a[-1] * b[-1])
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, heads, length, width = q
+    return int(2 * batch * heads * length * k[2] * (width + v[3]))
+
+
+def _attention_backward(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return 2 * _attention(q, k, v)
+
+
+class Ledger:
+    """What steps and estimates on batches of one shape cost.
+
+    Random states, buffers, gradients and modes of the model stay as they are.
+
+    Args:
+        model: The model, attached or not.
+        forward: Computes what the backward pass starts from, the loss, as a step does.
+        vocabulary: Modules (the decoder) or parameters (the tied matrix), by name, whose products
+            have the column ``vocabulary``.
+        training: Run it as a training step does; else in evaluation mode, as the estimator does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[[], Any],
+        vocabulary: Sequence[str] = (),
+        training: bool = True,
+    ) -> None:
+        self.model = model
+        self.paths = {module: path for path, module in model.named_modules()}
+        recorder = _Recorder(self.paths)
+        with _undisturbed(model, training), recorder, torch.enable_grad():
+            outputs = forward()
+        self.terms = recorder.terms
+        self.nodes = _nodes(outputs, self.terms)
+        names = set(vocabulary)
+        named = model.named_parameters(remove_duplicate=False)
+        tied = {id(parameter) for name, parameter in named if name in names}
+        for term in self.terms:
+            inside = not names.isdisjoint(term.product.path)
+            term.vocabulary = inside or not tied.isdisjoint(term.weights)
+
+    def step(self, executed: bool = True) -> Flops:
+        """FLOPs of a training step with the gates as they stand.
+
+        Args:
+            executed: Count what runs, padding included; else what the active set needs.
+        """
+        return sum(self.by_layer(executed=executed).values(), Flops())
+
+    def by_layer(self, dense: bool = False, executed: bool = True) -> dict[str, Flops]:
+        """The same by the name of the layer of units; "" is the rest.
+
+        Args:
+            dense: With all units active.
+            executed: As in :meth:`step`.
+        """
+        gates = getattr(self.model, "_gates", None)
+        sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
+        gated = []
+        for term in self.terms:
+            path = term.product.path
+            site = next((sites[p] for p in reversed(path) if p in sites), None)  # the innermost
+            shares = WHOLE if site is None or dense else site.shares(term.product, executed)
+            gated.append((shares, site.gates[0].name if site else ""))
+        return self._count(gated)
+
+    def skipped(self) -> dict[str, float]:
+        """Share of its backward pass that is skipped, by the name of the layer of units."""
+        now, dense = self.by_layer(), self.by_layer(dense=True)
+        total = {name: flops.backward for name, flops in dense.items() if name and flops.backward}
+        return {name: 1 - now[name].backward / backward for name, backward in total.items()}
+
+    def estimate(self, measured: Iterable[str], passes: int, kernels: int) -> Flops:
+        """FLOPs of one call of the estimator, which runs as if nothing were gated.
+
+        Args:
+            measured: Paths of the modules whose products are measured; backward passes end there.
+            passes: Backward passes, without weight gradients.
+            kernels: FLOPs of the kernels and their eigenvalues.
+        """
+        wanted, inside = [False] * len(self.nodes), set(measured)
+        for at in reversed(range(len(self.nodes))):
+            node = self.nodes[at]
+            own = any(inside.intersection(term.product.path) for term in node.terms)
+            wanted[at] = own or any(wanted[child] for child in node.children)
+        once = self._count([(WHOLE, "")] * len(self.terms), wanted)[""]
+        forward = sum(term.product.flops for term in self.terms if term.vocabulary)
+        return Flops(
+            overhead=once.forward + passes * once.input_grad + kernels,
+            vocabulary=forward + passes * (once.vocabulary - forward),
+        )
+
+    def _count(
+        self, gated: Sequence[tuple[Shares, str]], wanted: Sequence[bool] | None = None
+    ) -> dict[str, Flops]:
+        """FLOPs of a forward and a backward pass by layer, given every product's shares and layer.
+
+        With ``wanted`` only input gradients on the way to those nodes are formed, and no others.
+        """
+        totals = {name: [Fraction(0)] * 4 for _, name in gated}
+
+        def add(term: _Term, column: int, share: Fraction) -> None:
+            total = totals[gated[term.number][1]]
+            total[3 if term.vocabulary else column] += share * term.product.flops
+
+        for term in self.terms:
+            add(term, 0, gated[term.number][0].forward)
+        reached = [at == 0 for at in range(len(self.nodes))]
+        for at, node in enumerate(self.nodes):  # a node stands before its children
+            if not reached[at]:
+                continue
+            children = [child for child in node.children if wanted is None or wanted[child]]
+            for term in node.terms:
+                shares = gated[term.number][0]
+                if children or wanted is None:
+                    add(term, 1, term.inputs * shares.input_grad)
+                if wanted is None:
+                    add(term, 2, len(term.weights) * shares.weight_grad)
+            if all(gated[term.number][0].input_grad for term in node.terms):
+                for child in children:
+                    reached[child] = True
+        return {
+            name: Flops(int(f), int(i), int(w), vocabulary=int(v))
+            for name, (f, i, w, v) in totals.items()
+        }
+
+
+@dataclass
+class _Term:
+    """One product of the recorded forward pass, and what a dense backward pass runs of it.
+
+    Attributes:
+        number: Its place among all.
+        node: Sequence number of its node in the autograd graph, if it has one.
+        tracked: Whether it ran with gradients on; inside a custom function they are off.
+        factors: Places of the two factors among the node's edges. None for a kernel or a custom
+            function: its backward counts as two times its forward.
+        inputs: Number of input gradients.
+        weights: Identities of the parameters among the factors.
+        vocabulary: Whether it has that column.
+    """
+
+    number: int
+    product: Product
+    node: int
+    tracked: bool
+    factors: tuple[int, int] | None
+    inputs: int = 0
+    weights: tuple[int, ...] = ()
+    vocabulary: bool = False
+
+
+@dataclass
+class _Node:
+    """A node of the autograd graph: its products, and the nodes that it hands gradients to."""
+
+    children: list[int]
+    terms: Sequence[_Term] = ()
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every product that runs, and the path of modules that it runs in."""
+
+    def __init__(self, paths: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.paths, self.stack, self.terms = paths, [""], list[_Term]()
+        self.formulas = flop_counter().flop_registry
+
+    def __enter__(self) -> "_Recorder":
+        def enter(module: nn.Module, _: Any) -> None:
+            self.stack.append(self.paths.get(module, ""))
+
+        def leave(*_: Any) -> None:
+            self.stack.pop()
+
+        before = register_module_forward_pre_hook(enter)
+        self.hooks = before, register_module_forward_hook(leave, always_call=True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kernel = func._overloadpacket
+        if kernel in self.formulas:
+            flops = self.formulas[kernel](*args, **(kwargs or {}), out_val=result)
+            groups: tuple[int, ...] = ()
+            if kernel is aten._grouped_mm and len(args) > 2:
+                groups = tuple(args[2].diff(prepend=args[2].new_zeros(1)).tolist())
+            first, tracked = FACTORS.get(kernel), torch.is_grad_enabled()
+            factors = (first, first + 1) if tracked and first is not None else None
+            # A node is numbered just before its products run.
+            node = torch.autograd._get_sequence_nr() - 1
+            product = Product(tuple(self.stack), flops, groups)
+            self.terms.append(_Term(len(self.terms), product, node, tracked, factors))
+        return result
+
+
+def _nodes(outputs: Any, terms: Sequence[_Term]) -> list[_Node]:
+    """The autograd graph in an order of backward passes; the first node stands for the outputs."""
+    starts = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn]
+    graph: dict[int, Any] = {}
+    stack: list[Any] = list(starts)
+    while stack:
+        node = stack.pop()
+        if _inner(node) and node._sequence_nr() not in graph:
+            graph[node._sequence_nr()] = node
+            stack += [edge for edge, _ in node.next_functions]
+    place = {number: at for at, number in enumerate(sorted(graph, reverse=True), start=1)}
+    products: dict[int, list[_Term]] = {}
+    for term in terms:
+        node = graph.get(term.node)
+        if node is not None and (term.tracked or isinstance(node, BackwardCFunction)):
+            products.setdefault(term.node, []).append(term)
+    nodes = [_Node([place[start._sequence_nr()] for start in starts if _inner(start)])]
+    for number in place:
+        edges = [edge for edge, _ in graph[number].next_functions]
+        for term in products.get(number, ()):
+            if term.factors is None:
+                term.inputs = 2
+                continue
+            for at in term.factors:
+                parameter, index = _weight(edges[at])
+                if parameter is not None:
+                    term.weights += (id(parameter),)
+                    term.product = replace(term.product, index=index)
+                    edges[at] = None  # no product is below a parameter
+                elif edges[at] is not None:
+                    term.inputs += 1
+        children = [place[edge._sequence_nr()] for edge in edges if _inner(edge)]
+        nodes.append(_Node(children, products.get(number, ())))
+    return nodes
+
+
+def _inner(node: Any) -> bool:
+    """Whether it is a node, and not one that collects a parameter's gradient."""
+    return node is not None and not hasattr(node, "variable")
+
+
+def _weight(node: Any) -> tuple[nn.Parameter | None, int | None]:
+    """The parameter that a factor is a view of, if it is, and which of its matrices."""
+    index = None
+    while _inner(node):
+        name = node.name().removesuffix("Backward0")
+        if name not in VIEWS:
+            return None, None
+        if name == "Select":
+            index = int(node._saved_index)
+        node = node.next_functions[0][0]
+    return (None if node is None else node.variable), index
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within, nothing is gated; after it modes, buffers and random states are what they were."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    gates = getattr(model, "_gates", None)
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    if model.training != training:  # else parts that are kept in another mode stay in it
+        model.train(training)
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            gates.transparent() if gates else nullcontext(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, version, saved in buffers:
+                if buffer._version != version:
+                    buffer.copy_(saved)
