@@ -5,21 +5,20 @@ holds a view of its part. It changes between optimiser steps only. Parameters, n
 ``requires_grad`` stay as they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mat.adapters import find_units
 from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
-from mat.layers.linear import LinearSite
 from mat.layers.site import Site
-from mat.policy import FloatArray, MATConfig, Policy
-from mat.units import BoolArray, Unit, Units, by_hand
+from mat.policy import MATConfig, Policy
+from mat.units import BoolArray, Unit, UnitLayer, Units
 
 
 class Gates:
@@ -51,12 +50,23 @@ class Gates:
                 parameter._gated = gate.add(parameter, part)  # type: ignore[attr-defined]
         gates = {gate.name: gate for gate in self.layers}
         self.sites: list[Site] = []
+        self._hooks: list[RemovableHandle] = []
         for layer, gate in zip(units.layers, self.layers, strict=True):
             for path, make in layer.sites:
                 self.sites.append(make(model.get_submodule(path), gates.get))
+            self._mask_gradients(layer, gate)
         for site in self.sites:
             site.attach()
         model._gates = self  # type: ignore[assignment]
+
+    def _mask_gradients(self, layer: UnitLayer, gate: Gate) -> None:
+        """Zero the frozen slices of parameters that lie in none of the layer's sites."""
+        for name, part in gate.parts.items():
+            known = any(
+                f"{name}.".startswith(f"{path}." if path else "") for path, _ in layer.sites
+            )
+            if not known and part.parameter.requires_grad:
+                self._hooks.append(part.parameter.register_hook(part.mask))
 
     def parts(self) -> Iterator[GatedPart]:
         """Every gated part of a parameter."""
@@ -108,6 +118,8 @@ class Gates:
         """Give every module its own forward back."""
         for site in reversed(self.sites):
             site.detach()
+        for hook in self._hooks:
+            hook.remove()
         for part in self.parts():
             del part.parameter._gated  # type: ignore[attr-defined]
         del self.model._gates

@@ -104,7 +104,7 @@ class UnitLayer:
 
     Attributes:
         kind: ``heads``, ``ffn``, ``experts``, ``filters``, or a name given by hand.
-        name: Where it is: the path of a module.
+        name: Where it is: the path of a module, or by hand of the first parameter.
         n_units: U.
         parts: What the units own.
         sites: Path of every module that runs differently while some units are frozen, and what
@@ -181,7 +181,9 @@ class Units:
         """
         for kind in kinds:
             if kind not in self.kind:
-                raise ValueError(f"there are no {kind}: the model has {sorted(set(self.kind.tolist()))}")
+                raise ValueError(
+                    f"there are no {kind}: the model has {sorted(set(self.kind.tolist()))}"
+                )
         return Units([la for la in self.layers if la.kind in kinds], self.left_out)
 
 
@@ -200,7 +202,9 @@ def by_hand(model: nn.Module, units: Sequence[Unit]) -> list[UnitLayer]:
     for unit in units:
         for piece in unit.slices:
             if piece.parameter not in parameters:
-                raise ValueError(f"unit {unit.name!r}: the model has no parameter {piece.parameter}")
+                raise ValueError(
+                    f"unit {unit.name!r}: the model has no parameter {piece.parameter}"
+                )
             size = parameters[piece.parameter].shape[piece.dim]
             if not 0 <= piece.start < piece.stop <= size:
                 raise ValueError(
@@ -229,15 +233,17 @@ def _layer_by_hand(parameters: dict[str, nn.Parameter], group: list[Unit]) -> Un
             taken = part.owner[piece.start : piece.stop]
             if (taken != REST).any():
                 other = group[int(taken[taken != REST][0])]
-                raise ValueError(f"units {other.name!r} and {unit.name!r} overlap in {piece.parameter}")
+                raise ValueError(
+                    f"units {other.name!r} and {unit.name!r} overlap in {piece.parameter}"
+                )
             taken[:] = number
     kinds = sorted({unit.kind for unit in group})
     if len(kinds) > 1:
-        raise ValueError(f"units that share a parameter must be of one kind, not {', '.join(kinds)}")
-    first = group[0].slices[0].parameter.rpartition(".")[0]
-    return UnitLayer(
-        kinds[0], first, len(group), list(parts.values()), unit_names=[unit.name for unit in group]
-    )
+        raise ValueError(
+            f"units that share a parameter must be of one kind, not {', '.join(kinds)}"
+        )
+    first, names = group[0].slices[0].parameter, [unit.name for unit in group]
+    return UnitLayer(kinds[0], first, len(group), list(parts.values()), unit_names=names)
 
 
 def _refuse_overlaps(layers: Sequence[UnitLayer]) -> None:

@@ -32,7 +32,9 @@ IMPLEMENTATION = "gated_heads"
 @finder
 def heads(place: Place) -> Iterator[UnitLayer]:
     """The heads of an attention module of transformers."""
-    if not hasattr(place.module, "config") or not type(place.module).__module__.startswith("transformers."):
+    if not hasattr(place.module, "config") or not type(place.module).__module__.startswith(
+        "transformers."
+    ):
         return
     for names in NAMES:
         linears = [place.linear(name) for name in names]
@@ -101,7 +103,12 @@ class CoreSite(Site):
 
 
 def run_core(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **named: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of an attached module, with the signature of transformers' attention functions.
 

@@ -54,14 +54,21 @@ def groups(place: Place) -> Iterator[UnitLayer]:
     for form in FORMS:
         firsts = [place.linear(name) for name in form.firsts]
         last = place.linear(form.last)
-        if last is None or any(f is None for f in firsts) or not hasattr(place.module, form.activation):
+        if (
+            last is None
+            or any(f is None for f in firsts)
+            or not hasattr(place.module, form.activation)
+        ):
             continue
         hidden = last.in_features
         count = number_of_groups(place, hidden)
         owner = np.repeat(np.arange(count), hidden // count)
         parts = [part for name in form.firsts for part in place.parts(name, owner, 0)]
         parts += place.parts(form.last, owner, 1)
-        sites = [linear_site(place.path, place.under(form.last)), (place.path, hidden_site(place, form))]
+        sites = [
+            linear_site(place.path, place.under(form.last)),
+            (place.path, hidden_site(place, form)),
+        ]
         yield UnitLayer("ffn", place.path, count, parts, sites)
         return
 
@@ -76,11 +83,15 @@ def number_of_groups(place: Place, hidden: int) -> int:
     if hidden % wanted == 0:
         return wanted
     if place.groups:
-        raise ValueError(f"groups={place.groups} does not divide the {hidden} neurons of {place.path}")
+        raise ValueError(
+            f"groups={place.groups} does not divide the {hidden} neurons of {place.path}"
+        )
     return max(n for n in range(1, wanted + 1) if hidden % n == 0)
 
 
-def hidden_site(place: Place, form: Form) -> Callable[[nn.Module, Callable[[str], Gate | None]], Any]:
+def hidden_site(
+    place: Place, form: Form
+) -> Callable[[nn.Module, Callable[[str], Gate | None]], Any]:
     """What makes the site of a feed-forward module."""
 
     def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> HiddenSite:
@@ -90,7 +101,14 @@ def hidden_site(place: Place, form: Form) -> Callable[[nn.Module, Callable[[str]
         weights: Any = [part_of(gate, place.under(f"{name}.weight")) for name in form.firsts]
         biases = [part_of(gate, place.under(f"{name}.bias")) for name in form.firsts]
         inside = not form.last.startswith("../")
-        return HiddenSite(module, firsts, weights, biases, Activate(module, form), Finish(module, form) if inside else None)
+        return HiddenSite(
+            module,
+            firsts,
+            weights,
+            biases,
+            Activate(module, form),
+            Finish(module, form) if inside else None,
+        )
 
     return make
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from mat.layers.convolution import ConvolutionSite, geometry
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.linear import LinearSite
 from mat.units import IntArray, MakeSite, Part, Unit, UnitLayer, Units, by_hand
@@ -89,6 +91,35 @@ def linear_site(layer: str, path: str, owner: IntArray | None = None) -> tuple[s
     return path, make
 
 
+def convolution_site(layer: str, path: str, below: UnitLayer | None = None) -> tuple[str, MakeSite]:
+    """The site of a convolution whose kernel belongs to units.
+
+    Args:
+        layer: Name of the unit layer.
+        path: The convolution's path.
+        below: The filters that make its input channels, if nothing else does.
+    """
+
+    def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> ConvolutionSite:
+        gate = gate_of(layer)
+        assert gate is not None and isinstance(module, nn.Conv2d)
+        weight, bias = gate.parts[f"{path}.weight"], part_of(gate, f"{path}.bias")
+        source = None if below is None else gate_of(below.name)
+        fed = None if source is None or below is None else (source, np.arange(below.n_units))
+        return ConvolutionSite(module, weight, bias, fed)
+
+    return path, make
+
+
+def unfit(module: nn.Conv2d) -> str | None:
+    """Why a convolution has no site, if it has none."""
+    if module.groups > 1:
+        return "it is grouped (or depthwise): each filter sees few channels, skipping some saves nothing"
+    if geometry(module) is None:
+        return "it does not pad evenly with zeros"
+    return None
+
+
 def part_of(gate: Gate, parameter: str) -> GatedPart | None:
     """A gate's share of a parameter, if it has one."""
     return gate.parts.get(parameter)
@@ -117,10 +148,13 @@ def find_units(
         ValueError: If nothing known is found.
     """
     if units is not None:
-        return Units(by_hand(model, units), {})
+        layers = by_hand(model, units)
+        for layer in layers:
+            layer.sites += sites_by_hand(model, layer)
+        return Units(layers, {})
     for name in BUILT_IN:
         importlib.import_module(f"mat.adapters.{name}")
-    layers: list[UnitLayer] = []
+    layers = []
     for path, module in model.named_modules():
         place = Place(model, path, module, groups, head_output)
         for find in FINDERS:
@@ -131,6 +165,17 @@ def find_units(
             "mat.attach_(model, config, units=[mat.Unit('a', mat.rows('layer.weight', 0, 64)), ...])"
         )
     return Units(layers, _left_out(model, layers))
+
+
+def sites_by_hand(model: nn.Module, layer: UnitLayer) -> Iterator[tuple[str, MakeSite]]:
+    """Sites of the linear layers and convolutions whose weights belong to units named by hand."""
+    for part in layer.parts:
+        path, _, name = part.parameter.rpartition(".")
+        module = model.get_submodule(path)
+        if name == "weight" and type(module) is nn.Linear:
+            yield linear_site(layer.name, path)
+        elif name == "weight" and type(module) is nn.Conv2d and unfit(module) is None:
+            yield convolution_site(layer.name, path)
 
 
 def _left_out(model: nn.Module, layers: list[UnitLayer]) -> dict[str, str]:
@@ -149,6 +194,8 @@ def _left_out(model: nn.Module, layers: list[UnitLayer]) -> dict[str, str]:
             reasons[path] = "its weights are tied to another layer's"
         elif type(module) not in (nn.Linear, nn.Conv2d):
             reasons[path] = f"it is a {type(module).__name__}, not a plain layer"
+        elif isinstance(module, nn.Conv2d) and (reason := unfit(module)) is not None:
+            reasons[path] = reason
         else:
             reasons[path] = "no known layer of units has it: it belongs to the rest"
     return reasons

@@ -49,7 +49,9 @@ def attend_apart(
     if gate.n_active:
         moving, weights = attend(*parts, q_active)
     else:  # nothing to attend with, but the projections' gradients are zeros rather than missing
-        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(-1, q.shape[2], -1, q.shape[3])
+        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(
+            -1, q.shape[2], -1, q.shape[3]
+        )
         weights = still_weights
     context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])
     if still_weights is not None and gate.n_active:

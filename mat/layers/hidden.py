@@ -86,7 +86,10 @@ class _Hidden(torch.autograd.Function):
         index, part = ways[0].through, ways[0].rows
         assert part is not None
         ctx.ways, ctx.activation, ctx.homes = ways, activation, homes
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.autocast = (
+            torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type),
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *values[::2], *(take(each, index, each.dim() - 1) for each in z))
         return hidden, None if index is None else stand_in(hidden, part.count)
@@ -95,7 +98,11 @@ class _Hidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
-        x, weights, z = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count], ctx.saved_tensors[1 + count :]
+        x, weights, z = (
+            ctx.saved_tensors[0],
+            ctx.saved_tensors[1 : 1 + count],
+            ctx.saved_tensors[1 + count :],
+        )
         through = ctx.ways[0].through
         g = gathered(dense, compact, through)  # (N, r)
         if g is None or not g.shape[1]:
@@ -115,7 +122,9 @@ class _Hidden(torch.autograd.Function):
             wants_weight, wants_bias = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
             kept = x if way.rows.count else None
             grads.append(weight_gradient(d, kept, way, weight_home) if wants_weight else None)
-            grads.append(bias_gradient(d, way.bias, through, bias_home) if wants_bias else None)
+            grads.append(
+                bias_gradient(d.sum(0), way.bias, through, bias_home) if wants_bias else None
+            )
         if d_x is not None:
             d_x = d_x.view(x.shape)
         return d_x, None, None, *grads, *[None] * (2 * count)
