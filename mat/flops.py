@@ -148,13 +148,17 @@ class Ledger:
         """
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
+        idle = {id(part.parameter) for part in gates.parts() if not part.wanted} if gates else set()
+        if dense:
+            idle = set()
         gated = []
         for term in self.terms:
             path = term.product.path
             site = next((sites[p] for p in reversed(path) if p in sites), None)  # the innermost
             shares = WHOLE if site is None or dense else site.shares(term.product, executed)
             gated.append((shares, site.gates[0].name if site else ""))
-        return self._count(gated)
+        wanted = self._leading_to(lambda node: not idle.issuperset(node.parameters))
+        return self._count(gated, wanted)
 
     def skipped(self) -> dict[str, float]:
         """Share of its backward pass that is skipped, by the name of the layer of units."""
@@ -170,24 +174,34 @@ class Ledger:
             passes: Backward passes, without weight gradients.
             kernels: FLOPs of the kernels and their eigenvalues.
         """
-        wanted, inside = [False] * len(self.nodes), set(measured)
-        for at in reversed(range(len(self.nodes))):
-            node = self.nodes[at]
-            own = any(inside.intersection(term.product.path) for term in node.terms)
-            wanted[at] = own or any(wanted[child] for child in node.children)
-        once = self._count([(WHOLE, "")] * len(self.terms), wanted)[""]
+        inside = set(measured)
+        wanted = self._leading_to(
+            lambda node: any(inside.intersection(term.product.path) for term in node.terms)
+        )
+        no_weights = replace(WHOLE, weight_grad=Fraction(0))
+        once = self._count([(no_weights, "")] * len(self.terms), wanted)[""]
         forward = sum(term.product.flops for term in self.terms if term.vocabulary)
         return Flops(
             overhead=once.forward + passes * once.input_grad + kernels,
             vocabulary=forward + passes * (once.vocabulary - forward),
         )
 
-    def _count(
-        self, gated: Sequence[tuple[Shares, str]], wanted: Sequence[bool] | None = None
-    ) -> dict[str, Flops]:
-        """FLOPs of a forward and a backward pass by layer, given every product's shares and layer.
+    def _leading_to(self, wanted: Callable[["_Node"], bool]) -> list[bool]:
+        """Of every node whether it, or one below it, is wanted."""
+        leading = [False] * len(self.nodes)
+        for at in reversed(range(len(self.nodes))):  # a node stands before its children
+            node = self.nodes[at]
+            leading[at] = wanted(node) or any(leading[child] for child in node.children)
+        return leading
 
-        With ``wanted`` only input gradients on the way to those nodes are formed, and no others.
+    def _count(
+        self, gated: Sequence[tuple[Shares, str]], wanted: Sequence[bool]
+    ) -> dict[str, Flops]:
+        """FLOPs of a forward and a backward pass by layer.
+
+        Args:
+            gated: Shares and layer of every product.
+            wanted: Of every node whether its gradient is.
         """
         totals = {name: [Fraction(0)] * 4 for _, name in gated}
 
@@ -198,16 +212,16 @@ class Ledger:
         for term in self.terms:
             add(term, 0, gated[term.number][0].forward)
         reached = [at == 0 for at in range(len(self.nodes))]
-        for at, node in enumerate(self.nodes):  # a node stands before its children
+        for at, node in enumerate(self.nodes):
             if not reached[at]:
                 continue
-            children = [child for child in node.children if wanted is None or wanted[child]]
+            children = [child for child in node.children if wanted[child]]
             for term in node.terms:
                 shares = gated[term.number][0]
-                if children or wanted is None:
-                    add(term, 1, term.inputs * shares.input_grad)
-                if wanted is None:
-                    add(term, 2, len(term.weights) * shares.weight_grad)
+                one_each = len(children) if term.factors else term.inputs
+                inputs = min(term.inputs, one_each) if children else 0
+                add(term, 1, inputs * shares.input_grad)
+                add(term, 2, len(term.weights) * shares.weight_grad)
             if all(gated[term.number][0].input_grad for term in node.terms):
                 for child in children:
                     reached[child] = True
@@ -244,9 +258,16 @@ class _Term:
 
 @dataclass
 class _Node:
-    """A node of the autograd graph: its products, and the nodes that it hands gradients to."""
+    """A node of the autograd graph.
+
+    Attributes:
+        children: Numbers of the nodes that it hands input gradients to.
+        parameters: Identities of those whose gradients it forms.
+        terms: Its products.
+    """
 
     children: list[int]
+    parameters: list[int]
     terms: Sequence[_Term] = ()
 
 
@@ -255,15 +276,19 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, paths: dict[nn.Module, str]) -> None:
         super().__init__()
-        self.paths, self.stack, self.terms = paths, [""], list[_Term]()
+        self.paths, self.terms = paths, list[_Term]()
+        self.stack, self.shapes = [""], [()]  # of the modules that run: paths, first inputs
         self.formulas = flop_counter().flop_registry
 
     def __enter__(self) -> "_Recorder":
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, inputs: Any) -> None:
             self.stack.append(self.paths.get(module, ""))
+            shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else ()
+            self.shapes.append(tuple(shape))
 
         def leave(*_: Any) -> None:
             self.stack.pop()
+            self.shapes.pop()
 
         before = register_module_forward_pre_hook(enter)
         self.hooks = before, register_module_forward_hook(leave, always_call=True)
@@ -287,7 +312,7 @@ class _Recorder(TorchDispatchMode):
             factors = (first, first + 1) if tracked and first is not None else None
             # A node is numbered just before its products run.
             node = torch.autograd._get_sequence_nr() - 1
-            product = Product(tuple(self.stack), flops, groups)
+            product = Product(tuple(self.stack), flops, self.shapes[-1], groups)
             self.terms.append(_Term(len(self.terms), product, node, tracked, factors))
         return result
 
@@ -308,23 +333,28 @@ def _nodes(outputs: Any, terms: Sequence[_Term]) -> list[_Node]:
         node = graph.get(term.node)
         if node is not None and (term.tracked or isinstance(node, BackwardCFunction)):
             products.setdefault(term.node, []).append(term)
-    nodes = [_Node([place[start._sequence_nr()] for start in starts if _inner(start)])]
+    nodes = [_Node([place[start._sequence_nr()] for start in starts if _inner(start)], [])]
     for number in place:
         edges = [edge for edge, _ in graph[number].next_functions]
+        leaves = [_parameter(edge) for edge in edges]
+        children = [
+            place[edge._sequence_nr()]
+            for edge, (parameter, _) in zip(edges, leaves, strict=True)
+            if parameter is None and _inner(edge)
+        ]
+        own = [id(parameter) for parameter, _ in leaves if parameter is not None]
         for term in products.get(number, ()):
-            if term.factors is None:
-                term.inputs = 2
+            if term.factors is None:  # two gradients: of inputs, or of an input and a weight
+                term.inputs, term.weights = (1, (own[0],)) if own else (2, ())
                 continue
             for at in term.factors:
-                parameter, index = _weight(edges[at])
+                parameter, index = leaves[at]
                 if parameter is not None:
                     term.weights += (id(parameter),)
                     term.product = replace(term.product, index=index)
-                    edges[at] = None  # no product is below a parameter
                 elif edges[at] is not None:
                     term.inputs += 1
-        children = [place[edge._sequence_nr()] for edge in edges if _inner(edge)]
-        nodes.append(_Node(children, products.get(number, ())))
+        nodes.append(_Node(children, own, products.get(number, ())))
     return nodes
 
 
@@ -333,8 +363,8 @@ def _inner(node: Any) -> bool:
     return node is not None and not hasattr(node, "variable")
 
 
-def _weight(node: Any) -> tuple[nn.Parameter | None, int | None]:
-    """The parameter that a factor is a view of, if it is, and which of its matrices."""
+def _parameter(node: Any) -> tuple[nn.Parameter | None, int | None]:
+    """The parameter that an edge leads to by views alone, if any, and which of its matrices."""
     index = None
     while _inner(node):
         name = node.name().removesuffix("Backward0")

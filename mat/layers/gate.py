@@ -101,6 +101,11 @@ class GatedPart:
         """Whether every row trains."""
         return self.active is None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it wants a gradient: one of zeros too, where that has the parameter's shape."""
+        return self.count > 0 or not self.compact
+
     def update(self) -> None:
         """Follow the gate."""
         self.active, self.frozen, self.count = self.gate.divide(self.part.owner)
@@ -118,7 +123,8 @@ class GatedPart:
             return weight
         if self._leaf is None:
             shape = (self.count, *self.rest_shape)
-            self._leaf = weight.detach().new_zeros(()).expand(shape).requires_grad_()
+            nothing = weight.detach().new_zeros(()).expand(shape)
+            self._leaf = nothing.requires_grad_(self.wanted)
         return self._leaf
 
     def deliver(self, block: Tensor, home: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class Way:
     into: Index
 
     def shares(self, weight: Tensor) -> Shares:
-        """What the backward of a product with a weight (O, I) runs of it."""
-        outputs, inputs = weight.shape
+        """What the backward of a product with a weight (O, I, ...) runs of it."""
+        outputs, inputs = weight.shape[:2]
         passed = Fraction(length(self.through, outputs), outputs)
         received = Fraction(length(self.into, inputs), inputs)
         part = self.rows or self.columns

@@ -21,12 +21,14 @@ class Product:
     Attributes:
         path: Paths of the modules that it runs in, the innermost last.
         flops: Two per multiply-add.
+        shape: Of the innermost module's first input.
         groups: Of a grouped product the rows of every group.
         index: Which matrix, if the weight is one of several stacked in a parameter.
     """
 
     path: tuple[str, ...]
     flops: int
+    shape: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     index: int | None = None
 
