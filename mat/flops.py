@@ -32,7 +32,7 @@ aten = torch.ops.aten
 FACTORS: dict[Any, int] = {aten.mm: 0, aten.bmm: 0, aten.convolution: 0, aten._grouped_mm: 0}
 FACTORS |= {aten.addmm: 1, aten.baddbmm: 1}
 # Autograd nodes between a parameter and the factor that it is: views and casts.
-VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ToCopy", "Select", "Slice", "Unsqueeze")
+VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ToCopy", "Select", "Slice", "Split")
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ class Ledger:
         with _undisturbed(model, training), recorder, torch.enable_grad():
             outputs = forward()
         self.terms = recorder.terms
-        self.nodes = _nodes(outputs, self.terms)
+        named = list(model.named_parameters(remove_duplicate=False))
+        self.nodes = _nodes(outputs, self.terms, {id(p): name for name, p in reversed(named)})
         names = set(vocabulary)
-        named = model.named_parameters(remove_duplicate=False)
         tied = {id(parameter) for name, parameter in named if name in names}
         for term in self.terms:
             inside = not names.isdisjoint(term.product.path)
@@ -137,34 +137,17 @@ class Ledger:
         Args:
             executed: Count what runs, padding included; else what the active set needs.
         """
-        return sum(self.by_layer(executed=executed).values(), Flops())
-
-    def by_layer(self, dense: bool = False, executed: bool = True) -> dict[str, Flops]:
-        """The same by the name of the layer of units; "" is the rest.
-
-        Args:
-            dense: With all units active.
-            executed: As in :meth:`step`.
-        """
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
         idle = {id(part.parameter) for part in gates.parts() if not part.wanted} if gates else set()
-        if dense:
-            idle = set()
-        gated = []
+        shares = []
         for term in self.terms:
-            path = term.product.path
-            site = next((sites[p] for p in reversed(path) if p in sites), None)  # the innermost
-            shares = WHOLE if site is None or dense else site.shares(term.product, executed)
-            gated.append((shares, site.gates[0].name if site else ""))
+            # The module that has the weight, else the innermost that it runs in.
+            places = term.product.weight.rpartition(".")[0], *reversed(term.product.path)
+            site = next((sites[path] for path in places if path in sites), None)
+            shares.append(site.shares(term.product, executed) if site else WHOLE)
         wanted = self._leading_to(lambda node: not idle.issuperset(node.parameters))
-        return self._count(gated, wanted)
-
-    def skipped(self) -> dict[str, float]:
-        """Share of its backward pass that is skipped, by the name of the layer of units."""
-        now, dense = self.by_layer(), self.by_layer(dense=True)
-        total = {name: flops.backward for name, flops in dense.items() if name and flops.backward}
-        return {name: 1 - now[name].backward / backward for name, backward in total.items()}
+        return self._count(shares, wanted)
 
     def estimate(self, measured: Iterable[str], passes: int, kernels: int) -> Flops:
         """FLOPs of one call of the estimator, which runs as if nothing were gated.
@@ -178,8 +161,8 @@ class Ledger:
         wanted = self._leading_to(
             lambda node: any(inside.intersection(term.product.path) for term in node.terms)
         )
-        no_weights = replace(WHOLE, weight_grad=Fraction(0))
-        once = self._count([(no_weights, "")] * len(self.terms), wanted)[""]
+        inputs_alone = replace(WHOLE, weight_grad=Fraction(0))
+        once = self._count([inputs_alone] * len(self.terms), wanted)
         forward = sum(term.product.flops for term in self.terms if term.vocabulary)
         return Flops(
             overhead=once.forward + passes * once.input_grad + kernels,
@@ -194,41 +177,35 @@ class Ledger:
             leading[at] = wanted(node) or any(leading[child] for child in node.children)
         return leading
 
-    def _count(
-        self, gated: Sequence[tuple[Shares, str]], wanted: Sequence[bool]
-    ) -> dict[str, Flops]:
-        """FLOPs of a forward and a backward pass by layer.
+    def _count(self, shares: Sequence[Shares], wanted: Sequence[bool]) -> Flops:
+        """FLOPs of a forward and a backward pass.
 
         Args:
-            gated: Shares and layer of every product.
+            shares: Of every product.
             wanted: Of every node whether its gradient is.
         """
-        totals = {name: [Fraction(0)] * 4 for _, name in gated}
+        columns = [Fraction(0)] * 4
 
         def add(term: _Term, column: int, share: Fraction) -> None:
-            total = totals[gated[term.number][1]]
-            total[3 if term.vocabulary else column] += share * term.product.flops
+            columns[3 if term.vocabulary else column] += share * term.product.flops
 
         for term in self.terms:
-            add(term, 0, gated[term.number][0].forward)
+            add(term, 0, shares[term.number].forward)
         reached = [at == 0 for at in range(len(self.nodes))]
         for at, node in enumerate(self.nodes):
             if not reached[at]:
                 continue
             children = [child for child in node.children if wanted[child]]
             for term in node.terms:
-                shares = gated[term.number][0]
                 one_each = len(children) if term.factors else term.inputs
                 inputs = min(term.inputs, one_each) if children else 0
-                add(term, 1, inputs * shares.input_grad)
-                add(term, 2, len(term.weights) * shares.weight_grad)
-            if all(gated[term.number][0].input_grad for term in node.terms):
+                add(term, 1, inputs * shares[term.number].input_grad)
+                add(term, 2, len(term.weights) * shares[term.number].weight_grad)
+            if all(shares[term.number].input_grad for term in node.terms):
                 for child in children:
                     reached[child] = True
-        return {
-            name: Flops(int(f), int(i), int(w), vocabulary=int(v))
-            for name, (f, i, w, v) in totals.items()
-        }
+        forward, input_grad, weight_grad, vocabulary = (int(total) for total in columns)
+        return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
 
 
 @dataclass
@@ -317,7 +294,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _nodes(outputs: Any, terms: Sequence[_Term]) -> list[_Node]:
+def _nodes(outputs: Any, terms: Sequence[_Term], names: dict[int, str]) -> list[_Node]:
     """The autograd graph in an order of backward passes; the first node stands for the outputs."""
     starts = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn]
     graph: dict[int, Any] = {}
@@ -351,7 +328,8 @@ def _nodes(outputs: Any, terms: Sequence[_Term]) -> list[_Node]:
                 parameter, index = leaves[at]
                 if parameter is not None:
                     term.weights += (id(parameter),)
-                    term.product = replace(term.product, index=index)
+                    name = names.get(id(parameter), "")
+                    term.product = replace(term.product, weight=name, index=index)
                 elif edges[at] is not None:
                     term.inputs += 1
         nodes.append(_Node(children, own, products.get(number, ())))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import GatedPart, take
-from mat.layers.linear import Way, bias_gradient, compute_dtype, home, weight_gradient
+from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
 from mat.layers.site import Product, Shares, Site, gathered, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
@@ -29,6 +29,7 @@ class HiddenSite(Site):
         weights, biases: The gate's shares of them.
         activation: From their outputs (..., F) to the hidden neurons (..., F), elementwise.
         last: What the module does with the hidden neurons afterwards, if anything.
+        method: The method that this is.
     """
 
     def __init__(
@@ -39,17 +40,15 @@ class HiddenSite(Site):
         biases: Sequence[GatedPart | None],
         activation: Activation,
         last: Callable[[Tensor], Tensor] | None = None,
+        method: str = "forward",
     ) -> None:
-        super().__init__(module, weights[0].gate)
+        super().__init__(module, weights[0].gate, method=method)
         self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
         self.activation, self.last = activation, last
 
     def ways(self) -> list[Way]:
         """What is differentiated of every first matrix, with the gate as it stands."""
-        return [
-            Way(weight, None, bias, weight.active if weight.gate.mode == "cut" else None, None)
-            for weight, bias in zip(self.weights, self.biases, strict=True)
-        ]
+        return [by_rows(*pair) for pair in zip(self.weights, self.biases, strict=True)]
 
     def shares(self, product: Product, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; the first matrices are alike."""

@@ -23,13 +23,15 @@ class Product:
         flops: Two per multiply-add.
         shape: Of the innermost module's first input.
         groups: Of a grouped product the rows of every group.
-        index: Which matrix, if the weight is one of several stacked in a parameter.
+        weight: Name of the parameter that is one of its factors, if one is.
+        index: Which matrix, if the factor is one of several that it stacks.
     """
 
     path: tuple[str, ...]
     flops: int
     shape: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
+    weight: str = ""
     index: int | None = None
 
 
@@ -57,23 +59,31 @@ class Site:
     Args:
         module: The module.
         gates: The gates that it depends on.
+        method: The method that is replaced; ``forward`` unless the module's forward has other work.
     """
 
-    def __init__(self, module: nn.Module, *gates: Gate | None) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, *gates: Gate | None, method: str = "forward") -> None:
+        self.module, self.method = module, method
         self.gates = tuple(gate for gate in gates if gate is not None)
-        self.original = module.forward
+        # What another library set on the instance; None where the method is the class's own.
+        self.earlier: Any = module.__dict__.get(method)
 
     def attach(self) -> None:
-        """Stand in for the module's forward."""
-        self.module.forward = self.forward
+        """Stand in for the module's method."""
+        setattr(self.module, self.method, self.forward)
 
     def detach(self) -> None:
-        """Give the module its own forward back."""
-        if self.original == type(self.module).forward.__get__(self.module):
-            self.module.__dict__.pop("forward", None)  # it was the class's
+        """Give the module its own method back."""
+        if self.earlier is None:
+            self.module.__dict__.pop(self.method, None)
         else:
-            self.module.forward = self.original
+            setattr(self.module, self.method, self.earlier)
+
+    def original(self, *inputs: Any, **named: Any) -> Any:
+        """The module's own method."""
+        if self.earlier is not None:
+            return self.earlier(*inputs, **named)
+        return getattr(type(self.module), self.method)(self.module, *inputs, **named)
 
     @torch.compiler.disable
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -87,13 +97,13 @@ class Site:
         raise NotImplementedError
 
     def shares(self, product: Product, executed: bool = True) -> Shares:
-        """What runs of a product, with the gates as they stand.
+        """What runs of a product, with the gates as they stand; all of it if not said otherwise.
 
         Args:
-            product: Of the module's own forward.
+            product: Of the module's own forward, or with a weight of its own.
             executed: What runs, padding included; else what the active set needs.
         """
-        raise NotImplementedError
+        return WHOLE
 
 
 class Compact:
