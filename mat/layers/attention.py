@@ -8,6 +8,7 @@ width. Units are key-value heads with the queries that share them.
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, Index, put, take
+from mat.layers.site import Shares
 
 # From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K), and
 # attention weights (B, h, T, S) if the kernel has them.
@@ -59,6 +61,12 @@ def attend_apart(
         put(every, q_frozen, 1, still_weights)
         weights = every
     return context, weights
+
+
+def core_shares(gate: Gate) -> Shares:
+    """What the backward of :func:`attend_apart` runs of its products."""
+    passed = gate.n_active if gate.mode == "cut" else gate.n_units
+    return Shares(input_grad=Fraction(passed, gate.n_units))
 
 
 def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:

@@ -17,12 +17,11 @@ from torch.autograd.function import once_differentiable
 from mat.layers.convolution import (
     carriers,
     gathered_channels,
-    len_of,
     memory_format,
     spread_channels,
     take_channels,
 )
-from mat.layers.gate import Gate, GatedPart, Index, take
+from mat.layers.gate import Gate, GatedPart, Index, length, take
 from mat.layers.linear import home
 from mat.layers.site import Compact, Site, compact_of, note_of, stand_in, with_compact
 from mat.units import IntArray
@@ -115,7 +114,7 @@ class _Norm(torch.autograd.Function):
             *(None if each is None else take(each, through, 0) for each in (gain, *fixed, *saved)),
         )
         ctx.set_materialize_grads(False)
-        return y, None if through is None else stand_in(y, len_of(through), 1)
+        return y, None if through is None else stand_in(y, length(through, y.shape[1]), 1)
 
     @staticmethod
     @once_differentiable
@@ -188,7 +187,7 @@ class _Relu(torch.autograd.Function):
         ctx.index = index
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(take_channels(y, index))
-        return y, stand_in(y, len_of(index), 1)
+        return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
     @once_differentiable
@@ -225,10 +224,10 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, places = F.max_pool2d(x, *options, return_indices=True)
         ctx.index, ctx.options = index, options
-        ctx.shape, ctx.format = (x.shape[0], len_of(index), *x.shape[2:]), memory_format(x)
+        ctx.shape, ctx.format = (x.shape[0], length(index, x.shape[1]), *x.shape[2:]), memory_format(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(take_channels(places, index))
-        return y, stand_in(y, len_of(index), 1)
+        return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
     @once_differentiable

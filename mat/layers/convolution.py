@@ -7,6 +7,8 @@ less take the same time, so the open channels are filled up, see :func:`carried`
 Shapes: N images, I input channels, C filters, maps of H x W.
 """
 
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mat.layers.gate import Gate, GatedPart, Index, put, take
+from mat.layers.gate import Gate, GatedPart, Index, length, put, take
 from mat.layers.linear import Way, bias_gradient, compute_dtype, home
-from mat.layers.site import Site, compact_of, stand_in, with_compact
+from mat.layers.site import Product, Shares, Site, compact_of, stand_in, with_compact
 from mat.units import IntArray
 
 BLOCK = 16  # channels that a product runs in
@@ -78,16 +80,33 @@ class ConvolutionSite(Site):
         super().__init__(module, weight.gate, below and below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
-    def way(self) -> Way:
-        """What is differentiated, with the gates as they stand; indices are :func:`carriers`."""
+    def way(self, executed: bool = True) -> Way:
+        """What is differentiated, with the gates as they stand.
+
+        Args:
+            executed: Indices are :func:`carriers`; else of the open channels alone.
+        """
         part, through, into = self.weight, None, None
         rows, columns = (part, None) if part.dim == 0 else (None, part)
+
+        def index(gate: Gate, owner: IntArray) -> Index:
+            return carriers(gate, owner) if executed else gate.divide(owner)[0]
+
         if part.gate.mode == "cut":
-            own = carriers(part.gate, part.part.owner)
+            own = index(part.gate, part.part.owner)
             through, into = (own, None) if rows is not None else (None, own)
         if self.below is not None and self.below[0].mode == "cut":
-            into = carriers(*self.below)
+            into = index(*self.below)
         return Way(rows, columns, self.bias, through, into)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; weight gradients are filled up in both modes."""
+        way, filters = self.way(executed), self.module.out_channels
+        shares = way.shares(self.module.weight)
+        if executed and way.rows is not None:
+            run = Fraction(carried(way.rows.count, filters), filters)
+            return replace(shares, weight_grad=run)
+        return shares
 
     def gated(self, x: Tensor) -> Tensor:
         """(N, I, H, W) to (N, C, H', W')."""
@@ -145,7 +164,7 @@ class _Convolution(torch.autograd.Function):
         ctx.shape, ctx.format = x.shape, memory_format(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight)
-        return y, None if way.through is None else stand_in(y, len_of(way.through), 1)
+        return y, None if way.through is None else stand_in(y, length(way.through, y.shape[1]), 1)
 
     @staticmethod
     @once_differentiable
@@ -253,12 +272,6 @@ def memory_format(maps: Tensor) -> torch.memory_format:
     """How maps lie in memory."""
     last = maps.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last and not maps.is_contiguous() else torch.contiguous_format
-
-
-def len_of(index: Index) -> int:
-    """How many an index names."""
-    assert index is not None
-    return index.stop - index.start if isinstance(index, slice) else len(index)
 
 
 def take_channels(maps: Tensor, index: Index) -> Tensor:

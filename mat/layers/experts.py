@@ -9,15 +9,18 @@ Shapes: N tokens, D width, K experts per token, S = N * K pairs of a token and a
 """
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mat.layers.gate import Gate, GatedPart, take
-from mat.layers.site import Site
+from mat.layers.site import Product, Shares, Site
+from mat.units import IntArray
 
 # From names of weight and bias (or None) in the module, number of the expert, rows of the input
 # (n, I) and of the product (n, O), and the numbers of their tokens (n,), to the product that the
@@ -47,6 +50,11 @@ class ExpertSite(Site):
                 return self.original(*inputs, **named)
         weights = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return call_with(self, weights, *inputs, **named)
+
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`."""
+        return expert_shares(self.gate, [self.unit])
 
 
 class MixtureSite(Site):
@@ -106,6 +114,13 @@ class StackedSite(Site):
         y: Tensor = (every.view(*index.shape, -1) * weights[..., None]).sum(1).to(x.dtype)  # (N, D)
         return y if count else reaching(y, self.module, self.parts)
 
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; an implementation that hides who computes counts all alike."""
+        if product.index is not None:
+            return expert_shares(self.gate, [product.index])
+        rows = product.groups or (1,) * self.gate.n_units
+        return expert_shares(self.gate, np.repeat(np.arange(self.gate.n_units), rows))
+
     def _run(self, moving: bool, *inputs: Tensor) -> Any:
         """The experts' outputs; gradients reach the weights if the pairs are of active experts."""
         tensors = {name: getattr(self.module, name) for name in self.parts}
@@ -114,6 +129,18 @@ class StackedSite(Site):
             return call_with(self, weights, *inputs)
         with torch.set_grad_enabled(self.gate.mode == "exact"):
             return call_with(self, {name: w.detach() for name, w in tensors.items()}, *inputs)
+
+
+def expert_shares(gate: Gate, units: Sequence[int] | IntArray) -> Shares:
+    """What runs of a product of a frozen or active expert for each of its rows.
+
+    Args:
+        gate: The gate of the experts.
+        units: (rows,) the expert of each.
+    """
+    active = gate.active[units]
+    trains = Fraction(int(active.sum()), len(active)) if len(active) else Fraction(1)
+    return Shares(input_grad=trains if gate.mode == "cut" else Fraction(1), weight_grad=trains)
 
 
 class _Own(nn.Module):

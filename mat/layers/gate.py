@@ -29,6 +29,13 @@ def as_index(wanted: BoolArray, device: torch.device) -> Index:
     return torch.from_numpy(numbers).to(device)
 
 
+def length(index: Index, size: int) -> int:
+    """How much of an axis of a size an index takes."""
+    if isinstance(index, slice):
+        return int(index.stop - index.start)
+    return size if index is None else len(index)
+
+
 def take(tensor: Tensor, index: Index, dim: int) -> Tensor:
     """Part of a tensor along an axis; a view where it can be one."""
     if index is None:
@@ -102,6 +109,11 @@ class GatedPart:
         """Whether every row trains."""
         return self.active is None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it wants a gradient: one of zeros too, where that has the parameter's shape."""
+        return self.count > 0 or not self.compact
+
     def update(self) -> None:
         """Follow the gate."""
         self.active, self.frozen, self.count = self.gate.divide(self.part.owner)
@@ -119,7 +131,8 @@ class GatedPart:
             return weight
         if self._leaf is None:
             shape = (self.count, *self.rest_shape)
-            self._leaf = weight.detach().new_zeros(()).expand(shape).requires_grad_()
+            nothing = weight.detach().new_zeros(()).expand(shape)
+            self._leaf = nothing.requires_grad_(self.wanted)
         return self._leaf
 
     def deliver(self, block: Tensor, home: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ open: an input gradient of N x r x s, a weight gradient of N x r x I (rows) or N
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mat.layers.gate import Gate, GatedPart, Index, spread, take
-from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
+from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
+from mat.layers.site import Product, Shares, Site, compact_of, gathered, stand_in, with_compact
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Way:
     bias: GatedPart | None
     through: Index
     into: Index
+
+    def shares(self, weight: Tensor) -> Shares:
+        """What the backward of a product with a weight (O, I, ...) runs of it."""
+        outputs, inputs = weight.shape[:2]
+        passed = Fraction(length(self.through, outputs), outputs)
+        received = Fraction(length(self.into, inputs), inputs)
+        part = self.rows or self.columns
+        trained = Fraction(1) if part is None else Fraction(part.count, weight.shape[part.dim])
+        return Shares(input_grad=passed * received, weight_grad=trained)
 
 
 class LinearSite(Site):
@@ -69,6 +79,10 @@ class LinearSite(Site):
         elif self.below is not None and self.below[0].mode == "cut":
             into = self.below[0].divide(self.below[1])[0]
         return Way(rows, columns, self.bias, through, into)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; there is no padding."""
+        return self.way().shares(self.module.weight)
 
     def gated(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""

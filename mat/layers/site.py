@@ -4,12 +4,53 @@ Attaching sets ``module.forward`` on the instance. Class, name, parameters, hook
 the module stay as they are, and so does its forward while all units are active.
 """
 
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mat.layers.gate import Gate, Index, take
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product, convolution or attention kernel of a dense forward pass.
+
+    Attributes:
+        path: Paths of the modules that it runs in, the innermost last.
+        flops: Two per multiply-add.
+        shape: Of the innermost module's first input.
+        groups: Of a grouped product the rows of every group.
+        weight: Name of the parameter that is one of its factors, if one is.
+        index: Which matrix, if the factor is one of several that it stacks.
+    """
+
+    path: tuple[str, ...]
+    flops: int
+    shape: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    weight: str = ""
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What runs of a product, as shares of its dense forward.
+
+    Attributes:
+        forward: 1, but for padding that is not counted.
+        input_grad: Of an input's gradient; 0 also says that none goes further down.
+        weight_grad: Of its weight's gradient.
+    """
+
+    forward: Fraction = Fraction(1)
+    input_grad: Fraction = Fraction(1)
+    weight_grad: Fraction = Fraction(1)
+
+
+WHOLE = Shares()
 
 
 class Site:
@@ -54,6 +95,15 @@ class Site:
     def gated(self, *inputs: Any, **named: Any) -> Any:
         """The same while some units are frozen."""
         raise NotImplementedError
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """What runs of a product, with the gates as they stand; all of it if not said otherwise.
+
+        Args:
+            product: Of the module's own forward, or with a weight of its own.
+            executed: What runs, padding included; else what the active set needs.
+        """
+        return WHOLE
 
 
 class Compact:
