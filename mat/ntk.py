@@ -286,7 +286,8 @@ def kernel_shapes(
     model: nn.Module, batch: Any, units: Units | None = None, *, samples: int | None = None
 ) -> list[Shape]:
     """The Gram contractions of an estimate on one batch, from a forward pass; see :func:`estimate`."""
-    with untouched(model), Tape(model, _units_of(model, units)) as tape:
+    tape = Tape(model, _units_of(model, units))
+    with untouched(model), tape:
         tape.begin(samples_of(batch) if samples is None else samples)
         run(model, batch)
         return shapes_of(tape.taps)

@@ -104,7 +104,7 @@ class Training:
         train, selection = config.train, config.selection
         units = find_units(self.model, groups=getattr(config.model, "ffn_groups", None))
         self.units = units.of_kinds(selection.units)
-        self.gates = attach_(self.model, MATConfig(mode=cast(Any, selection.mode)), self.units)
+        self.gates = attach_(self.model, MATConfig(mode=cast(Any, selection.mode), log=False), self.units)
         self.optimiser = build_optimiser(self.model, train)
         self.method = Method(config.method, selection, self.units, config.seed)
         probing = self.method.selects or config.analysis
@@ -209,11 +209,11 @@ class Training:
                 self._costs.clear()
             parts = self.config.train.accumulation
             split = [batch] if parts == 1 else batch.split(parts)
-            costs = (self._ledger(part).step(executed=padded) for part in split)
+            costs = (self._ledger_of(part).step(executed=padded) for part in split)
             self._costs[key] = sum(costs, Flops())
         return self._costs[key]
 
-    def _ledger(self, batch: Batch, training: bool = True) -> Ledger:
+    def _ledger_of(self, batch: Batch, training: bool = True) -> Ledger:
         """What products a pass over a batch makes; recorded once for every shape."""
         key = training, *(tensor.shape for tensor in vars(batch).values())
         if key not in self._ledgers:
@@ -290,7 +290,7 @@ class Training:
             count = passes.get(self._reduction(), 1)
             measured = {p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts}
             kernels = self._kernel_flops(self.probe, count)
-            ledger = self._ledger(self.probe, training=False)
+            ledger = self._ledger_of(self.probe, training=False)
             self._estimate_cost = ledger.estimate(measured, count, kernels)
         return self._estimate_cost
 
@@ -506,7 +506,7 @@ class Training:
         state = {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "method": self.method.state_dict(),
+            "method": self.method.policy.state_dict(),
             "random": torch.get_rng_state(),
             "probe": None if self.probe is None else self.probe.inputs,
             "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
@@ -545,7 +545,7 @@ class Training:
             )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.method.load_state_dict(state["method"])
+        self.method.policy.load_state_dict(state["method"])
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu())

@@ -14,7 +14,16 @@ from torch.autograd.function import once_differentiable
 from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.gate import Gate, Index, put, take
-from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
+from mat.layers.attention import core_shares
+from mat.layers.site import (
+    Product,
+    Shares,
+    Site,
+    compact_of,
+    gathered,
+    stand_in,
+    with_compact,
+)
 from mat.suite.models.bert import Attention, FeedForward
 from mat.units import UnitLayer
 
@@ -76,6 +85,10 @@ class CoreSite(Site):
             still = self.original(take(qkv, frozen, 2))
         values, compact = _Join.apply(moving, still, columns, others, context)
         return with_compact(values, compact, columns)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`."""
+        return core_shares(self.gate)
 
 
 class _Select(torch.autograd.Function):

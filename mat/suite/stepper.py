@@ -125,11 +125,9 @@ class Stepper:
         pools = [other.graph.pool() for other in self._graphs.values() if other]
         with torch.cuda.graph(graph, pool=pools[0] if pools else None):  # one at a time replays
             outcome = self._compute(static, self._lr)
-        self.optimiser.zero_grad()  # its gradients lie in the graph's memory
         return _Graph(graph, static, outcome, self.gates.indices())
 
     def _compute(self, batch: Batch, lr: float | Tensor) -> Outcome:
-        self.optimiser.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         metrics: dict[str, Tensor] = {}
         for part in [batch] if self.accumulation == 1 else batch.split(self.accumulation):
@@ -148,6 +146,7 @@ class Stepper:
         self.optimiser.step()
         if self.drifts:
             self.optimiser.drift()
+        self.optimiser.zero_grad()  # the active set may change now
         monitors = self.model.monitors()
         values = [total, norm, *metrics.values(), *monitors.values()]
         return Outcome(tuple(metrics), tuple(monitors), torch.stack([value.double() for value in values]))
