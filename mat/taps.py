@@ -124,7 +124,12 @@ def _as_is(tensor: Tensor, samples: int) -> Tensor:
     return tensor
 
 
+def _grouped(rows: Tensor, samples: int) -> Tensor:
+    return rows.reshape(samples, -1, rows.shape[-1])  # (n, T, .)
+
+
 ROUTED = Layout(_as_is, _as_is)
+BY_SAMPLE = Layout(_grouped, _grouped)  # samples are the first axis, or blocks of it
 
 
 @dataclass(eq=False)
@@ -227,7 +232,7 @@ class Tape:
                 self._homes.setdefault(id(parameter), set()).add(id(module))
         self._calls: dict[int, int] = {}
         self._met: set[int] = set()
-        self._products: dict[int, Product] = {}  # by id of the weight
+        self._products: dict[tuple[int, int], Product] = {}  # by id of the weight, first row
         self._hooks: list[Any] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
 
@@ -291,6 +296,7 @@ class Tape:
         bias: Tensor | None,
         path: str,
         layout: Layout | None = None,
+        rows: slice = slice(None),
     ) -> Tensor:
         """Record ``y = F.linear(x, weight, bias)``, or what a layout makes one.
 
@@ -301,6 +307,7 @@ class Tape:
             bias: A parameter of the model (p,), or None.
             path: What messages call it.
             layout: Rows by sample (n, ..., .), (T, n, .) or (n T, .) when None.
+            rows: Which rows of weight and bias the product has; units must own rows then.
 
         Returns:
             The output to go on with.
@@ -318,11 +325,11 @@ class Tape:
             and self._homes[id(weight)] == self._homes[id(bias)]
         )
         if of_weight is not None:
-            y = self._tap(self._product(path, weight, of_weight, both), x, y, layout)
+            y = self._tap(self._product(path, weight, of_weight, both, rows), x, y, layout)
             self._met |= {id(weight), id(bias)} if both else {id(weight)}
         if bias is not None and of_bias is not None and not both:
             ones = torch.ones_like(y.detach().narrow(layout.channel, 0, 1))
-            product = self._product(path, bias, of_bias, False)
+            product = self._product(path, bias, of_bias, False, rows)
             y = self._tap(product, ones, y, Layout(layout.outputs, layout.outputs, layout.channel))
             self._met.add(id(bias))
         return y
@@ -358,7 +365,7 @@ class Tape:
         experts = np.flatnonzero(rows >= 0)
         if not len(experts):
             return y
-        key = id(weights if isinstance(weights, Tensor) else weights[0])
+        key = id(weights if isinstance(weights, Tensor) else weights[0]), 0
         if key not in self._products:
             units, index = _index(rows[experts], self.device), _index(experts, self.device)
             groups = [Group(units, index, len(rows), y.shape[1])]
@@ -414,16 +421,19 @@ class Tape:
 
         self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _product(self, path: str, weight: Tensor, share: _Share, bias: bool) -> Product:
+    def _product(
+        self, path: str, weight: Tensor, share: _Share, bias: bool, rows: slice
+    ) -> Product:
         """The product of a parameter; all layers that share the parameter share it."""
-        if id(weight) not in self._products:
+        key = id(weight), rows.start or 0
+        if key not in self._products:
             columns, owner = share.part.dim == 1, share.part.owner
             if columns:
                 owner = owner.repeat(weight[0, 0].numel())  # the numbers of a kernel of a channel
-            groups = groups_of(owner, share.first, self.device)
+            groups = groups_of(owner if columns else owner[rows], share.first, self.device)
             shared = len(weight) if columns else weight[0].numel()
-            self._products[id(weight)] = Product(path, groups, columns, shared, bias)
-        return self._products[id(weight)]
+            self._products[key] = Product(path, groups, columns, shared, bias)
+        return self._products[key]
 
     def _tap(
         self, product: Product, x: Tensor, y: Tensor, layout: Layout, sizes: Tensor | None = None
@@ -433,15 +443,17 @@ class Tape:
         if recomputed or not self.recording or not torch.is_grad_enabled():
             return y
         if not y.requires_grad:
-            y = _Start.apply(self.anchor, y)
+            y = _Start.apply(self.anchor, y.detach())
         tokens = y.numel() // (self.samples * y.shape[layout.channel])
         tap = Tap(product, layout, self.samples, tokens, x.detach(), sizes)
-        y.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
+        # In-place work on a view leaves its place in the graph, but not that of its base.
+        base = y._base if y._base is not None and y._base.numel() == y.numel() else y
+        base.register_hook(partial(self._arrive, tap, y.shape))  # type: ignore[no-untyped-call]
         self.taps.append(tap)
         return y
 
-    def _arrive(self, tap: Tap, gradient: Tensor) -> None:
-        tap.gradients.append(gradient)
+    def _arrive(self, tap: Tap, shape: torch.Size, gradient: Tensor) -> None:
+        tap.gradients.append(gradient.view(shape))
         if self.on_gradient is not None:
             self.on_gradient(tap)
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mat.suite import gram, ntk
+from mat import gram
+from mat.suite import ntk
 from mat.suite.interface import Flops, UnitModel
 from mat.suite.units import UnitLayer, unit_layers
 
