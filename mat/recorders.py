@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mat.taps import BY_SAMPLE, Tape, recorder
+from mat.products import BY_SAMPLE
+from mat.taps import Tape, recorder
 
 
 @recorder
