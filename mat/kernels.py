@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mat import gram
 from mat.layers.gate import take
-from mat.taps import Product, Tap
+from mat.products import Product, Tap
 from mat.units import Units
 
 KRYLOV = 32  # dimensions of the spaces of Lanczos

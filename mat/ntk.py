@@ -22,9 +22,9 @@ gradients, buffers, gates, random state, train or eval mode. It works in the cal
     result.lambda_max  # (units,); result.units says which unit a row is
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,11 +37,11 @@ import mat.recorders  # noqa: F401 both register how modules are recorded
 from mat.adapters import find_units
 from mat.kernels import Kernels, Shape, eigenvalue_flops, eigenvalues, scaled_to_cosines, shapes_of
 from mat.probe import joined, pick, run, samples_of, untouched
-from mat.taps import Tap, Tape
+from mat.products import Tap
+from mat.reduction import LossOfOutputs, Reducer, Reduction
+from mat.taps import Tape
 from mat.units import REST, IntArray, Units
 
-Reduction = Literal["random", "sum", "full", "loss"]
-LossOfOutputs = Callable[[Tensor, Any], Tensor]
 MEMORY_BYTES = 32 * 2**20
 
 
@@ -309,72 +309,6 @@ def kernel_flops(
     """
     products = sum(shape.flops(rows, memory_bytes) for shape in shapes)
     return products + eigenvalue_flops(units, rows)
-
-
-@dataclass(frozen=True)
-class Reducer:
-    """How outputs become what is differentiated; ``samples`` is n of the whole probe."""
-
-    reduction: Reduction
-    projections: int
-    seed: int
-    samples: int
-    loss: LossOfOutputs | None = None
-
-    def __post_init__(self) -> None:
-        known = get_args(Reduction)
-        if self.reduction not in known or self.projections < 1 or self.samples < 1:
-            raise ValueError(
-                f"reduction={self.reduction!r}, projections={self.projections}, {self.samples} "
-                f"samples: wanted one of {', '.join(known)}, and at least one of both"
-            )
-
-    def outputs_per_sample(self, outputs: Tensor, samples: int) -> int:
-        """The number k."""
-        if not outputs.dim() or outputs.shape[0] % samples:
-            raise ValueError(
-                f"outputs of shape {tuple(outputs.shape)} cannot be split evenly into "
-                f"{samples} samples"
-            )
-        return outputs.numel() // samples
-
-    def cotangents(
-        self, result: Any, batch: Any, outputs: Tensor, first: int, samples: int
-    ) -> Iterator[tuple[Tensor, bool]]:
-        """One vector of the outputs' shape per backward pass, and whether it is the last one.
-
-        ``first`` is the number of the batch's first sample in the probe.
-        """
-        count = outputs.numel() // samples
-        if self.reduction == "loss":
-            yield self._of_loss(result, batch, outputs) * (samples / self.samples), True
-        elif self.reduction == "sum":
-            yield torch.full_like(outputs, count**-0.5), True
-        elif self.reduction == "full":
-            for j in range(count):
-                vector = torch.zeros(samples, count, dtype=outputs.dtype, device=outputs.device)
-                vector[:, j] = 1
-                yield vector.view(outputs.shape), j == count - 1
-        else:
-            for j in range(self.projections):
-                bits = np.stack([self._bits(j, first + i, count) for i in range(samples)])
-                signs = torch.from_numpy(bits).to(outputs.device).to(outputs.dtype).mul_(2).sub_(1)
-                yield signs.view(outputs.shape), j == self.projections - 1
-
-    def _of_loss(self, result: Any, batch: Any, outputs: Tensor) -> Tensor:
-        """Gradient of the mean loss of a batch."""
-        if self.loss is not None:
-            leaf = outputs.detach().requires_grad_()
-            return torch.autograd.grad(self.loss(leaf, batch), leaf)[0]
-        if getattr(result, "loss", None) is None:
-            raise ValueError("reduction='loss' needs loss=, or labels in the batch of a model that "
-                             "returns its loss")  # fmt: skip
-        return torch.autograd.grad(result.loss, outputs, retain_graph=True)[0]
-
-    def _bits(self, projection: int, sample: int, count: int) -> NDArray[np.uint8]:
-        """Random bits, made on the CPU so that every device sees the same."""
-        random = np.random.default_rng([self.seed, projection, sample])
-        return np.unpackbits(np.frombuffer(random.bytes(-(-count // 8)), np.uint8), count=count)
 
 
 def _units_of(model: nn.Module, units: Units | None) -> Units:

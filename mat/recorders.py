@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mat.products import BY_SAMPLE
 from mat.taps import Tape, recorder
 
 
@@ -34,7 +35,7 @@ def _normalise(module: _BatchNorm, tape: Tape, x: Tensor) -> Tensor:
         # Every row of the batch has a copy, whose gradient is its own: a product with 1.
         copies = parameter.to(x.dtype).expand(len(x), 1, -1).clone()  # (n, 1, C)
         ones = x.new_ones(len(x), 1, 1)
-        copies = tape.product(ones, copies, parameter, None, type(module).__name__)
+        copies = tape.product(ones, copies, parameter, None, "batch norm", BY_SAMPLE)
         pair.append(copies.view(len(x), -1, *[1] * (x.dim() - 2)))  # (n, C, 1, 1)
     gain, shift = pair
     return torch.addcmul(shift, normal, gain)
@@ -42,9 +43,10 @@ def _normalise(module: _BatchNorm, tape: Tape, x: Tensor) -> Tensor:
 
 @recorder
 def multihead_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """``nn.MultiheadAttention`` whose queries, keys and values have one stacked matrix."""
-    known = isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim
-    if not known or module.bias_k is not None or module.add_zero_attn:
+    """Attention of torch, which calls none of its linear layers."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return None
+    if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
         return None
     return partial(_attend, module)
 
@@ -60,29 +62,28 @@ def _attend(
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Self-attention with the inputs and outputs of the module; it gives no attention weights."""
-    if query is not key or key is not value:
-        raise ValueError("nn.MultiheadAttention can be measured as self-attention only")
-    path, weight, bias = "in_proj_weight", module.in_proj_weight, module.in_proj_bias
-    stacked = tape.product(query, F.linear(query, weight, bias), weight, bias, path)
-    stacked = stacked if module.batch_first else stacked.transpose(0, 1)
-    batch, length, _ = stacked.shape
-    split = stacked.view(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = split  # (n, H, T, K)
+) -> tuple[Tensor, None]:
+    """The outputs of the module; it gives no attention weights."""
+    width, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
+    heads = []
+    for i, x in enumerate((query, key, value)):
+        rows = slice(i * width, (i + 1) * width)
+        x = x if module.batch_first else x.transpose(0, 1)  # (n, T, D)
+        y = F.linear(x, weight[rows], None if bias is None else bias[rows])
+        y = tape.product(x, y, weight, bias, "in_proj_weight", BY_SAMPLE, rows)
+        heads.append(y.unflatten(2, (module.num_heads, -1)).transpose(1, 2))  # (n, H, T, K)
     masks = [attn_mask, key_padding_mask]
     if key_padding_mask is not None:
-        masks[1] = key_padding_mask[:, None, None]  # (n, 1, 1, T)
+        masks[1] = key_padding_mask[:, None, None]  # (n, 1, 1, S)
     if attn_mask is not None and attn_mask.dim() == 3:
-        masks[0] = attn_mask.view(batch, -1, length, length)  # (n, H, T, T)
-    added = [_added(mask, q) for mask in masks if mask is not None]
-    mask = sum(added[1:], added[0]) if added else None
-    context = F.scaled_dot_product_attention(q, k, v, mask)
+        masks[0] = attn_mask.unflatten(0, (-1, module.num_heads))  # (n, H, T, S)
+    added = [_added(mask, heads[0]) for mask in masks if mask is not None]
+    context = F.scaled_dot_product_attention(*heads, sum(added[1:], added[0]) if added else None)
     context = context.transpose(1, 2).flatten(2)  # (n, T, D)
-    context = context if module.batch_first else context.transpose(0, 1)
     out = module.out_proj
     y = F.linear(context, out.weight, out.bias)
-    return tape.product(context, y, out.weight, out.bias, "out_proj"), None
+    y = tape.product(context, y, out.weight, out.bias, "out_proj", BY_SAMPLE)
+    return y if module.batch_first else y.transpose(0, 1), None
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:

@@ -1,24 +1,29 @@
-"""Taps: what every measured weight multiplies, and the gradient of what comes out, by sample.
+"""The tape: records what every measured weight multiplies, and waits for the output's gradient.
 
-The gradient of a weight for one sample is a product of two factors over the sample's positions: the
-layer's input, which the forward pass knows, and the gradient of its output, which a backward pass
-brings. Units own rows or columns of the weight, so one factor is divided among them ("per unit") and
-the other is shared. A :class:`Tape` records both by hooks on ``nn.Linear`` and ``nn.Conv2d``; a
-module that computes its products itself has a recorder, see :func:`recorder`.
+It hooks ``nn.Linear`` and ``nn.Conv2d``; a module that computes its products itself has a recorder,
+see :func:`recorder`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mat.layers.gate import Index, take
+from mat.products import (
+    ROUTED,
+    Group,
+    Layout,
+    Product,
+    Tap,
+    consecutive,
+    convolution,
+    groups_of,
+)
 from mat.units import REST, IntArray, Part, Units
 
 Recorder = Callable[[nn.Module], Callable[..., Any] | None]
@@ -34,135 +39,6 @@ def recorder(function: Recorder) -> Recorder:
     """
     RECORDERS.append(function)
     return function
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units that own equally many rows (columns) of a weight.
-
-    Attributes:
-        units: Their rows in the flat table.
-        index: Which columns of the per-unit factor are theirs, unit by unit; of a routed product
-            which experts they are.
-        count: Number of units u.
-        each: Columns of a unit.
-    """
-
-    units: Index
-    index: Index
-    count: int
-    each: int
-
-    def of(self, factor: Tensor) -> Tensor:
-        """(n, T, all) to (n, T, u, each); a view where the units follow one another."""
-        return take(factor, self.index, 2).unflatten(2, (self.count, self.each))
-
-
-def groups_of(owner: IntArray, first: int, device: torch.device) -> list[Group]:
-    """The groups of a division.
-
-    Args:
-        owner: (size,) the unit of each column, or ``REST``.
-        first: Row of unit 0 in the flat table.
-        device: Where the factors are.
-    """
-    sizes = np.bincount(owner[owner != REST])
-    order = np.argsort(owner, kind="stable")[np.count_nonzero(owner == REST) :]
-    groups = []
-    for each in np.unique(sizes[sizes > 0]):
-        units = np.flatnonzero(sizes == each)
-        columns = order[sizes[owner[order]] == each]
-        rows, index = _index(first + units, device), _index(columns, device)
-        groups.append(Group(rows, index, len(units), int(each)))
-    return groups
-
-
-def _index(numbers: IntArray, device: torch.device) -> Index:
-    """A slice where the numbers follow one another, else the numbers."""
-    if (np.diff(numbers) == 1).all():
-        return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return torch.from_numpy(numbers).to(device)
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """One weight, and its bias where the same units own it, as a product over positions.
-
-    Attributes:
-        path: Where it is, for messages.
-        groups: The units.
-        columns: Whether units own columns: the input is then the per-unit factor, else the gradient.
-        shared: Width q of the shared factor.
-        bias: Whether a bias belongs to it.
-        routed: Whether every row goes to one unit (an expert).
-    """
-
-    path: str
-    groups: list[Group]
-    columns: bool
-    shared: int
-    bias: bool
-    routed: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How inputs and outputs of a kind of layer become factors (n, T, .).
-
-    Attributes:
-        inputs: From an input and n.
-        outputs: From an output, or its gradient, and n.
-        channel: The axis of an output that rows of the weight make.
-    """
-
-    inputs: Callable[[Tensor, int], Tensor]
-    outputs: Callable[[Tensor, int], Tensor]
-    channel: int = -1
-
-
-def _as_is(tensor: Tensor, samples: int) -> Tensor:
-    return tensor
-
-
-ROUTED = Layout(_as_is, _as_is)
-
-
-@dataclass(eq=False)
-class Tap:
-    """One use of a product in a forward pass.
-
-    Attributes:
-        product: The product.
-        layout: Of the layer.
-        samples: n.
-        tokens: T positions of a sample (of a routed product on average).
-        known: What went in.
-        sizes: (E, n) rows of each expert in each sample, of a routed product.
-        gradients: Of what came out, one per backward pass.
-    """
-
-    product: Product
-    layout: Layout
-    samples: int
-    tokens: int
-    known: Tensor
-    sizes: Tensor | None = None
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.version = self.known._version
-
-    def factors(self) -> tuple[Tensor, list[Tensor]]:
-        """Input (n, T, .) and output gradients (n, T, .); of a routed product (P, .)."""
-        if self.known._version != self.version:
-            raise ValueError(f"the input of {self.product.path} is changed in place after its use")
-        known = self.layout.inputs(self.known, self.samples)
-        return known, [self.layout.outputs(g, self.samples) for g in self.gradients]
-
-    def release(self) -> None:
-        """Let go of the tensors."""
-        self.known, self.version = self.known.new_empty(0), 0
-        self.gradients.clear()
 
 
 @dataclass(frozen=True)
@@ -227,7 +103,7 @@ class Tape:
                 self._homes.setdefault(id(parameter), set()).add(id(module))
         self._calls: dict[int, int] = {}
         self._met: set[int] = set()
-        self._products: dict[int, Product] = {}  # by id of the weight
+        self._products: dict[tuple[int, int], Product] = {}  # by id of the weight, first row
         self._hooks: list[Any] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
 
@@ -291,6 +167,7 @@ class Tape:
         bias: Tensor | None,
         path: str,
         layout: Layout | None = None,
+        rows: slice = slice(None),
     ) -> Tensor:
         """Record ``y = F.linear(x, weight, bias)``, or what a layout makes one.
 
@@ -301,6 +178,7 @@ class Tape:
             bias: A parameter of the model (p,), or None.
             path: What messages call it.
             layout: Rows by sample (n, ..., .), (T, n, .) or (n T, .) when None.
+            rows: Which rows of weight and bias the product has; units must own rows then.
 
         Returns:
             The output to go on with.
@@ -318,11 +196,11 @@ class Tape:
             and self._homes[id(weight)] == self._homes[id(bias)]
         )
         if of_weight is not None:
-            y = self._tap(self._product(path, weight, of_weight, both), x, y, layout)
+            y = self._tap(self._product(path, weight, of_weight, both, rows), x, y, layout)
             self._met |= {id(weight), id(bias)} if both else {id(weight)}
         if bias is not None and of_bias is not None and not both:
             ones = torch.ones_like(y.detach().narrow(layout.channel, 0, 1))
-            product = self._product(path, bias, of_bias, False)
+            product = self._product(path, bias, of_bias, False, rows)
             y = self._tap(product, ones, y, Layout(layout.outputs, layout.outputs, layout.channel))
             self._met.add(id(bias))
         return y
@@ -358,9 +236,12 @@ class Tape:
         experts = np.flatnonzero(rows >= 0)
         if not len(experts):
             return y
-        key = id(weights if isinstance(weights, Tensor) else weights[0])
+        key = id(weights if isinstance(weights, Tensor) else weights[0]), 0
         if key not in self._products:
-            units, index = _index(rows[experts], self.device), _index(experts, self.device)
+            units, index = (
+                consecutive(rows[experts], self.device),
+                consecutive(experts, self.device),
+            )
             groups = [Group(units, index, len(rows), y.shape[1])]
             self._products[key] = Product("experts", groups, False, x.shape[1], bias, routed=True)
         product = self._products[key]
@@ -406,7 +287,7 @@ class Tape:
                 f"{own[0].part.parameter} cannot be measured: its module, a "
                 f"{type(module).__name__}, has no recorder (mat.taps.recorder)"
             )
-        layout = _convolution(module) if isinstance(module, nn.Conv2d) else None
+        layout = convolution(module) if isinstance(module, nn.Conv2d) else None
 
         def hook(_: nn.Module, inputs: Any, named: Any, y: Tensor) -> Tensor:
             x = inputs[0] if inputs else named["input"]
@@ -414,16 +295,19 @@ class Tape:
 
         self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _product(self, path: str, weight: Tensor, share: _Share, bias: bool) -> Product:
+    def _product(
+        self, path: str, weight: Tensor, share: _Share, bias: bool, rows: slice
+    ) -> Product:
         """The product of a parameter; all layers that share the parameter share it."""
-        if id(weight) not in self._products:
+        key = id(weight), rows.start or 0
+        if key not in self._products:
             columns, owner = share.part.dim == 1, share.part.owner
             if columns:
                 owner = owner.repeat(weight[0, 0].numel())  # the numbers of a kernel of a channel
-            groups = groups_of(owner, share.first, self.device)
+            groups = groups_of(owner if columns else owner[rows], share.first, self.device)
             shared = len(weight) if columns else weight[0].numel()
-            self._products[id(weight)] = Product(path, groups, columns, shared, bias)
-        return self._products[id(weight)]
+            self._products[key] = Product(path, groups, columns, shared, bias)
+        return self._products[key]
 
     def _tap(
         self, product: Product, x: Tensor, y: Tensor, layout: Layout, sizes: Tensor | None = None
@@ -433,15 +317,17 @@ class Tape:
         if recomputed or not self.recording or not torch.is_grad_enabled():
             return y
         if not y.requires_grad:
-            y = _Start.apply(self.anchor, y)
+            y = _Start.apply(self.anchor, y.detach())
         tokens = y.numel() // (self.samples * y.shape[layout.channel])
         tap = Tap(product, layout, self.samples, tokens, x.detach(), sizes)
-        y.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
+        # In-place work on a view leaves its place in the graph, but not that of its base.
+        base = y._base if y._base is not None and y._base.numel() == y.numel() else y
+        base.register_hook(partial(self._arrive, tap, y.shape))  # type: ignore[no-untyped-call]
         self.taps.append(tap)
         return y
 
-    def _arrive(self, tap: Tap, gradient: Tensor) -> None:
-        tap.gradients.append(gradient)
+    def _arrive(self, tap: Tap, shape: torch.Size, gradient: Tensor) -> None:
+        tap.gradients.append(gradient.view(shape))
         if self.on_gradient is not None:
             self.on_gradient(tap)
 
@@ -459,24 +345,6 @@ class Tape:
             f"{path} has a tensor of shape {tuple(rows.shape)}, in which {n} samples cannot be told "
             "apart: give their number (samples=), or take another"
         )
-
-
-def _convolution(module: nn.Conv2d) -> Layout:
-    """The product of a convolution, over the positions of its output maps."""
-    padding: list[int] = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-
-    def patches(x: Tensor, n: int) -> Tensor:
-        """(n, I, H, W) to what a filter sees at every position, (n, T, I k k)."""
-        x = F.pad(x, padding, mode) if any(padding) else x
-        seen = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)  # type: ignore
-        return seen.transpose(1, 2).reshape(n, -1, seen.shape[1])
-
-    def positions(maps: Tensor, n: int) -> Tensor:
-        """(n, C, H, W) to (n, T, C)."""
-        return maps.flatten(2).transpose(1, 2).reshape(n, -1, maps.shape[1])
-
-    return Layout(patches, positions, channel=1)
 
 
 def _shares(model: nn.Module, units: Units) -> dict[int, _Share]:
