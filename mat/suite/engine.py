@@ -286,8 +286,10 @@ class Training:
             batch = self._train_batch()
             return self._step_cost(batch) + Flops(overhead=self._kernel_flops(batch, 1))
         if self._estimate_cost is None:
-            passes = {"random": self.config.selection.projections, "full": self._outputs()}
-            count = passes.get(self._reduction(), 1)
+            reduction = self._reduction()
+            count = self.config.selection.projections if reduction == "random" else 1
+            if reduction == "full":
+                count = self._outputs()
             measured = {p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts}
             kernels = self._kernel_flops(self.probe, count)
             ledger = self._ledger_of(self.probe, training=False)
@@ -309,7 +311,7 @@ class Training:
     def _outputs(self) -> int:
         """Number k of outputs of a probe's sample."""
         assert self.probe is not None
-        return self.model(self.probe).numel() // self.probe.samples
+        return self.model.eval()(self.probe).numel() // self.probe.samples
 
     def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
