@@ -6,7 +6,6 @@ channels, needs an input gradient at the active filters alone; behind a residual
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -37,7 +36,7 @@ BRANCHES = {  # in the order that a module of torchvision's ResNet runs them
 @finder
 def filters(place: Place) -> Iterator[UnitLayer]:
     """The filters of the convolutions that follow each other in a module."""
-    yield from in_chain(place.model, list(chain(place)))
+    yield from in_chain(list(chain(place)), place.tied)
 
 
 def chain(place: Place) -> Iterator[tuple[str, nn.Module]]:
@@ -69,8 +68,13 @@ def leaves(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from leaves(f"{path}.{name}" if path else name, child)
 
 
-def in_chain(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> list[UnitLayer]:
-    """The layers of filters among modules that run one after the other."""
+def in_chain(modules: list[tuple[str, nn.Module]], tied: frozenset[int]) -> list[UnitLayer]:
+    """The layers of filters among modules that run one after the other.
+
+    Args:
+        modules: Path and module, in order.
+        tied: Ids of the parameters that several modules use.
+    """
     layers: list[UnitLayer] = []
     feeding: UnitLayer | None = None  # whose filters make the channels at hand
     before: nn.Module | None = None
@@ -78,16 +82,18 @@ def in_chain(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> list[Uni
     for path, module in modules:
         if type(module) is nn.Conv2d:
             below, feeding = feeding, None
-            if module.weight.requires_grad and unfit(module) is None and not tied(model, module):
+            if (
+                module.weight.requires_grad
+                and unfit(module) is None
+                and id(module.weight) not in tied
+            ):
                 feeding = UnitLayer("filters", path, module.out_channels, [])
                 own(feeding, path, module)
                 feeding.sites.append(convolution_site(path, path, below))
                 layers.append(feeding)
         elif feeding is None:
             continue
-        elif (
-            type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and not tied(model, module)
-        ):
+        elif type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d:
             own(feeding, path, module)
             feeding.sites.append(norm_site(path, feeding))
         elif isinstance(module, (nn.ReLU, nn.MaxPool2d)) and not getattr(
@@ -100,12 +106,6 @@ def in_chain(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> list[Uni
             feeding = None
         before = module
     return layers
-
-
-def tied(model: nn.Module, module: Any) -> bool:
-    """Whether another place of the model has the same weight."""
-    every = model.named_parameters(remove_duplicate=False)
-    return sum(parameter is module.weight for _, parameter in every) > 1
 
 
 def own(layer: UnitLayer, path: str, module: nn.Module) -> None:

@@ -84,6 +84,14 @@ class GatedPart:
         self._run_of_row = torch.from_numpy(np.repeat(np.arange(len(self.runs)), np.diff(edges)))
         self.update()
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.note()  # copying a parameter, or reading it from a file, loses its attributes
+
+    def note(self) -> None:
+        """Tell the parameter, so that optimisers find out."""
+        self.parameter._gated = self  # type: ignore[attr-defined]
+
     @property
     def dim(self) -> int:
         """The axis that is divided."""
@@ -126,14 +134,6 @@ class GatedPart:
         )  # in the home's memory format, or autograd copies it once more
         put(full, self.active, self.dim, rows.to(full.dtype))
         return full
-
-    def mask(self, grad: Tensor) -> Tensor | None:
-        """A gradient hook for parameters that no site knows: zeros in frozen rows, nothing skipped."""
-        if self.whole or self.gate.transparent:
-            return None
-        return spread(
-            take(grad, self.active, self.dim), self.active, self.dim, grad.shape[self.dim]
-        )
 
     def gradient(self) -> Tensor | None:
         """Gradient of the active rows, rows first, or None if there is none."""
@@ -191,6 +191,7 @@ class Gate:
         """Take in a part."""
         self.device = parameter.device
         self.parts[part.parameter] = GatedPart(self, parameter, part)
+        self.parts[part.parameter].note()
         return self.parts[part.parameter]
 
     def divide(self, owner: IntArray) -> tuple[Index, Index, int]:

@@ -72,18 +72,27 @@ class LinearSite(Site):
 
     def gated(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        way = self.way()
-        weight, bias = self.module.weight, self.module.bias
-        values, compact = _Linear.apply(
-            x,
-            compact_of(x, way.into),
-            home(self.weight, weight),
-            home(self.bias, bias),
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            way,
-        )
-        return with_compact(values, compact, way.through)
+        return product(x, self.module.weight, self.module.bias, self.way())
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+    """``F.linear``, of which a way is differentiated: x (..., I), weight (O, I) to (..., O)."""
+    values, compact = _Linear.apply(
+        x,
+        compact_of(x, way.into),
+        home(way.rows or way.columns, weight),
+        None if bias is None else home(way.bias, bias),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        way,
+    )
+    return with_compact(values, compact, way.through)
+
+
+def by_rows(weight: GatedPart, bias: GatedPart | None) -> Way:
+    """The way of a layer whose rows belong to units."""
+    cut = weight.gate.mode == "cut"
+    return Way(weight, None, bias, weight.active if cut else None, None)
 
 
 def home(part: GatedPart | None, weight: Tensor) -> Tensor:

@@ -18,23 +18,31 @@ class Site:
     Args:
         module: The module.
         gates: The gates that it depends on.
+        method: The method that is replaced; ``forward`` unless the module's forward has other work.
     """
 
-    def __init__(self, module: nn.Module, *gates: Gate | None) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, *gates: Gate | None, method: str = "forward") -> None:
+        self.module, self.method = module, method
         self.gates = tuple(gate for gate in gates if gate is not None)
-        self.original = module.forward
+        # What another library set on the instance; None where the method is the class's own.
+        self.earlier: Any = module.__dict__.get(method)
 
     def attach(self) -> None:
-        """Stand in for the module's forward."""
-        self.module.forward = self.forward
+        """Stand in for the module's method."""
+        setattr(self.module, self.method, self.forward)
 
     def detach(self) -> None:
-        """Give the module its own forward back."""
-        if self.original == type(self.module).forward.__get__(self.module):
-            self.module.__dict__.pop("forward", None)  # it was the class's
+        """Give the module its own method back."""
+        if self.earlier is None:
+            self.module.__dict__.pop(self.method, None)
         else:
-            self.module.forward = self.original
+            setattr(self.module, self.method, self.earlier)
+
+    def original(self, *inputs: Any, **named: Any) -> Any:
+        """The module's own method."""
+        if self.earlier is not None:
+            return self.earlier(*inputs, **named)
+        return getattr(type(self.module), self.method)(self.module, *inputs, **named)
 
     @torch.compiler.disable
     def forward(self, *inputs: Any, **named: Any) -> Any:
