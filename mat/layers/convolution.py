@@ -183,8 +183,9 @@ class _Convolution(torch.autograd.Function):
             kernel = take_channels(passing(weight, way), way.into)  # (r, s, h, w)
             shape = (ctx.shape[0], kernel.shape[1], *ctx.shape[2:])
             like = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=ctx.format)
-            d = product(g, like, kernel, ctx.moves, [True, False, False])[0]
-            assert d is not None
+            d = like
+            if kernel.shape[1]:
+                d = product(g, like, kernel, ctx.moves, [True, False, False])[0]
             if ctx.compact:
                 d_compact = d
             else:
@@ -207,7 +208,7 @@ def passing(weight: Tensor, way: Way) -> Tensor:
         zeroed = torch.zeros_like(weight)
         put(zeroed, part.active, 0, take(weight, part.active, 0))
         return zeroed
-    filters = take(weight, way.through, 0)
+    filters = take_filters(weight, way.through)
     if len(filters) > part.count:  # a copy then, since those that fill up stand apart
         filters[part.count :] = 0
     return filters
@@ -256,10 +257,10 @@ def parameter_gradients(
 
 def product(
     g: Tensor, x: Tensor, weight: Tensor, moves: Geometry, mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, kernel and bias, those that the mask asks for."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, kernel and bias; the mask says which are formed."""
     stride, padding, dilation = moves
-    found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         g, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], 1, mask
     )
     return found
@@ -284,6 +285,13 @@ def take_channels(maps: Tensor, index: Index) -> Tensor:
         chosen = torch.gather(stored, 3, index.expand(*stored.shape[:3], -1))  # (N, H, W, k)
         return chosen.permute(0, 3, 1, 2)
     return take(maps, index, 1).contiguous(memory_format=form)
+
+
+def take_filters(kernel: Tensor, index: Index) -> Tensor:
+    """Some filters (k, I, h, w), in the kernel's memory format."""
+    if memory_format(kernel) is torch.channels_last:
+        return take(kernel.permute(0, 2, 3, 1), index, 0).permute(0, 3, 1, 2)
+    return take(kernel, index, 0)
 
 
 def spread_channels(maps: Tensor, index: Index, total: int) -> Tensor:
