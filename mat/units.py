@@ -14,13 +14,18 @@ Units of known models are found (``mat.adapters``); all others are named by hand
     gates = mat.attach_(model, config, units=units)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+
+from mat.tables import units_table
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
@@ -78,6 +83,10 @@ class Part:
     dim: int
     owner: IntArray
 
+    def fingerprint(self) -> str:
+        """Equal for equal divisions."""
+        return f"{zlib.crc32(np.ascontiguousarray(self.owner, np.int64).tobytes()):08x}"
+
     @classmethod
     def even(cls, parameter: str, dim: int, n_units: int, size: int, blocks: int = 1) -> "Part":
         """Equal consecutive blocks; with ``blocks`` several such divisions one after the other.
@@ -104,12 +113,14 @@ class UnitLayer:
 
     Attributes:
         kind: ``heads``, ``ffn``, ``experts``, ``filters``, or a name given by hand.
-        name: Where it is: the path of a module.
+        name: Where it is: the path of a module, or by hand of the first parameter.
         n_units: U.
         parts: What the units own.
         sites: Path of every module that runs differently while some units are frozen, and what
             makes its :class:`mat.layers.site.Site`.
         unit_names: Names of the units; numbers where empty.
+        recording: For experts: path of the module that sends rows to them, and what the estimator
+            runs in place of its forward, see :func:`mat.layers.experts.record_stacked`.
     """
 
     kind: str
@@ -118,12 +129,13 @@ class UnitLayer:
     parts: list[Part]
     sites: list[tuple[str, "MakeSite"]] = field(default_factory=list)
     unit_names: list[str] = field(default_factory=list)
+    recording: tuple[str, Callable[..., Any]] | None = None
 
-    def parameters_of_a_unit(self, model: nn.Module) -> IntArray:
-        """(U,) how many parameters each unit owns."""
+    def parameters_of_a_unit(self, shapes: Mapping[str, Sequence[int]]) -> IntArray:
+        """(U,) how many parameters each unit owns, given the shapes of the model's parameters."""
         total = np.zeros(self.n_units, np.int64)
         for part in self.parts:
-            count = model.get_parameter(part.parameter).numel() // len(part.owner)
+            count = math.prod(shapes[part.parameter]) // len(part.owner)
             owned = part.owner[part.owner != REST]
             total += np.bincount(owned, minlength=self.n_units) * count
         return total
@@ -138,11 +150,29 @@ class Units:
         layer: (N,) number of its layer among those of its kind.
         unit: (N,) number of the unit in its layer.
         left_out: Path of every Linear and Conv2d without units, and why it has none.
+        shapes: Shape of every parameter, by name; empty if made without the model.
+        products: Size of every weight that multiplies activations, by name; likewise.
     """
 
-    def __init__(self, layers: Sequence[UnitLayer], left_out: dict[str, str] | None = None) -> None:
-        self.layers = list(layers)
+    def __init__(
+        self,
+        layers: Sequence[UnitLayer],
+        left_out: dict[str, str] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         self.left_out = left_out or {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.products: dict[str, int] = {}
+        for path, module in () if model is None else model.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                self.shapes[name] = tuple(parameter.shape)
+                if parameter.dim() > 1 and not isinstance(module, nn.Embedding):
+                    self.products[name] = parameter.numel()
+        self._set(layers)
+
+    def _set(self, layers: Sequence[UnitLayer]) -> None:
+        """Lay the units of some layers out as the table."""
+        self.layers = list(layers)
         counter: dict[str, int] = {}
         depth: list[int] = []
         for layer in self.layers:
@@ -156,6 +186,9 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    def __repr__(self) -> str:
+        return units_table(self)
 
     def slices(self) -> Iterator[tuple[UnitLayer, slice]]:
         """Each layer with its rows of the flat table."""
@@ -184,7 +217,19 @@ class Units:
                 raise ValueError(
                     f"there are no {kind}: the model has {sorted(set(self.kind.tolist()))}"
                 )
-        return Units([la for la in self.layers if la.kind in kinds], self.left_out)
+        chosen = copy.copy(self)
+        chosen._set([layer for layer in self.layers if layer.kind in kinds])
+        return chosen
+
+    def left_out_in_words(self) -> str:
+        """How many layers have no units, by reason."""
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.left_out.items():
+            reasons.setdefault(reason, []).append(path)
+        return "; ".join(
+            f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} ({reason})"
+            for reason, paths in reasons.items()
+        )
 
 
 def by_hand(model: nn.Module, units: Sequence[Unit]) -> list[UnitLayer]:
@@ -242,7 +287,7 @@ def _layer_by_hand(parameters: dict[str, nn.Parameter], group: list[Unit]) -> Un
         raise ValueError(
             f"units that share a parameter must be of one kind, not {', '.join(kinds)}"
         )
-    first = group[0].slices[0].parameter.rpartition(".")[0]
+    first = group[0].slices[0].parameter  # of no other layer: a name for this one
     return UnitLayer(
         kinds[0], first, len(group), list(parts.values()), unit_names=[unit.name for unit in group]
     )

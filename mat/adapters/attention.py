@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mat.adapters.find import Place, finder, linear_site
-from mat.layers.attention import attend_apart
-from mat.layers.gate import Gate, Index, take
+from mat.layers.attention import attend_apart, of_heads
+from mat.layers.gate import Gate, Index
 from mat.layers.site import Site
 from mat.units import UnitLayer
 
@@ -53,7 +54,7 @@ def heads(place: Place) -> Iterator[UnitLayer]:
         if place.head_output:
             parts += place.parts(names[3], owner_out, 1)
         sites = [linear_site(place.path, place.under(name)) for name in names[:3]]
-        below = None if place.head_output else owner_out
+        below = None if place.head_output else (place.path, owner_out)
         sites.append(linear_site(place.path, place.under(names[3]), below))
 
         def core(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> CoreSite:
@@ -74,6 +75,8 @@ class SeenConfig:
     def __getattr__(self, name: str) -> Any:
         if name == "_attn_implementation":
             return IMPLEMENTATION
+        if name.startswith("__"):  # copy and pickle ask before there is a configuration
+            raise AttributeError(name)
         return getattr(self.__dict__["config"], name)
 
 
@@ -98,6 +101,7 @@ class CoreSite(Site):
         del self.module._core_gate
 
 
+@torch.compiler.disable
 def run_core(
     module: Any,
     query: Tensor,
@@ -124,18 +128,14 @@ def run_core(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     chosen = module.config.config._attn_implementation
     kernel: Any = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager)
-    total = query.shape[1]
-
-    def of_heads(bias: Tensor | None, index: Index) -> Tensor | None:
-        each = bias is not None and bias.dim() == 4 and bias.shape[1] == total
-        return take(bias, index, 1) if each and bias is not None else bias
+    heads = query.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, index: Index) -> tuple[Tensor, Tensor | None]:
         options = dict(named)
         if "position_bias" in options:
-            options["position_bias"] = of_heads(options["position_bias"], index)
+            options["position_bias"] = of_heads(options["position_bias"], index, heads)
         result: tuple[Tensor, Tensor | None] = kernel(
-            module, q, k, v, of_heads(attention_mask, index), **options
+            module, q, k, v, of_heads(attention_mask, index, heads), **options
         )
         return result
 

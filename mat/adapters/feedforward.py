@@ -28,6 +28,7 @@ class Form:
         last: Last matrix; ``../`` when the module's forward ends with the activation.
         between: Name of a module between activation and last matrix.
         after: Name of a module behind the last matrix.
+        method: The method that runs them.
     """
 
     firsts: tuple[str, ...]
@@ -35,6 +36,7 @@ class Form:
     last: str
     between: str | None = None
     after: str | None = None
+    method: str = "forward"
 
 
 FORMS = (
@@ -43,22 +45,25 @@ FORMS = (
     Form(("fc1",), "activation_fn", "fc2"),  # ViT
     Form(("gate_proj", "up_proj"), "act_fn", "down_proj"),  # Llama, Qwen2
     Form(("wi",), "act", "wo", between="dropout"),  # Switch Transformers
+    # nn.TransformerDecoderLayer, nn.TransformerEncoderLayer
+    Form(("linear1",), "activation", "linear2", "dropout", "dropout3", "_ff_block"),
+    Form(("linear1",), "activation", "linear2", "dropout", "dropout2", "_ff_block"),
 )
+LIBRARIES = ("transformers.", "torch.nn.modules.transformer")
 
 
 @finder
 def groups(place: Place) -> Iterator[UnitLayer]:
-    """The groups of hidden neurons of a feed-forward module of transformers."""
-    if not type(place.module).__module__.startswith("transformers."):
+    """The groups of hidden neurons of a feed-forward module of transformers or of torch."""
+    if not type(place.module).__module__.startswith(LIBRARIES):
         return
     for form in FORMS:
         firsts = [place.linear(name) for name in form.firsts]
         last = place.linear(form.last)
-        if (
-            last is None
-            or any(f is None for f in firsts)
-            or not hasattr(place.module, form.activation)
-        ):
+        needed = (form.activation, form.method, *filter(None, (form.between, form.after)))
+        if last is None or any(first is None for first in firsts):
+            continue
+        if not all(hasattr(place.module, name) for name in needed):
             continue
         hidden = last.in_features
         count = number_of_groups(place, hidden)
@@ -79,7 +84,7 @@ def number_of_groups(place: Place, hidden: int) -> int:
     Raises:
         ValueError: If a number that was asked for does not divide them.
     """
-    wanted = place.groups or count_heads(place.model) or DEFAULT_GROUPS
+    wanted = place.groups or count_heads(place.model, place.module) or DEFAULT_GROUPS
     if hidden % wanted == 0:
         return wanted
     if place.groups:
@@ -101,13 +106,9 @@ def hidden_site(
         weights: Any = [part_of(gate, place.under(f"{name}.weight")) for name in form.firsts]
         biases = [part_of(gate, place.under(f"{name}.bias")) for name in form.firsts]
         inside = not form.last.startswith("../")
+        finish = Finish(module, form) if inside else None
         return HiddenSite(
-            module,
-            firsts,
-            weights,
-            biases,
-            Activate(module, form),
-            Finish(module, form) if inside else None,
+            module, firsts, weights, biases, Activate(module, form), finish, form.method
         )
 
     return make

@@ -61,6 +61,13 @@ def attend_apart(
     return context, weights
 
 
+def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:
+    """The part of a mask or bias that is some heads'; it broadcasts to (B, H, T, S)."""
+    if bias is None or bias.dim() != 4 or bias.shape[1] != heads or heads == 1:
+        return bias
+    return take(bias, index, 1)
+
+
 class _Join(torch.autograd.Function):
     """Heads that are differentiated and heads that are not, in their order; (B, T, h, K) each."""
 

@@ -84,6 +84,14 @@ class GatedPart:
         self._run_of_row = torch.from_numpy(np.repeat(np.arange(len(self.runs)), np.diff(edges)))
         self.update()
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.note()  # copying a parameter, or reading it from a file, loses its attributes
+
+    def note(self) -> None:
+        """Tell the parameter, so that optimisers find out."""
+        self.parameter._gated = self  # type: ignore[attr-defined]
+
     @property
     def dim(self) -> int:
         """The axis that is divided."""
@@ -116,9 +124,16 @@ class GatedPart:
 
     def deliver(self, block: Tensor, home: Tensor) -> Tensor:
         """The gradient of a home, given that of the active rows (rows first)."""
+        rows = block.transpose(0, self.dim)
         if home is self._leaf:
             return block
-        return spread(block.transpose(0, self.dim), self.active, self.dim, home.shape[self.dim])
+        if self.whole:
+            return rows
+        full = torch.zeros_like(
+            home
+        )  # in the home's memory format, or autograd copies it once more
+        put(full, self.active, self.dim, rows.to(full.dtype))
+        return full
 
     def gradient(self) -> Tensor | None:
         """Gradient of the active rows, rows first, or None if there is none."""
@@ -170,11 +185,13 @@ class Gate:
         self.parts: dict[str, GatedPart] = {}
         self.device = torch.device("cpu")
         self._divisions: dict[bytes, tuple[Index, Index, int]] = {}
+        self._widened: dict[bytes, Index] = {}
 
     def add(self, parameter: nn.Parameter, part: Part) -> GatedPart:
         """Take in a part."""
         self.device = parameter.device
         self.parts[part.parameter] = GatedPart(self, parameter, part)
+        self.parts[part.parameter].note()
         return self.parts[part.parameter]
 
     def divide(self, owner: IntArray) -> tuple[Index, Index, int]:
@@ -190,11 +207,31 @@ class Gate:
             self._divisions[key] = *pair, int(mask.sum())
         return self._divisions[key]
 
+    def widen(self, owner: IntArray, size: int) -> Index:
+        """Index of ``size`` rows: first those that train, then as many others as it takes.
+
+        Args:
+            owner: See :meth:`divide`. Equal divisions give the same object.
+            size: At least the number of rows that train.
+        """
+        active, _, count = self.divide(owner)
+        if size == len(owner):
+            return None
+        if size == count:
+            return active
+        key = owner.tobytes()
+        if key not in self._widened:
+            trains = (owner == REST) | self.active[owner]
+            first, others = np.flatnonzero(trains), np.flatnonzero(~trains)[: size - count]
+            self._widened[key] = torch.from_numpy(np.concatenate([first, others])).to(self.device)
+        return self._widened[key]
+
     def update(self) -> None:
         """Follow the flat vector, and the parameters to their device."""
         self.version += 1
         self.n_active = int(self.active.sum())
         self._divisions.clear()
+        self._widened.clear()
         self.device = next(iter(self.parts.values())).parameter.device
         for part in self.parts.values():
             part.update()

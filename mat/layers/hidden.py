@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import GatedPart, take
-from mat.layers.linear import Way, bias_gradient, compute_dtype, home, weight_gradient
+from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
 from mat.layers.site import Site, gathered, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
@@ -29,6 +29,7 @@ class HiddenSite(Site):
         weights, biases: The gate's shares of them.
         activation: From their outputs (..., F) to the hidden neurons (..., F), elementwise.
         last: What the module does with the hidden neurons afterwards, if anything.
+        method: The method that this is.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class HiddenSite(Site):
         biases: Sequence[GatedPart | None],
         activation: Activation,
         last: Callable[[Tensor], Tensor] | None = None,
+        method: str = "forward",
     ) -> None:
-        super().__init__(module, weights[0].gate)
+        super().__init__(module, weights[0].gate, method=method)
         self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
         self.activation, self.last = activation, last
 
@@ -50,8 +52,7 @@ class HiddenSite(Site):
         for first, weight, bias in zip(self.firsts, self.weights, self.biases, strict=True):
             homes += [home(weight, first.weight), home(bias, first.bias)]
             values += [first.weight.detach(), None if first.bias is None else first.bias.detach()]
-            cut = weight.gate.mode == "cut"
-            ways.append(Way(weight, None, bias, weight.active if cut else None, None))
+            ways.append(by_rows(weight, bias))
         hidden, compact = _Hidden.apply(x, self.activation, ways, *homes, *values)
         hidden = with_compact(hidden, compact, ways[0].through)
         return hidden if self.last is None else self.last(hidden)
@@ -112,7 +113,9 @@ class _Hidden(torch.autograd.Function):
             wants_weight, wants_bias = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
             kept = x if way.rows.count else None
             grads.append(weight_gradient(d, kept, way, weight_home) if wants_weight else None)
-            grads.append(bias_gradient(d, way.bias, through, bias_home) if wants_bias else None)
+            grads.append(
+                bias_gradient(d.sum(0), way.bias, through, bias_home) if wants_bias else None
+            )
         if d_x is not None:
             d_x = d_x.view(x.shape)
         return d_x, None, None, *grads, *[None] * (2 * count)

@@ -72,18 +72,27 @@ class LinearSite(Site):
 
     def gated(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        way = self.way()
-        weight, bias = self.module.weight, self.module.bias
-        values, compact = _Linear.apply(
-            x,
-            compact_of(x, way.into),
-            home(self.weight, weight),
-            home(self.bias, bias),
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            way,
-        )
-        return with_compact(values, compact, way.through)
+        return product(x, self.module.weight, self.module.bias, self.way())
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+    """``F.linear``, of which a way is differentiated: x (..., I), weight (O, I) to (..., O)."""
+    values, compact = _Linear.apply(
+        x,
+        compact_of(x, way.into),
+        home(way.rows or way.columns, weight),
+        None if bias is None else home(way.bias, bias),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        way,
+    )
+    return with_compact(values, compact, way.through)
+
+
+def by_rows(weight: GatedPart, bias: GatedPart | None) -> Way:
+    """The way of a layer whose rows belong to units."""
+    cut = weight.gate.mode == "cut"
+    return Way(weight, None, bias, weight.active if cut else None, None)
 
 
 def home(part: GatedPart | None, weight: Tensor) -> Tensor:
@@ -156,7 +165,7 @@ class _Linear(torch.autograd.Function):
         if wants_weight:
             d_weight = weight_gradient(g, x, way, weight_home)
         if wants_bias:
-            d_bias = bias_gradient(g, way.bias, way.through, bias_home)
+            d_bias = bias_gradient(g.sum(0), way.bias, way.through, bias_home)
         return d_x, d_compact, d_weight, d_bias, None, None, None
 
 
@@ -174,11 +183,13 @@ def weight_gradient(g: Tensor, x: Tensor | None, way: Way, home: Tensor) -> Tens
     return part.deliver(trained(g, part, way.through).T @ x, home)  # (k, I)
 
 
-def bias_gradient(g: Tensor, part: GatedPart | None, through: Index, home: Tensor) -> Tensor:
-    """Gradient of a bias for its home, from that of the output (N, r)."""
+def bias_gradient(total: Tensor, part: GatedPart | None, through: Index, home: Tensor) -> Tensor:
+    """Gradient of a bias for its home, from the sums (r,) over the output rows ``through``."""
     if part is None:
-        return g.sum(0)
-    return part.deliver(trained(g, part, through).sum(0), home)
+        return spread(total, through, 0, len(home))
+    if part.active is not through:  # the bias is divided otherwise than the weight
+        total = take(spread(total, through, 0, len(part.part.owner)), part.active, 0)
+    return part.deliver(total, home)
 
 
 def trained(g: Tensor, part: GatedPart, through: Index) -> Tensor:
