@@ -5,7 +5,6 @@ meant to give other numbers, and say why in its commit.
 """
 
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -199,41 +198,12 @@ def trajectory(case: str, folder: Path, matched: Path | None = None) -> dict[str
 
 
 def sums(state: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Sum and norm of every tensor, whatever its layout, by its name in an ordinary module."""
+    """Sum and norm of every tensor, whatever its layout."""
     return {
-        renamed(name, state): [float(tensor.sum()), float(tensor.norm())]
+        name: [float(tensor.sum()), float(tensor.norm())]
         for name, tensor in state.items()
         if not name.endswith("num_batches_tracked") and name != "decoder.weight"  # which is tied
     }
-
-
-def renamed(name: str, state: dict[str, torch.Tensor]) -> str:
-    """The name that a tensor of a unit-major layer has in the ordinary module."""
-    if match := re.fullmatch(r"features\.(\d+)\.(weight|bias|gain|shift|mean|variance)", name):
-        # Of the stages [[4], [5, 6]]; batch norms, ReLUs and a pool stand between.
-        convolution = (0, 4, 7)[int(match[1])]
-        part, plain = {
-            "weight": (0, "weight"), "bias": (0, "bias"),
-            "gain": (1, "weight"), "shift": (1, "bias"),
-            "mean": (1, "running_mean"), "variance": (1, "running_var"),
-        }[match[2]]  # fmt: skip
-        return f"features.{convolution + part}.{plain}"
-    if match := re.fullmatch(r"(blocks\.\d+\.ffn)\.(in|out)_(weight|bias)", name):
-        if f"{match[1]}.out_bias" in state:  # experts
-            return name
-        return f"{match[1]}.{'up' if match[2] == 'in' else 'down'}.{match[3]}"
-    for pattern, plain in (
-        (r"(tokens|positions)", r"\1.weight"),
-        (r"(.*\.attention)\.(qkv|out)_(weight|bias)", r"\1.\2.\3"),
-        (r"(.*)\.attention_bias", r"\1.attention.out.bias"),
-        (r"(.*\.ffn)_bias", r"\1.down.bias"),
-        (r"(.*\.ffn\.router)", r"\1.weight"),
-        (r"transform_(weight|bias)", r"transform.\1"),
-        (r"vocabulary_bias", "decoder.bias"),
-    ):
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, plain, name)
-    return name
 
 
 def needed_run(case: str) -> str | None:
