@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.adapters.find import Place, finder, linear_site
+from mat.layers.experts import Record, active_rows, reaching
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
 from mat.suite.models.bert import Attention
-from mat.units import UnitLayer
+from mat.suite.models.switch import Experts, expert_mlp
+from mat.units import Part, UnitLayer
 
 
 @finder
@@ -35,7 +38,7 @@ def heads(place: Place) -> Iterator[UnitLayer]:
         assert gate is not None
         return CoreSite(module, gate)
 
-    below = None if place.head_output else owner_out
+    below = None if place.head_output else (place.path, owner_out)
     sites = [
         linear_site(place.path, place.under("qkv")),
         linear_site(place.path, place.under("out"), below),
@@ -47,10 +50,10 @@ def heads(place: Place) -> Iterator[UnitLayer]:
 class CoreSite(Site):
     """The attention core: in ``cut`` active heads run with gradients, frozen ones without."""
 
-    method = "core"
+    module: Attention
 
     def __init__(self, module: nn.Module, gate: Gate) -> None:
-        super().__init__(module, gate)
+        super().__init__(module, gate, method="core")
         self.gate = gate
 
     def gated(self, qkv: Tensor) -> Tensor:
@@ -110,3 +113,85 @@ class _Join(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         g = gathered(dense, compact, ctx.active)
         return None if g is None else g.view(ctx.shape), None, None, None, None
+
+
+STACKED = ("in_weight", "in_bias", "out_weight", "out_bias")
+
+
+@finder
+def experts(place: Place) -> Iterator[UnitLayer]:
+    """The experts of a layer: rows of its four stacked parameters."""
+    if not isinstance(place.module, Experts):
+        return
+    count = place.module.experts
+    parts = [Part(place.under(name), 0, np.arange(count)) for name in STACKED]
+
+    def core(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> ExpertsSite:
+        gate = gate_of(place.path)
+        assert gate is not None
+        return ExpertsSite(module, gate, place.under(""))
+
+    recording = place.path, record_experts
+    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)], recording=recording)
+
+
+class ExpertsSite(Site):
+    """The experts' products: in ``cut`` those of frozen ones run without gradients."""
+
+    module: Experts
+
+    def __init__(self, module: nn.Module, gate: Gate, prefix: str) -> None:
+        super().__init__(module, gate, method="core")
+        self.gate = gate
+        self.parts = {name: gate.parts[f"{prefix}{name}"] for name in STACKED}
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """Rows (E, C, D) through their experts."""
+        active, frozen, count = self.gate.units()
+        weights = {name: getattr(self.module, name) for name in STACKED}
+        with torch.set_grad_enabled(self.gate.mode == "exact"):
+            values = (take(weight.detach(), frozen, 0) for weight in weights.values())
+            still = expert_mlp(take(rows, frozen, 0), *values)
+        if not count:
+            return reaching(still, self.module, self.parts)
+        blocks = (active_rows(self.parts[name], weight) for name, weight in weights.items())
+        moving = expert_mlp(take(rows, active, 0), *blocks)
+        y: Tensor = _Stack.apply(moving, still, active, frozen)
+        return y
+
+
+class _Stack(torch.autograd.Function):
+    """Rows of active experts (a, C, D) and of the others, in the experts' order (E, C, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index) -> Tensor:
+        ctx.active, ctx.frozen = active, frozen
+        every = still.new_empty(len(moving) + len(still), *still.shape[1:])
+        put(every, active, 0, moving)
+        put(every, frozen, 0, still)
+        return every
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        still = take(gradient, ctx.frozen, 0) if ctx.needs_input_grad[1] else None
+        return take(gradient, ctx.active, 0), still, None, None
+
+
+def record_experts(module: Experts, record: Record, x: Tensor) -> Tensor:
+    """What the layer computes (B, T, D) with no token dropped, for the estimator.
+
+    See :func:`mat.layers.experts.record_stacked`.
+    """
+    tokens = x.flatten(0, 1)  # (N, D)
+    probability, expert, _ = module.route(tokens)
+    y = torch.zeros_like(tokens)
+    for unit in range(module.experts):
+        token = (expert == unit).nonzero()[:, 0]
+        if len(token):
+            z = F.linear(tokens[token], module.in_weight[unit], module.in_bias[unit])
+            z = record("in_weight", "in_bias", unit, tokens[token], z, token)
+            hidden = F.gelu(z)
+            rows = F.linear(hidden, module.out_weight[unit], module.out_bias[unit])
+            rows = record("out_weight", "out_bias", unit, hidden, rows, token)
+            y = y.index_add(0, token, (rows * probability[token, None]).to(y.dtype))
+    return y.view_as(x)
