@@ -4,7 +4,7 @@ Their linear layers, feed-forward networks and convolutions are found as any mod
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.adapters.find import Place, finder, linear_site
-from mat.layers.experts import Record, active_rows, reaching
+from mat.layers.experts import Record, block
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
 from mat.suite.models.bert import Attention
-from mat.suite.models.switch import Experts, expert_mlp
+from mat.suite.models.switch import Backward, Experts, expert_mlp
 from mat.units import Part, UnitLayer
 
 
@@ -59,7 +59,7 @@ class CoreSite(Site):
     def gated(self, qkv: Tensor) -> Tensor:
         """(B, T, 3 D) to context (B, T, D)."""
         if self.gate.mode == "exact":
-            return self.original(qkv)
+            return cast(Tensor, self.original(qkv))
         width = self.module.head_width
         active, frozen, count = self.gate.units(3 * width)
         columns, others, context = self.gate.units(width)
@@ -143,38 +143,15 @@ class ExpertsSite(Site):
     def __init__(self, module: nn.Module, gate: Gate, prefix: str) -> None:
         super().__init__(module, gate, method="core")
         self.gate = gate
-        self.parts = {name: gate.parts[f"{prefix}{name}"] for name in STACKED}
+        self.parts = [gate.parts[f"{prefix}{name}"] for name in STACKED]
 
     def gated(self, rows: Tensor) -> Tensor:
         """Rows (E, C, D) through their experts."""
-        active, frozen, count = self.gate.units()
-        weights = {name: getattr(self.module, name) for name in STACKED}
-        with torch.set_grad_enabled(self.gate.mode == "exact"):
-            values = (take(weight.detach(), frozen, 0) for weight in weights.values())
-            still = expert_mlp(take(rows, frozen, 0), *values)
-        if not count:
-            return reaching(still, self.module, self.parts)
-        blocks = (active_rows(self.parts[name], weight) for name, weight in weights.items())
-        moving = expert_mlp(take(rows, active, 0), *blocks)
-        y: Tensor = _Stack.apply(moving, still, active, frozen)
-        return y
-
-
-class _Stack(torch.autograd.Function):
-    """Rows of active experts (a, C, D) and of the others, in the experts' order (E, C, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index) -> Tensor:
-        ctx.active, ctx.frozen = active, frozen
-        every = still.new_empty(len(moving) + len(still), *still.shape[1:])
-        put(every, active, 0, moving)
-        put(every, frozen, 0, still)
-        return every
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        still = take(gradient, ctx.frozen, 0) if ctx.needs_input_grad[1] else None
-        return take(gradient, ctx.active, 0), still, None, None
+        active, frozen, _ = self.gate.units()
+        weights = self.module.stacked()
+        blocks = [block(part, weight) for part, weight in zip(self.parts, weights, strict=True)]
+        exact = self.gate.mode == "exact"
+        return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
 
 
 def record_experts(module: Experts, record: Record, x: Tensor) -> Tensor:
