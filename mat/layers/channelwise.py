@@ -138,7 +138,7 @@ class _Norm(torch.autograd.Function):
         for i, (part, total, own) in enumerate(zip(ctx.parts, sums, ctx.homes, strict=True)):
             if ctx.needs_input_grad[2 + i] and total is not None:
                 assert part is not None and own is not None
-                kept = part.active if ctx.through is None else slice(part.count)
+                kept = part.active if ctx.through is None else slice(0, part.count)
                 affine[i] = part.deliver(take(total, kept, 0), own)
         if ctx.compact or d_x is None:
             return None, d_x, *affine, *[None] * 6

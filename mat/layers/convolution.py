@@ -210,7 +210,7 @@ def parameter_gradients(
     else:
         few = g
     # Of the filters that were run: those that train.
-    trained = slice(part.count) if rows is not None else open_rows
+    trained = slice(0, part.count) if rows is not None else open_rows
     total = d_weight = None
     if x is not None and (wants_weight or wants_bias):
         shape = (few.shape[1], x.shape[1], *weight.shape[2:])
