@@ -358,7 +358,7 @@ def _parameter(node: Any) -> tuple[nn.Parameter | None, int | None]:
 def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Within, nothing is gated; after it modes, buffers and random states are what they were."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gates = getattr(model, "_gates", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     if model.training != training:  # else parts that are kept in another mode stay in it
@@ -374,6 +374,6 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):  # batch norm's kernel leaves their versions alone
                     buffer.copy_(saved)

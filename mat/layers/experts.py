@@ -202,11 +202,17 @@ def stacked(part: GatedPart, weight: Tensor) -> Tensor:
     return values
 
 
-def active_rows(part: GatedPart, weight: Tensor) -> Tensor:
-    """The rows (a, ...) of a stacked weight's active experts; their gradient goes to its home."""
-    block = take(weight.detach(), part.active, 0)
-    values: Tensor = _Stacked.apply(part.home(weight), block, part)
-    return values
+def block(part: GatedPart, weight: Tensor) -> Tensor:
+    """A stand-in for the rows (a, ...) of active experts, without memory or meaningful values.
+
+    Give it the gradient of those rows of a stacked weight, and it goes to the weight's home.
+    """
+    home = part.home(weight)
+    if home is not weight:
+        return home
+    empty = weight.detach().new_zeros(()).expand(part.count, *weight.shape[1:])
+    result: Tensor = _Stacked.apply(home, empty, part)
+    return result
 
 
 class _Stacked(torch.autograd.Function):

@@ -93,7 +93,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[s
 
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if name.endswith(".experts"):
+        if hasattr(module, "has_gate") or hasattr(module, "expert_0"):
             yield name, module
 
 
@@ -367,3 +367,43 @@ def test_heads_groups_and_experts_of_a_whole_model_together(name: str, mode: str
     again, found = gradients(model, batch)
     assert again == pytest.approx(loss, rel=1e-12)
     close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["switch eager", "mixtral grouped_mm", "gpt_oss eager"])
+def test_recorded_products_give_every_samples_weight_gradients(name: str) -> None:
+    """Two samples; the sum of both is the dense gradient, each is that of its tokens alone."""
+    model, _ = build(name)
+    model = model.double()
+    layer = next(la for la in mat.find_units(model).layers if la.kind == "experts")
+    assert layer.recording is not None
+    path, function = layer.recording
+    module: Any = model.get_submodule(path)
+    x, inputs, _ = routed(module)
+    products = []
+
+    def record(
+        weight: str, bias: str | None, unit: int, rows: Tensor, y: Tensor, token: Tensor
+    ) -> Tensor:
+        products.append((weight, bias, unit, rows, y, token))
+        return y
+
+    y = function(module, record, x, *inputs)
+    cotangent = torch.randn_like(y)
+    taps = torch.autograd.grad(y, [product[4] for product in products], cotangent)
+    for tokens in (torch.arange(11) < 6, torch.arange(11) >= 6, torch.ones(11, dtype=torch.bool)):
+        restore = cut_reference(module, np.ones((1, EXPERTS), bool))
+        dense = module(x, *inputs)
+        restore()
+        torch.testing.assert_close(y, dense)
+        model.zero_grad()
+        (dense * cotangent)[tokens].sum().backward()
+        totals = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
+        for (weight, bias, unit, rows, _, token), d in zip(products, taps, strict=True):
+            mine = tokens[token]
+            whole = weight not in ("gate_up_proj", "down_proj")
+            product = d[mine].T @ rows[mine]
+            target = totals[weight] if whole else totals[weight][unit]
+            target += product.T if getattr(module, "is_transposed", False) else product
+            if bias is not None:
+                totals[bias][unit] += d[mine].sum(0)
+        close(totals, {n: p.grad for n, p in module.named_parameters()})
