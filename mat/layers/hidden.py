@@ -90,11 +90,8 @@ class _Hidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
-        x, weights, z = (
-            ctx.saved_tensors[0],
-            ctx.saved_tensors[1 : 1 + count],
-            ctx.saved_tensors[1 + count :],
-        )
+        saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
+        x, weights, z = saved[0], saved[1 : 1 + count], saved[1 + count :]
         through = ctx.ways[0].through
         g = gathered(dense, compact, through)  # (N, r)
         if g is None:
