@@ -47,6 +47,7 @@ class Gates:
         self.policy = Policy(config, units)
         self.probe: Any = None
         self.due = 0
+        self.callback: Any = None  # the Trainer's, see mat.integrations
         self._online: Any = None  # reads scores off the training step under way
         self.layers: list[Gate] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))

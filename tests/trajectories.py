@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from mat.layers import convolution
 from mat.suite import engine
 from mat.suite.config import resolve
 from mat.suite.data.base import Data
@@ -48,7 +49,6 @@ MODELS: dict[str, tuple[str, ...]] = {
     "vgg": (
         "model=vgg16_mini", "model.stages=[[4],[5,6]]", "dataset=digits", "dataset.size=8",
         "selection=filters_mini", "train=images_mini", "train.batch=16", "train.pflops=4e-8",
-        "hardware.gather_block=1", "hardware.gather_share=1",
     ),
 }  # fmt: skip
 METHODS: dict[str, tuple[str, ...]] = {
@@ -159,6 +159,7 @@ def trajectory(case: str, folder: Path, matched: Path | None = None) -> dict[str
     with (
         mock.patch.object(engine.datasets, "load", lambda *_: data),
         mock.patch.object(engine, "build", lambda *arguments: build(*arguments).double()),
+        mock.patch.multiple(convolution, BLOCK=1, SHARE=1.0),  # few channels: nothing is filled up
     ):
         training = engine.Training(config, RunFolder(folder, config))
         step = training.stepper.step

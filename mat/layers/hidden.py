@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
-from mat.layers.site import Product, Shares, Site, gathered, stand_in, with_compact
+from mat.layers.site import Product, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
 
@@ -97,16 +97,13 @@ class _Hidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
-        x, weights, z = (
-            ctx.saved_tensors[0],
-            ctx.saved_tensors[1 : 1 + count],
-            ctx.saved_tensors[1 + count :],
-        )
+        saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
+        x, weights, z = saved[0], saved[1 : 1 + count], saved[1 + count :]
         through = ctx.ways[0].through
         g = gathered(dense, compact, through)  # (N, r)
-        if g is None or not g.shape[1]:
-            g = x.new_zeros(x.shape[:-1].numel(), 0) if g is None else g
-        leaves = [each.detach().flatten(0, -2).requires_grad_() for each in z]
+        if g is None:
+            return (None,) * (3 + 4 * count)
+        leaves = [rows_of(each.detach()).requires_grad_() for each in z]
         with torch.enable_grad(), torch.autocast(x.device.type, ctx.autocast[1], ctx.autocast[0]):
             # Views: trackers of modules, such as torch's FLOPs counter, cannot hook leaves here.
             hidden = ctx.activation(*(leaf.view_as(leaf) for leaf in leaves))
@@ -114,7 +111,7 @@ class _Hidden(torch.autograd.Function):
         d_x: Tensor | None = None
         grads: list[Tensor | None] = []
         for i, (way, weight, d) in enumerate(zip(ctx.ways, weights, d_z, strict=True)):
-            if ctx.needs_input_grad[0] and d.shape[1]:
+            if ctx.needs_input_grad[0]:  # zeros where no neuron is active, see _Linear
                 down = d @ take(weight, through, 0)  # (N, D)
                 d_x = down if d_x is None else d_x + down
             weight_home, bias_home = ctx.homes[2 * i : 2 * i + 2]

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
-from mat.layers.site import Product, Shares, Site, compact_of, gathered, stand_in, with_compact
+from mat.layers.site import (
+    Product,
+    Shares,
+    Site,
+    compact_of,
+    gathered,
+    rows_of,
+    stand_in,
+    with_compact,
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,9 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype(x)
         x, weight = x.to(dtype), weight.to(dtype)
-        y = F.linear(x, weight, None if bias is None else bias.to(dtype))
+        y = F.linear(rows_of(x), weight, None if bias is None else bias.to(dtype))
+        # No view of y: an activation may work on it in place.
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         part = way.rows or way.columns
         kept = None
         if part is None or part.count:
@@ -169,7 +180,7 @@ class _Linear(torch.autograd.Function):
             return (None,) * 7
         g = g.to(weight.dtype)
         d_x = d_compact = d_weight = d_bias = None
-        if (wants_x or wants_compact) and g.shape[1]:
+        if wants_x or wants_compact:  # zeros of no product where r is 0: data-parallel waits for them
             into = take(take(weight, way.through, 0), way.into, 1)  # (r, s)
             d = (g @ into).view(*ctx.shape[:-1], -1)
             if ctx.compact is not None:
@@ -188,10 +199,10 @@ def weight_gradient(g: Tensor, x: Tensor | None, way: Way, home: Tensor) -> Tens
     part = way.rows or way.columns
     if part is None:
         assert x is not None
-        return g.T @ x.flatten(0, -2)
+        return g.T @ rows_of(x)
     if x is None:
         return part.deliver(g.new_zeros(0, *part.rest_shape), home)
-    x = x.flatten(0, -2)
+    x = rows_of(x)
     if way.rows is None:
         return part.deliver(x.T @ g, home)  # (k, O)
     return part.deliver(trained(g, part, way.through).T @ x, home)  # (k, I)

@@ -154,8 +154,13 @@ def stand_in(values: Tensor, count: int, dim: int = -1) -> Tensor:
 
 def gathered(dense: Tensor | None, compact: Tensor | None, index: Index) -> Tensor | None:
     """The gradient of some columns (N, k), from that of the values, of the stand-in, or both."""
-    part = None if dense is None else take(dense, index, dense.dim() - 1).flatten(0, -2)
+    part = None if dense is None else rows_of(take(dense, index, dense.dim() - 1))
     if compact is None:
         return part
-    compact = compact.flatten(0, -2)
+    compact = rows_of(compact)
     return compact if part is None else part + compact
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., k) to (N, k), also where k is 0 or there is no batch."""
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
