@@ -47,10 +47,8 @@ def heads(place: Place) -> Iterator[UnitLayer]:
 class CoreSite(Site):
     """The attention core: in ``cut`` active heads run with gradients, frozen ones without."""
 
-    method = "core"
-
     def __init__(self, module: nn.Module, gate: Gate) -> None:
-        super().__init__(module, gate)
+        super().__init__(module, gate, method="core")
         self.gate = gate
 
     def gated(self, qkv: Tensor) -> Tensor:
