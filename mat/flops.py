@@ -32,7 +32,18 @@ aten = torch.ops.aten
 FACTORS: dict[Any, int] = {aten.mm: 0, aten.bmm: 0, aten.convolution: 0, aten._grouped_mm: 0}
 FACTORS |= {aten.addmm: 1, aten.baddbmm: 1}
 # Autograd nodes between a parameter and the factor that it is: views and casts.
-VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ToCopy", "Select", "Slice", "Split")
+VIEWS = (
+    "T",
+    "Transpose",
+    "Permute",
+    "View",
+    "UnsafeView",
+    "ToCopy",
+    "Select",
+    "Slice",
+    "Split",
+    "Index",
+)
 
 
 @dataclass(frozen=True)
@@ -282,14 +293,14 @@ class _Recorder(TorchDispatchMode):
         kernel = func._overloadpacket
         if kernel in self.formulas:
             flops = self.formulas[kernel](*args, **(kwargs or {}), out_val=result)
-            groups: tuple[int, ...] = ()
+            stacked: tuple[int, ...] = ()
             if kernel is aten._grouped_mm and len(args) > 2:
-                groups = tuple(args[2].diff(prepend=args[2].new_zeros(1)).tolist())
+                stacked = tuple(args[2].diff(prepend=args[2].new_zeros(1)).tolist())
             first, tracked = FACTORS.get(kernel), torch.is_grad_enabled()
             factors = (first, first + 1) if tracked and first is not None else None
             # A node is numbered just before its products run.
             node = torch.autograd._get_sequence_nr() - 1
-            product = Product(tuple(self.stack), flops, self.shapes[-1], groups)
+            product = Product(tuple(self.stack), flops, self.shapes[-1], stacked=stacked)
             self.terms.append(_Term(len(self.terms), product, node, tracked, factors))
         return result
 
@@ -325,11 +336,12 @@ def _nodes(outputs: Any, terms: Sequence[_Term], names: dict[int, str]) -> list[
                 term.inputs, term.weights = (1, (own[0],)) if own else (2, ())
                 continue
             for at in term.factors:
-                parameter, index = leaves[at]
+                parameter, used = leaves[at]
                 if parameter is not None:
                     term.weights += (id(parameter),)
                     name = names.get(id(parameter), "")
-                    term.product = replace(term.product, weight=name, index=index)
+                    stacked = term.product.stacked or used
+                    term.product = replace(term.product, weight=name, stacked=stacked)
                 elif edges[at] is not None:
                     term.inputs += 1
         nodes.append(_Node(children, own, products.get(number, ())))
@@ -341,17 +353,22 @@ def _inner(node: Any) -> bool:
     return node is not None and not hasattr(node, "variable")
 
 
-def _parameter(node: Any) -> tuple[nn.Parameter | None, int | None]:
-    """The parameter that an edge leads to by views alone, if any, and which of its matrices."""
-    index = None
+def _parameter(node: Any) -> tuple[nn.Parameter | None, tuple[int, ...]]:
+    """The parameter that an edge leads to by views alone, if any, and how often each row is used."""
+    chosen = None
     while _inner(node):
         name = node.name().removesuffix("Backward0")
         if name not in VIEWS:
-            return None, None
-        if name == "Select":
-            index = int(node._saved_index)
+            return None, ()
+        if name == "Select" and node._saved_dim == 0:
+            chosen = torch.tensor([node._saved_index])
+        elif name == "Index":
+            chosen = node._saved_indices[0]
         node = node.next_functions[0][0]
-    return (None if node is None else node.variable), index
+    if node is None or chosen is None:
+        return (None if node is None else node.variable), ()
+    used = torch.bincount(chosen.flatten(), minlength=len(node.variable))
+    return node.variable, tuple(used.tolist())
 
 
 @contextmanager

@@ -84,6 +84,7 @@ class _Join(torch.autograd.Function):
         ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index, heads: int
     ) -> Tensor:
         ctx.active = active
+        ctx.set_materialize_grads(False)
         joined = still.new_empty(*still.shape[:2], heads, still.shape[3])  # (B, T, H, K)
         put(joined, active, 2, moving.to(still.dtype))
         put(joined, frozen, 2, still)
@@ -91,5 +92,6 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return take(gradient, ctx.active, 2), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        part = None if gradient is None else take(gradient, ctx.active, 2)
+        return part, None, None, None, None

@@ -116,9 +116,7 @@ class StackedSite(Site):
 
     def shares(self, product: Product, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; an implementation that hides who computes counts all alike."""
-        if product.index is not None:
-            return expert_shares(self.gate, [product.index])
-        rows = product.groups or (1,) * self.gate.n_units
+        rows = product.stacked or (1,) * self.gate.n_units
         return expert_shares(self.gate, np.repeat(np.arange(self.gate.n_units), rows))
 
     def _run(self, moving: bool, *inputs: Tensor) -> Any:
@@ -182,10 +180,11 @@ class _Reaching(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, parts: Sequence[GatedPart], *homes: Tensor) -> Tensor:
         ctx.parts, ctx.homes = parts, homes
+        ctx.set_materialize_grads(False)  # nothing flows down where nothing comes
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         zeros = (
             part.deliver(home.new_zeros(part.count, *part.rest_shape), home)
             for part, home in zip(ctx.parts, ctx.homes, strict=True)

@@ -22,17 +22,15 @@ class Product:
         path: Paths of the modules that it runs in, the innermost last.
         flops: Two per multiply-add.
         shape: Of the innermost module's first input.
-        groups: Of a grouped product the rows of every group.
         weight: Name of the parameter that is one of its factors, if one is.
-        index: Which matrix, if the factor is one of several that it stacks.
+        stacked: Where that stacks matrices, how often each of them is used.
     """
 
     path: tuple[str, ...]
     flops: int
     shape: tuple[int, ...] = ()
-    groups: tuple[int, ...] = ()
     weight: str = ""
-    index: int | None = None
+    stacked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
