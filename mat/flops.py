@@ -392,5 +392,7 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
         with torch.no_grad():
             for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):  # batch norm's kernel leaves their versions alone
+                if not torch.equal(
+                    buffer, saved
+                ):  # batch norm's kernel leaves their versions alone
                     buffer.copy_(saved)

@@ -12,7 +12,6 @@ import numpy as np
 from mat.layers.gate import BackwardMode
 from mat.units import BoolArray, FloatArray, Units
 
-
 Rule = Literal["threshold", "lowest", "shuffled", "static", "random", "multirate", "all"]
 Scope = Literal["kind", "layer", "all"]
 Counts = dict[tuple[int, str, int], int]  # active units by selection, kind and layer

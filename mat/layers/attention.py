@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, Index, put, take
+from mat.layers.once import once
 from mat.layers.site import Shares
 
 # From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K), and
@@ -91,7 +91,7 @@ class _Join(torch.autograd.Function):
         return joined
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         part = None if gradient is None else take(gradient, ctx.active, 2)
         return part, None, None, None, None

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.convolution import (
     carriers,
@@ -23,6 +22,7 @@ from mat.layers.convolution import (
 )
 from mat.layers.gate import Gate, GatedPart, Index, length, take
 from mat.layers.linear import home
+from mat.layers.once import once
 from mat.layers.site import Compact, Site, compact_of, note_of, stand_in, with_compact
 from mat.units import IntArray
 
@@ -117,7 +117,7 @@ class _Norm(torch.autograd.Function):
         return y, None if through is None else stand_in(y, length(through, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -190,7 +190,7 @@ class _Relu(torch.autograd.Function):
         return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -224,13 +224,16 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, places = F.max_pool2d(x, *options, return_indices=True)
         ctx.index, ctx.options = index, options
-        ctx.shape, ctx.format = (x.shape[0], length(index, x.shape[1]), *x.shape[2:]), memory_format(x)
+        ctx.shape, ctx.format = (
+            (x.shape[0], length(index, x.shape[1]), *x.shape[2:]),
+            memory_format(x),
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(take_channels(places, index))
         return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:

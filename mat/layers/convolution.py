@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, GatedPart, Index, length, put, take
 from mat.layers.linear import Way, bias_gradient, compute_dtype, home
+from mat.layers.once import once
 from mat.layers.site import Product, Shares, Site, compact_of, stand_in, with_compact
 from mat.units import IntArray
 
@@ -167,7 +167,7 @@ class _Convolution(torch.autograd.Function):
         return y, None if way.through is None else stand_in(y, length(way.through, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -51,7 +51,6 @@ class ExpertSite(Site):
         weights = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return call_with(self, weights, *inputs, **named)
 
-
     def shares(self, product: Product, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`."""
         return expert_shares(self.gate, [self.unit])

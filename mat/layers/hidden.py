@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
+from mat.layers.once import once
 from mat.layers.site import Product, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
@@ -94,7 +94,7 @@ class _Hidden(torch.autograd.Function):
         return hidden, None if index is None else stand_in(hidden, part.count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
         saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
@@ -111,7 +111,7 @@ class _Hidden(torch.autograd.Function):
         d_x: Tensor | None = None
         grads: list[Tensor | None] = []
         for i, (way, weight, d) in enumerate(zip(ctx.ways, weights, d_z, strict=True)):
-            if ctx.needs_input_grad[0]:  # zeros where no neuron is active, see _Linear
+            if ctx.needs_input_grad[0] and not way.silent:
                 down = d @ take(weight, through, 0)  # (N, D)
                 d_x = down if d_x is None else d_x + down
             weight_home, bias_home = ctx.homes[2 * i : 2 * i + 2]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
+from mat.layers.once import once
 from mat.layers.site import (
     Product,
     Shares,
@@ -43,6 +43,16 @@ class Way:
     bias: GatedPart | None
     through: Index
     into: Index
+
+    @property
+    def silent(self) -> bool:
+        """Whether the input gets no gradient: no row trains, and nobody waits for zeros.
+
+        Data-parallel training waits for a gradient of every parameter, those below included; with
+        compact gradients parameters that only frozen units read get none, and are left alone.
+        """
+        rows = self.rows
+        return self.through is not None and rows is not None and rows.compact and not rows.count
 
     def shares(self, weight: Tensor) -> Shares:
         """What the backward of a product with a weight (O, I, ...) runs of it."""
@@ -167,7 +177,7 @@ class _Linear(torch.autograd.Function):
         return y, stand_in(y, way.rows.count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -180,7 +190,7 @@ class _Linear(torch.autograd.Function):
             return (None,) * 7
         g = g.to(weight.dtype)
         d_x = d_compact = d_weight = d_bias = None
-        if wants_x or wants_compact:  # zeros of no product where r is 0: data-parallel waits for them
+        if (wants_x or wants_compact) and not way.silent:
             into = take(take(weight, way.through, 0), way.into, 1)  # (r, s)
             d = (g @ into).view(*ctx.shape[:-1], -1)
             if ctx.compact is not None:

@@ -166,9 +166,7 @@ def eigenvalues(scene: Scene) -> pd.DataFrame:
     trace = result.kernels.diagonal(dim1=1, dim2=2).sum(1)
     top = torch.from_numpy(result.lambda_max)
     tables = [_unit_rows(scene.units, eigenvalue=top, trace=trace).assign(scope="unit", rank=1)]
-    layers = [
-        result.kernel_of(scene.model, path).detach().double() for path in layers_of(scene)
-    ]
+    layers = [result.kernel_of(scene.model, path).detach().double() for path in layers_of(scene)]
     scopes = [("layer", i, kernel) for i, kernel in enumerate(layers)]
     for scope, i, kernel in (*scopes, ("network", -1, torch.stack(layers).sum(0))):
         values = torch.linalg.eigvalsh(kernel).clamp_min(0).flip(0).cpu().numpy()

@@ -40,7 +40,9 @@ from mat.suite.tracking import Progress, open_mirror
 from mat.units import FloatArray
 
 PFLOP = 1e15
-THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
+THREADS = (
+    torch.get_num_threads()
+)  # what torch would use; an earlier run of a sweep may have set another number
 COSTS = 16  # steps whose cost is remembered
 DIVERGED = 3.0  # a training loss this many times the first one will not come back
 
@@ -104,11 +106,15 @@ class Training:
         train, selection = config.train, config.selection
         units = find_units(self.model, groups=getattr(config.model, "ffn_groups", None))
         self.units = units.of_kinds(selection.units)
-        self.gates = attach_(self.model, MATConfig(mode=cast(Any, selection.mode), log=False), self.units)
+        self.gates = attach_(
+            self.model, MATConfig(mode=cast(Any, selection.mode), log=False), self.units
+        )
         self.optimiser = build_optimiser(self.model, train)
         self.method = Method(config.method, selection, self.units, config.seed)
         probing = self.method.selects or config.analysis
-        self.probe = self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
+        self.probe = (
+            self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
+        )
         self.start = analysis.unit_values(self.gates)  # made again from the seed on resuming
         self.stepper = Stepper(
             self.model,
@@ -141,7 +147,9 @@ class Training:
         self._kernels: dict[object, int] = {}  # FLOPs, by the shapes of a batch
         self._estimate_cost: Flops | None = None
         self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
-        self._next: tuple[int, tuple[Batch, int]] | None = None  # a step's batch and epoch, made ahead
+        self._next: tuple[int, tuple[Batch, int]] | None = (
+            None  # a step's batch and epoch, made ahead
+        )
         self._restore()
         files.write_environment(config)
         self.mirror = open_mirror(config, files.path)
@@ -177,10 +185,14 @@ class Training:
                 self.seconds += time.perf_counter() - start
                 after = self.spent.figure + cost.figure
                 self._evaluate_until(after, points)
-                if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
+                if after > self.budget or (
+                    train.stop_when_settled and bool(self.method.state.stopped.all())
+                ):
                     break
                 self._train_step(batch, cost)
-                if self.step // train.checkpoint_steps > began // train.checkpoint_steps:  # online selections step, too
+                if (
+                    self.step // train.checkpoint_steps > began // train.checkpoint_steps
+                ):  # online selections step, too
                     self._save()
                 if self._interrupt:
                     self._save()
@@ -233,7 +245,10 @@ class Training:
         outcome = self.stepper.step(batch, lr, capture)
         self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         if self.device.type == "cuda":  # which computes meanwhile
-            self._next = self.step + 1, self.data.train_batch(self.step + 1, self.config.train.batch)
+            self._next = (
+                self.step + 1,
+                self.data.train_batch(self.step + 1, self.config.train.batch),
+            )
         reading = outcome.read()
         self.seconds += time.perf_counter() - start
         self._refuse_divergence(reading.loss, reading.norm)
@@ -259,7 +274,10 @@ class Training:
             return {}
         samples = [metrics["samples"] for metrics in self.recent]
         names = [name for name in self.recent[-1] if name != "samples"]
-        return {name: float(np.average([m[name] for m in self.recent], weights=samples)) for name in names}
+        return {
+            name: float(np.average([m[name] for m in self.recent], weights=samples))
+            for name in names
+        }
 
     def _refuse_divergence(self, loss: float, norm: float) -> None:
         if self.step == 0:
@@ -290,7 +308,9 @@ class Training:
             count = self.config.selection.projections if reduction == "random" else 1
             if reduction == "full":
                 count = self._outputs()
-            measured = {p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts}
+            measured = {
+                p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts
+            }
             kernels = self._kernel_flops(self.probe, count)
             ledger = self._ledger_of(self.probe, training=False)
             self._estimate_cost = ledger.estimate(measured, count, kernels)
@@ -336,7 +356,9 @@ class Training:
             "kind": self.units.kind,
             "layer": self.units.layer,
             "unit": self.units.unit,
-            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score if selected else np.nan,
+            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score
+            if selected
+            else np.nan,
             "delta": state.delta if selected else np.nan,
             "threshold": state.threshold if selected else np.nan,
             "active": state.active,
@@ -348,9 +370,13 @@ class Training:
         if self.config.analysis:
             assert self.probe is not None
             selection, memory = self.config.selection, self.config.hardware.estimator_bytes
-            scene = analysis.scene(self.model, self.units, self.probe, selection.projections, self.config.seed, memory)
+            scene = analysis.scene(
+                self.model, self.units, self.probe, selection.projections, self.config.seed, memory
+            )
             for name in self.config.analysis:
-                self.files.add_rows(name, pd.DataFrame({**where, **analysis.OBSERVERS[name](scene)}))
+                self.files.add_rows(
+                    name, pd.DataFrame({**where, **analysis.OBSERVERS[name](scene)})
+                )
         self.records += 1
 
     def _reduction(self) -> ntk.Reduction:
@@ -395,10 +421,15 @@ class Training:
         train = self.config.train
         planned = train.pflops * PFLOP
         marks = [mark * PFLOP for mark in train.marks]
-        regular = [i * train.eval_interval * planned for i in range(1, math.ceil(1 / train.eval_interval) + 1)]
+        regular = [
+            i * train.eval_interval * planned
+            for i in range(1, math.ceil(1 / train.eval_interval) + 1)
+        ]
         points: list[float] = []
         for point in (*marks, self.budget, *regular):  # those equal but for rounding are one
-            if point <= self.budget * (1 + 1e-9) and not any(math.isclose(point, p) for p in points):
+            if point <= self.budget * (1 + 1e-9) and not any(
+                math.isclose(point, p) for p in points
+            ):
                 points.append(point)
         return sorted(p for p in points if p > self.evaluated_at)
 
@@ -420,9 +451,15 @@ class Training:
             )
         by, sign = self.model.best_by, 1 if self.model.best_by == "loss" else -1
         if sign * scores[by] < sign * self.best.get(by, sign * math.inf):
-            where = {"step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
+            where = {
+                "step": self.step,
+                "pflops": self.spent.figure / PFLOP,
+                "seconds": self.seconds,
+            }
             self.best = {**scores, **where}
-            checkpoint.save(self._best_path(), {"step": self.step, "model": self.model.state_dict()})
+            checkpoint.save(
+                self._best_path(), {"step": self.step, "model": self.model.state_dict()}
+            )
 
     @torch.no_grad()
     def _scores_on(self, split: str, samples: int | None) -> dict[str, float]:
@@ -444,8 +481,12 @@ class Training:
     def _finish(self) -> dict[str, Any]:
         """Read the test scores at the best validation, and write the summary: the run is complete."""
         if self.step == 0:
-            raise UserError(f"train.pflops={self.config.train.pflops} is too short for a single step: raise it.")
-        if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
+            raise UserError(
+                f"train.pflops={self.config.train.pflops} is too short for a single step: raise it."
+            )
+        if self.evaluated_at < self.spent.figure or math.isinf(
+            self.best["loss"]
+        ):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()
         self.model.load_state_dict(self._best_weights())
@@ -500,7 +541,9 @@ class Training:
     def _best_weights(self) -> dict[str, torch.Tensor]:
         best = checkpoint.load(self._best_path(), self.device)
         if best is None:
-            raise UserError(f"{self._best_path()} is missing: remove {self.files.checkpoints} to start the run again.")
+            raise UserError(
+                f"{self._best_path()} is missing: remove {self.files.checkpoints} to start the run again."
+            )
         weights: dict[str, torch.Tensor] = best["model"]
         return weights
 
@@ -518,7 +561,9 @@ class Training:
             "recent": list(self.recent),  # weights_only reads lists
         }
         checkpoint.save(self.files.checkpoints / "latest.pt", state)
-        for old in self.files.checkpoints.glob("best-*.pt"):  # only now does no checkpoint need an earlier best
+        for old in self.files.checkpoints.glob(
+            "best-*.pt"
+        ):  # only now does no checkpoint need an earlier best
             if old != self._best_path():
                 old.unlink()
 
@@ -540,7 +585,11 @@ class Training:
                 "start the run again."
             )
         begun = state["probe"]
-        if self.probe is not None and begun is not None and not torch.equal(self.probe.inputs, begun):
+        if (
+            self.probe is not None
+            and begun is not None
+            and not torch.equal(self.probe.inputs, begun)
+        ):
             raise UserError(
                 f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
                 "with, or remove that folder."

@@ -3,20 +3,22 @@
 Their linear layers, feed-forward networks and convolutions are found as any model's are.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.attention import core_shares
-from mat.layers.experts import Record, block
+from mat.layers.experts import block
 from mat.layers.gate import Gate, Index, put, take
+from mat.layers.once import once
 from mat.layers.site import (
     Product,
     Shares,
@@ -28,6 +30,7 @@ from mat.layers.site import (
 )
 from mat.suite.models.bert import Attention, FeedForward
 from mat.suite.models.switch import Backward, Experts, expert_mlp
+from mat.taps import Tape, recorder
 from mat.units import Part, UnitLayer
 
 
@@ -105,7 +108,7 @@ class _Select(torch.autograd.Function):
         return take(x, index, x.dim() - 1).contiguous()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.compact:
             return None, gradient, None
@@ -130,7 +133,7 @@ class _Join(torch.autograd.Function):
         return joined, stand_in(joined, count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -154,8 +157,7 @@ def experts(place: Place) -> Iterator[UnitLayer]:
         assert gate is not None
         return ExpertsSite(module, gate, place.under(""))
 
-    recording = place.path, record_experts
-    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)], recording=recording)
+    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)])
 
 
 class ExpertsSite(Site):
@@ -176,22 +178,36 @@ class ExpertsSite(Site):
         exact = self.gate.mode == "exact"
         return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
 
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`: all slots run; needed are the experts' even shares of tokens."""
+        if product.weight.endswith("router.weight"):
+            return Shares()
+        tokens, experts = math.prod(product.shape[:-1]), self.gate.n_units
+        slots = self.module.capacity(tokens)
 
-def record_experts(module: Experts, record: Record, x: Tensor) -> Tensor:
-    """What the layer computes (B, T, D) with no token dropped, for the estimator.
+        def share(count: int) -> Fraction:
+            rows = count * slots if executed else min(count * slots, count * tokens // experts)
+            return Fraction(rows, experts * slots)
 
-    See :func:`mat.layers.experts.record_stacked`.
-    """
-    tokens = x.flatten(0, 1)  # (N, D)
-    probability, expert, _ = module.route(tokens)
-    y = torch.zeros_like(tokens)
-    for unit in range(module.experts):
-        token = (expert == unit).nonzero()[:, 0]
-        if len(token):
-            z = F.linear(tokens[token], module.in_weight[unit], module.in_bias[unit])
-            z = record("in_weight", "in_bias", unit, tokens[token], z, token)
-            hidden = F.gelu(z)
-            rows = F.linear(hidden, module.out_weight[unit], module.out_bias[unit])
-            rows = record("out_weight", "out_bias", unit, hidden, rows, token)
-            y = y.index_add(0, token, (rows * probability[token, None]).to(y.dtype))
-    return y.view_as(x)
+        active = self.gate.n_active
+        passed = active if self.gate.mode == "cut" else experts
+        return Shares(share(experts), share(passed), share(active))
+
+
+@recorder
+def experts_recorder(module: nn.Module) -> Callable[..., Tensor] | None:
+    """How the estimator sees a layer of experts: no token is dropped."""
+    return partial(_record_experts, module) if isinstance(module, Experts) else None
+
+
+def _record_experts(module: Experts, tape: Tape, x: Tensor) -> Tensor:
+    """What the layer computes, (B, T, D) to (B, T, D), every token through its expert."""
+    tokens = x.shape[:-1].numel()
+    sample = torch.arange(tokens, device=x.device) // (tokens // tape.samples)
+
+    def record(expert: Tensor, rows: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        count = module.experts * tape.samples
+        sizes = torch.bincount(expert * tape.samples + sample, minlength=count)
+        return tape.routed(rows, y, weight, bias, sizes.view(-1, tape.samples))
+
+    return module.without_drops(x, record)

@@ -149,13 +149,17 @@ class Stepper:
         self.optimiser.zero_grad()  # the active set may change now
         monitors = self.model.monitors()
         values = [total, norm, *metrics.values(), *monitors.values()]
-        return Outcome(tuple(metrics), tuple(monitors), torch.stack([value.double() for value in values]))
+        return Outcome(
+            tuple(metrics), tuple(monitors), torch.stack([value.double() for value in values])
+        )
 
 
 class _Graph:
     """A captured step, the batch that it reads, what it says, and the tensors that live as long as it."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: Batch, outcome: Outcome, held: list[Tensor]) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, batch: Batch, outcome: Outcome, held: list[Tensor]
+    ) -> None:
         self.graph, self.batch, self.outcome, self.held = graph, batch, outcome, held
 
     def replay(self, batch: Batch) -> Outcome:

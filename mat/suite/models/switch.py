@@ -13,19 +13,20 @@ Shapes: B sequences, T tokens, N = B * T, D width, F hidden neurons, E experts, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Index, put, take
+from mat.layers.once import once
 from mat.suite.config import SwitchConfig
 from mat.suite.models.bert import MaskedEncoder, initial_weight, linear
 
+Record = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 CACHE_BYTES = 4 * 2**20  # of one weight of the experts that a CPU computes at once
 
 
@@ -97,12 +98,34 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        if not self.training:
+            return self.without_drops(x)
         tokens = x.flatten(0, 1)  # (N, D)
         probability, expert, load = self.route(tokens)
-        capacity = self.capacity(len(tokens)) if self.training else int(load.max())
-        slots = fill_slots(expert, load, capacity)
+        slots = fill_slots(expert, load, self.capacity(len(tokens)))
         rows = cast(Tensor, _Dispatch.apply(tokens, slots))  # (E, C, D)
         return cast(Tensor, _Combine.apply(self.core(rows), probability, slots)).view_as(x)
+
+    def without_drops(self, x: Tensor, record: Record | None = None) -> Tensor:
+        """The same with every token through its expert, one expert after the other.
+
+        Args:
+            x: (B, T, D).
+            record: Shown every product: the tokens' experts (N,), rows (N, .) sorted by these before
+                and after, weight and bias; gives the rows to go on with.
+        """
+        tokens = x.flatten(0, 1)  # (N, D)
+        probability, expert, load = self.route(tokens)
+        order, loads = expert.argsort(stable=True), load.tolist()
+
+        def product(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            each = zip(torch.split(rows, loads), weight, bias, strict=True)
+            y = torch.cat([F.linear(r, w, b) for r, w, b in each])  # (N, .)
+            return y if record is None else record(expert, rows, y, weight, bias)
+
+        hidden = F.gelu(product(tokens[order], self.in_weight, self.in_bias))
+        y = product(hidden, self.out_weight, self.out_bias)
+        return (y * probability[order, None])[order.argsort()].view_as(x)
 
     def capacity(self, tokens: int) -> int:
         """C: slots per expert in training."""
@@ -221,7 +244,7 @@ class _ExpertMlp(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, *kept = ctx.saved_tensors
         saved = iter(kept)
@@ -273,7 +296,7 @@ class _Dispatch(torch.autograd.Function):
         return _gather(tokens.to(autocast or tokens.dtype), slots.token)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         slots: Slots = ctx.slots
         gradient = gradient.flatten(0, 1).index_select(0, slots.row)  # (N, D)
@@ -292,7 +315,7 @@ class _Combine(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         y, probability = ctx.saved_tensors
         slots: Slots = ctx.slots
