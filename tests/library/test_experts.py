@@ -407,3 +407,54 @@ def test_recorded_products_give_every_samples_weight_gradients(name: str) -> Non
             if bias is not None:
                 totals[bias][unit] += d[mine].sum(0)
         close(totals, {n: p.grad for n, p in module.named_parameters()})
+
+
+class OldMixture(nn.Module):
+    """Mixtral's block before transformers 5: it calls the experts of a ModuleList itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 6)) for _ in range(EXPERTS)
+        )
+
+    def forward(self, x: Tensor, keep: Any = None) -> tuple[Tensor, Tensor]:
+        weights, chosen = torch.topk(self.gate(x).softmax(-1), 2, dim=-1)
+        y = torch.zeros_like(x)
+        for unit, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == unit)
+            out = expert(x[token])
+            out = out if keep is None or keep[unit] else out.detach()
+            y.index_add_(0, token, out * weights[token, place, None])
+        return y, weights
+
+
+@pytest.mark.parametrize("active", [[1, 0, 1, 0], [0, 0, 0, 0]])
+def test_a_block_that_calls_a_list_of_experts_itself(active: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = OldMixture().double(), torch.randn(9, 6, dtype=torch.float64)
+    model(x, active)[0].square().sum().backward()
+    wanted = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+    model.zero_grad()
+    attach(model, np.array(active, bool), "cut")
+    model(x)[0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["switch eager", "mixtral eager"])
+def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
+    model: Any
+    model, batch = build(name)
+    attach(model.train(), some(2), "cut")
+    _, wanted = gradients(model, batch)
+    options = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.enable_input_require_grads()
+    _, found = gradients(model, batch)
+    close(found, wanted)
+    assert {n for n, g in found.items() if g is None} == {n for n, g in wanted.items() if g is None}
