@@ -1,5 +1,7 @@
 """Gates on the suite's layer of experts, whose forward always computes all slots."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mat
 from mat.suite import gating
 from mat.suite.config import SwitchConfig
+from mat.suite.models import switch
 from mat.suite.models.switch import Experts
 
 WIDTH, HIDDEN, EXPERTS = 6, 8, 4
@@ -75,6 +78,22 @@ def test_gradients_equal_the_dense_layers(mode: str, chosen: str, factor: float)
         if chosen == "all":
             assert torch.equal(found[name], value), name  # type: ignore[arg-type]
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["cut", "exact"])
+def test_experts_by_number_equal_slices(mode: str) -> None:
+    """A GPU computes all active experts at once, by their numbers."""
+    layer, x, g = layer_of(1.0)
+    attach(layer, SETS["two apart"], mode)
+    wanted = gradients(layer, x, g)
+
+    def numbers(experts: Tensor, count: int, most: int) -> list[Tensor]:
+        return [experts]
+
+    with mock.patch.object(switch, "_runs", numbers):
+        found = gradients(layer, x, g)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("chosen", ["two apart", "none"])

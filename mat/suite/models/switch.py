@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -249,7 +250,10 @@ class _ExpertMlp(torch.autograd.Function):
         rows, *kept = ctx.saved_tensors
         saved = iter(kept)
         trains = any(ctx.needs_input_grad[2:6])
-        d_blocks = [gradient.new_empty(s, dtype=d) for s, d in ctx.blocks if trains]
+        d_blocks: list[Any] = [gradient.new_empty(s, dtype=d) for s, d in ctx.blocks if trains]
+        nothing = [None] * 4
+        if not kept:
+            return None, None, *(d_blocks or nothing), *nothing
         d_rows = torch.empty_like(gradient) if ctx.covers else torch.zeros_like(gradient)
         first = 0
         for at, run in enumerate(ctx.active + ctx.frozen):
@@ -265,23 +269,20 @@ class _ExpertMlp(torch.autograd.Function):
                     for block, part in zip(d_blocks, found, strict=True):
                         block[first:last] = part
                 first = last
-        return d_rows if kept else None, None, *(d_blocks or [None] * 4), *[None] * 4
+        return d_rows, None, *(d_blocks or nothing), *nothing
 
 
 def _runs(experts: Index, count: int, most: int) -> list[slice | Tensor]:
-    """Some of the experts, so many at a time; slices, which copy nothing, where they can be."""
-    if experts is None:
-        experts = slice(0, count)
-    if isinstance(experts, slice):
-        starts = range(experts.start, experts.stop, most)
-        return [slice(start, min(start + most, experts.stop)) for start in starts]
-    if experts.is_cuda:  # all at once, and the host waits for no numbers
+    """Some of the experts, so many at a time; on a CPU as slices, which copy nothing."""
+    if isinstance(experts, Tensor) and experts.is_cuda:  # the host waits for no numbers
         return [experts] if len(experts) else []
-    every = experts.tolist()
-    numbers = [every[start : start + most] for start in range(0, len(every), most)]
+    numbers = np.arange(count)
+    numbers = numbers[experts.numpy() if isinstance(experts, Tensor) else experts or slice(None)]
+    gaps = np.flatnonzero(np.diff(numbers) > 1) + 1
     return [
-        slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else torch.tensor(part)
-        for part in numbers
+        slice(int(run[i]), int(run[min(i + most, len(run)) - 1]) + 1)
+        for run in np.split(numbers, gaps)
+        for i in range(0, len(run), most)
     ]
 
 
