@@ -22,6 +22,11 @@ from mat.units import IntArray, MakeSite, Part, Unit, UnitLayer, Units, by_hand
 Finder = Callable[["Place"], Iterator[UnitLayer]]
 FINDERS: list[Finder] = []
 BUILT_IN = ("attention", "multihead", "feedforward", "experts", "convolutions", "sequential")
+# What keeps neurons (channels) apart, so that a frozen one's column needs no gradient.
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Dropout, nn.AlphaDropout, nn.Identity,
+)  # fmt: skip
 
 
 def finder(function: Finder) -> Finder:
@@ -192,11 +197,13 @@ def find_units(
 
 def with_sites(model: nn.Module, layer: UnitLayer) -> UnitLayer:
     """A layer named by hand, with a site for every module whose parameters it owns."""
+    owned = {part.parameter for part in layer.parts}
     for path in dict.fromkeys(part.parameter.rpartition(".")[0] for part in layer.parts):
         module = model.get_submodule(path)
-        if is_plain(module):
+        gated = f"{path}.weight" in owned  # a bias alone has no product that could be skipped
+        if gated and is_plain(module):
             layer.sites.append(linear_site(layer.name, path))
-        elif type(module) is nn.Conv2d and unfit(module) is None:
+        elif gated and type(module) is nn.Conv2d and unfit(module) is None:
             layer.sites.append(convolution_site(layer.name, path))
         else:
             layer.sites.append(masked_site(layer.name, path))

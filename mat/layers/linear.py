@@ -54,7 +54,7 @@ class LinearSite(Site):
         bias: GatedPart | None = None,
         below: tuple[Gate, Any] | None = None,
     ) -> None:
-        super().__init__(module, weight and weight.gate, below and below[0])
+        super().__init__(module, weight.gate if weight else None, below and below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
     def way(self) -> Way:
