@@ -2,7 +2,7 @@
 
 A unit is a filter: its kernel row, bias, and affine pair of the batch norm right behind it. A
 convolution whose input comes from the filters of another one, with nothing between that mixes
-channels, needs an input gradient at the active filters alone; behind a residual join all are needed.
+channels, needs an input gradient at the active filters alone; behind a residual join it needs all.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """Finding units: every module is shown to the finders, and what nobody claims is named as left out.
 
-A finder is a generator ``finder(place)`` of :class:`mat.units.UnitLayer`; :func:`finder` registers one,
-also for modules of your own.
+A finder is a generator ``finder(place)`` of :class:`mat.units.UnitLayer`; :func:`finder` registers
+one, also for modules of your own.
 """
 
 import importlib
@@ -30,7 +30,7 @@ ELEMENTWISE = (
 
 
 def finder(function: Finder) -> Finder:
-    """Register a finder: it is shown every module, and yields the layers of units that start there."""
+    """Register a finder: it sees every module, and yields the layers of units that start there."""
     FINDERS.append(function)
     return function
 
@@ -136,7 +136,7 @@ def convolution_site(layer: str, path: str, below: UnitLayer | None = None) -> t
 def unfit(module: nn.Conv2d) -> str | None:
     """Why a convolution has no site, if it has none."""
     if module.groups > 1:
-        return "it is grouped (or depthwise): each filter sees few channels, skipping some saves nothing"
+        return "it is grouped: its filters see few channels each, so skipping some saves nothing"
     if geometry(module) is None:
         return "it does not pad evenly with zeros"
     return None
@@ -157,8 +157,9 @@ def find_units(
     """The units of a model, as a table.
 
     Args:
-        model: Any model with known layers: transformers' BERT, ViT, Llama and Switch families, Mixtral,
-            torchvision's VGG and ResNet, ``nn.TransformerEncoderLayer``, a Sequential of linear layers.
+        model: Any model with known layers: transformers' BERT, ViT, Llama and Switch families,
+            Mixtral, torchvision's VGG and ResNet, ``nn.TransformerEncoderLayer``, a Sequential of
+            linear layers or convolutions.
         units: Units named by hand, instead of searching.
         groups: Groups per feed-forward layer; as many as the model has heads when None.
         head_output: Whether heads own their columns of the output projection.

@@ -82,7 +82,7 @@ class NormSite(Site):
 
 
 class _Norm(torch.autograd.Function):
-    """``F.batch_norm``, and a backward of the channels ``through``, and of the affine pairs that train.
+    """``F.batch_norm``, and a backward of some channels, and of the affine pairs that train.
 
     Inputs: x, its stand-in or None, homes and values of gain and shift, their parts, the channels,
     running statistics, options. Outputs: values, stand-in (N, k, H, W) or None.

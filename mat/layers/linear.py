@@ -36,7 +36,7 @@ class Way:
 
 
 class LinearSite(Site):
-    """A linear layer whose weight's rows or columns belong to units, or whose input comes from units.
+    """A linear layer: rows or columns of its weight belong to units, or its input comes from them.
 
     Args:
         module: The linear layer.
@@ -111,8 +111,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class _Linear(torch.autograd.Function):
     """``F.linear``, and a backward of what :class:`Way` names.
 
-    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and bias,
-    weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
+    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and
+    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
     """
 
     @staticmethod
