@@ -23,7 +23,7 @@ from mat.layers.convolution import (
 from mat.layers.gate import Gate, GatedPart, Index, length, take
 from mat.layers.linear import home
 from mat.layers.once import once
-from mat.layers.site import Compact, Site, compact_of, note_of, stand_in, with_compact
+from mat.layers.site import Site, compact_of, note_of, stand_in, with_compact
 from mat.units import IntArray
 
 
@@ -81,7 +81,7 @@ class NormSite(Site):
 
 
 class _Norm(torch.autograd.Function):
-    """``F.batch_norm``, and a backward of the channels ``through``, and of the affine pairs that train.
+    """``F.batch_norm``, and a backward of some channels, and of the affine pairs that train.
 
     Inputs: x, its stand-in or None, homes and values of gain and shift, their parts, the channels,
     running statistics, options. Outputs: values, stand-in (N, k, H, W) or None.
@@ -147,18 +147,9 @@ class _Norm(torch.autograd.Function):
 class ChannelSite(Site):
     """A module that passes stand-ins on; it runs untouched where there is none."""
 
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Any:
-        """Maps to maps."""
-        note = note_of(x)
-        if note is None or x.dim() != 4 or not torch.is_grad_enabled():
-            return self.original(x)
-        values, compact = self.carry(x, note)
-        return with_compact(values, compact, note.index)
-
-    def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
-        """The values, and the stand-in that takes their gradient."""
-        raise NotImplementedError
+    def untouched(self, *inputs: Any) -> bool:
+        """Whether the input has no stand-in."""
+        return note_of(inputs[0]) is None or not torch.is_grad_enabled()
 
 
 class ReluSite(ChannelSite):
@@ -166,12 +157,12 @@ class ReluSite(ChannelSite):
 
     module: nn.ReLU
 
-    def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
-        """In place where the module works in place."""
-        found: tuple[Tensor, Tensor] = _Relu.apply(
-            x, note.stand_in, note.index, self.module.inplace
-        )
-        return found
+    def gated(self, x: Tensor) -> Tensor:
+        """Maps to maps, in place where the module works in place."""
+        note = note_of(x)
+        assert note is not None
+        values, compact = _Relu.apply(x, note.stand_in, note.index, self.module.inplace)
+        return with_compact(values, compact, note.index)
 
 
 class _Relu(torch.autograd.Function):
@@ -206,13 +197,14 @@ class PoolSite(ChannelSite):
 
     module: nn.MaxPool2d
 
-    def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
+    def gated(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H', W')."""
+        note = note_of(x)
+        assert note is not None
         pool = self.module
-        stride = pool.kernel_size if pool.stride is None else pool.stride
-        options = pool.kernel_size, stride, pool.padding, pool.dilation, pool.ceil_mode
-        found: tuple[Tensor, Tensor] = _Pool.apply(x, note.stand_in, note.index, options)
-        return found
+        options = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        values, compact = _Pool.apply(x, note.stand_in, note.index, options)
+        return with_compact(values, compact, note.index)
 
 
 class _Pool(torch.autograd.Function):

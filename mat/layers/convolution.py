@@ -46,16 +46,19 @@ def carriers(gate: Gate, owner: IntArray) -> Index:
 
 def geometry(module: nn.Conv2d) -> Geometry | None:
     """How a convolution moves over its input; None if it pads unevenly or not with zeros."""
-    stride, dilation, kernel = module.stride, module.dilation, module.kernel_size
+    stride: Any = module.stride
+    dilation: Any = module.dilation
     padding: Any = module.padding
+    if module.padding_mode != "zeros":
+        return None
     if padding == "same":
-        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        reach = [d * (k - 1) for d, k in zip(dilation, module.kernel_size, strict=True)]
         if any(r % 2 for r in reach):
             return None
         padding = tuple(r // 2 for r in reach)
     elif padding == "valid":
         padding = (0, 0)
-    return (stride, padding, dilation) if module.padding_mode == "zeros" else None  # type: ignore[return-value]
+    return stride, padding, dilation
 
 
 class ConvolutionSite(Site):
@@ -151,16 +154,11 @@ class _Convolution(torch.autograd.Function):
         y = F.conv2d(x, weight, None if bias is None else bias.to(dtype), *moves)
         part = way.rows or way.columns
         assert part is not None
-        # Without a unit that trains only a bias of the rest wants a gradient, and that needs no x.
-        kept = (
-            take_channels(x, None if way.columns is None else part.active) if part.count else None
-        )
-        ctx.way, ctx.moves, ctx.homes, ctx.compact = (
-            way,
-            moves,
-            (weight_home, bias_home),
-            compact is not None,
-        )
+        kept = None  # where nothing of the kernel trains
+        if part.count:
+            kept = take_channels(x, None if way.columns is None else part.active)
+        ctx.way, ctx.moves, ctx.compact = way, moves, compact is not None
+        ctx.homes = weight_home, bias_home
         ctx.shape, ctx.format = x.shape, memory_format(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight)
@@ -184,7 +182,7 @@ class _Convolution(torch.autograd.Function):
             shape = (ctx.shape[0], kernel.shape[1], *ctx.shape[2:])
             like = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=ctx.format)
             d = like
-            if kernel.shape[1]:
+            if kernel.shape[1]:  # else nothing below wants a gradient
                 d = product(g, like, kernel, ctx.moves, [True, False, False])[0]
             if ctx.compact:
                 d_compact = d

@@ -65,7 +65,7 @@ class Way:
 
 
 class LinearSite(Site):
-    """A linear layer whose weight's rows or columns belong to units, or whose input comes from units.
+    """A linear layer: rows or columns of its weight belong to units, or its input comes from them.
 
     Args:
         module: The linear layer.
@@ -83,7 +83,7 @@ class LinearSite(Site):
         bias: GatedPart | None = None,
         below: tuple[Gate, Any] | None = None,
     ) -> None:
-        super().__init__(module, weight and weight.gate, below and below[0])
+        super().__init__(module, weight.gate if weight else None, below and below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
     def way(self) -> Way:
@@ -144,8 +144,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class _Linear(torch.autograd.Function):
     """``F.linear``, and a backward of what :class:`Way` names.
 
-    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and bias,
-    weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
+    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and
+    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
     """
 
     @staticmethod

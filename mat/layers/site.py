@@ -86,9 +86,13 @@ class Site:
     @torch.compiler.disable
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
-        if all(gate.open for gate in self.gates):
+        if self.untouched(*inputs):
             return self.original(*inputs, **named)
         return self.gated(*inputs, **named)
+
+    def untouched(self, *inputs: Any) -> bool:
+        """Whether the module runs as ever on these inputs."""
+        return all(gate.open for gate in self.gates)
 
     def gated(self, *inputs: Any, **named: Any) -> Any:
         """The same while some units are frozen."""
@@ -108,8 +112,9 @@ class Compact:
     """A way back for the gradient of a part of a tensor's last axis, or of a map's channels.
 
     A gated product gives its consumer the values of all units, and beside them a stand-in of shape
-    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to the stand-in, and
-    no gradient of frozen columns is ever formed; any other code differentiates the values as usual.
+    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to
+    the stand-in, and no gradient of frozen columns is ever formed; any other code differentiates
+    the values as usual.
 
     Attributes:
         stand_in: Of k columns, without memory or meaningful values.
