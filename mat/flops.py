@@ -11,7 +11,7 @@ product they run (:meth:`mat.layers.site.Site.shares`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mat.layers.site import WHOLE, Product, Shares
+from mat.layers.site import WHOLE, Operation, Shares
 
 aten = torch.ops.aten
 # Place of the first of two factors among the arguments; behind what the product is added to.
@@ -116,8 +116,7 @@ class Ledger:
     Args:
         model: The model, attached or not.
         forward: Computes what the backward pass starts from, the loss, as a step does.
-        vocabulary: Modules (the decoder) or parameters (the tied matrix), by name, whose products
-            have the column ``vocabulary``.
+        vocabulary: Paths of the modules (the decoder) that have the column ``vocabulary``.
         training: Run it as a training step does; else in evaluation mode, as the estimator does.
     """
 
@@ -134,13 +133,10 @@ class Ledger:
         with _undisturbed(model, training), recorder, torch.enable_grad():
             outputs = forward()
         self.terms = recorder.terms
-        named = list(model.named_parameters(remove_duplicate=False))
-        self.nodes = _nodes(outputs, self.terms, {id(p): name for name, p in reversed(named)})
-        names = set(vocabulary)
-        tied = {id(parameter) for name, parameter in named if name in names}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.nodes = _nodes(outputs, self.terms, names)
         for term in self.terms:
-            inside = not names.isdisjoint(term.product.path)
-            term.vocabulary = inside or not tied.isdisjoint(term.weights)
+            term.vocabulary = not set(vocabulary).isdisjoint(term.operation.path)
 
     def step(self, executed: bool = True) -> Flops:
         """FLOPs of a training step with the gates as they stand.
@@ -154,39 +150,26 @@ class Ledger:
         shares = []
         for term in self.terms:
             # The module that has the weight, else the innermost that it runs in.
-            places = term.product.weight.rpartition(".")[0], *reversed(term.product.path)
+            places = term.operation.weight.rpartition(".")[0], *reversed(term.operation.path)
             site = next((sites[path] for path in places if path in sites), None)
-            shares.append(site.shares(term.product, executed) if site else WHOLE)
-        wanted = self._leading_to(lambda node: not idle.issuperset(node.parameters))
-        return self._count(shares, wanted)
-
-    def estimate(self, measured: Iterable[str], passes: int, kernels: int) -> Flops:
-        """FLOPs of one call of the estimator, which runs as if nothing were gated.
-
-        Args:
-            measured: Paths of the modules whose products are measured; backward passes end there.
-            passes: Backward passes, without weight gradients.
-            kernels: FLOPs of the kernels and their eigenvalues.
-        """
-        inside = set(measured)
-        wanted = self._leading_to(
-            lambda node: any(inside.intersection(term.product.path) for term in node.terms)
-        )
-        inputs_alone = replace(WHOLE, weight_grad=Fraction(0))
-        once = self._count([inputs_alone] * len(self.terms), wanted)
-        forward = sum(term.product.flops for term in self.terms if term.vocabulary)
-        return Flops(
-            overhead=once.forward + passes * once.input_grad + kernels,
-            vocabulary=forward + passes * (once.vocabulary - forward),
-        )
-
-    def _leading_to(self, wanted: Callable[["_Node"], bool]) -> list[bool]:
-        """Of every node whether it, or one below it, is wanted."""
-        leading = [False] * len(self.nodes)
+            shares.append(site.shares(term.operation, executed) if site else WHOLE)
+        wanted = [False] * len(self.nodes)
         for at in reversed(range(len(self.nodes))):  # a node stands before its children
             node = self.nodes[at]
-            leading[at] = wanted(node) or any(leading[child] for child in node.children)
-        return leading
+            below = any(wanted[child] for child in node.children)
+            wanted[at] = below or not idle.issuperset(node.parameters)
+        return self._count(shares, wanted)
+
+    def passes(self, backward: int) -> Flops:
+        """FLOPs of a forward pass and so many backward passes, as if nothing were gated."""
+        once = self._count([WHOLE] * len(self.terms), [True] * len(self.nodes))
+        forward = sum(term.operation.flops for term in self.terms if term.vocabulary)
+        return Flops(
+            once.forward,
+            backward * once.input_grad,
+            backward * once.weight_grad,
+            vocabulary=forward + backward * (once.vocabulary - forward),
+        )
 
     def _count(self, shares: Sequence[Shares], wanted: Sequence[bool]) -> Flops:
         """FLOPs of a forward and a backward pass.
@@ -198,7 +181,7 @@ class Ledger:
         columns = [Fraction(0)] * 4
 
         def add(term: _Term, column: int, share: Fraction) -> None:
-            columns[3 if term.vocabulary else column] += share * term.product.flops
+            columns[3 if term.vocabulary else column] += share * term.operation.flops
 
         for term in self.terms:
             add(term, 0, shares[term.number].forward)
@@ -211,7 +194,7 @@ class Ledger:
                 one_each = len(children) if term.factors else term.inputs
                 inputs = min(term.inputs, one_each) if children else 0
                 add(term, 1, inputs * shares[term.number].input_grad)
-                add(term, 2, len(term.weights) * shares[term.number].weight_grad)
+                add(term, 2, term.weights * shares[term.number].weight_grad)
             if all(shares[term.number].input_grad for term in node.terms):
                 for child in children:
                     reached[child] = True
@@ -230,17 +213,17 @@ class _Term:
         factors: Places of the two factors among the node's edges. None for a kernel or a custom
             function: its backward counts as two times its forward.
         inputs: Number of input gradients.
-        weights: Identities of the parameters among the factors.
+        weights: Number of weight gradients.
         vocabulary: Whether it has that column.
     """
 
     number: int
-    product: Product
+    operation: Operation
     node: int
     tracked: bool
     factors: tuple[int, int] | None
     inputs: int = 0
-    weights: tuple[int, ...] = ()
+    weights: int = 0
     vocabulary: bool = False
 
 
@@ -300,8 +283,8 @@ class _Recorder(TorchDispatchMode):
             factors = (first, first + 1) if tracked and first is not None else None
             # A node is numbered just before its products run.
             node = torch.autograd._get_sequence_nr() - 1
-            product = Product(tuple(self.stack), flops, self.shapes[-1], stacked=stacked)
-            self.terms.append(_Term(len(self.terms), product, node, tracked, factors))
+            operation = Operation(tuple(self.stack), flops, self.shapes[-1], stacked=stacked)
+            self.terms.append(_Term(len(self.terms), operation, node, tracked, factors))
         return result
 
 
@@ -333,15 +316,15 @@ def _nodes(outputs: Any, terms: Sequence[_Term], names: dict[int, str]) -> list[
         own = [id(parameter) for parameter, _ in leaves if parameter is not None]
         for term in products.get(number, ()):
             if term.factors is None:  # two gradients: of inputs, or of an input and a weight
-                term.inputs, term.weights = (1, (own[0],)) if own else (2, ())
+                term.inputs, term.weights = (1, 1) if own else (2, 0)
                 continue
             for at in term.factors:
                 parameter, used = leaves[at]
                 if parameter is not None:
-                    term.weights += (id(parameter),)
+                    term.weights += 1
                     name = names.get(id(parameter), "")
-                    stacked = term.product.stacked or used
-                    term.product = replace(term.product, weight=name, stacked=stacked)
+                    stacked = term.operation.stacked or used
+                    term.operation = replace(term.operation, weight=name, stacked=stacked)
                 elif edges[at] is not None:
                     term.inputs += 1
         nodes.append(_Node(children, own, products.get(number, ())))

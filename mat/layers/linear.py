@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
-from mat.layers.site import Product, Shares, Site, compact_of, gathered, stand_in, with_compact
+from mat.layers.site import Operation, Shares, Site, compact_of, gathered, stand_in, with_compact
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LinearSite(Site):
             into = self.below[0].divide(self.below[1])[0]
         return Way(rows, columns, self.bias, through, into)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; there is no padding."""
         return self.way().shares(self.module.weight)
 
