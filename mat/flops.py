@@ -142,11 +142,13 @@ class Ledger:
         """FLOPs of a training step with the gates as they stand.
 
         Args:
-            executed: Count what runs, padding included; else what the active set needs.
+            executed: Count what runs, padding included; else what the active set needs. Experts
+                are counted with the routing of the recorded pass.
         """
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
-        idle = {id(part.parameter) for part in gates.parts() if not part.wanted} if gates else set()
+        parts = gates.parts() if gates else ()
+        idle = {id(p.parameter) for p in parts if not (p.wanted if executed else p.count)}
         shares = []
         for term in self.terms:
             # The module that has the weight, else the innermost that it runs in.
@@ -156,7 +158,9 @@ class Ledger:
         wanted = [False] * len(self.nodes)
         for at in reversed(range(len(self.nodes))):  # a node stands before its children
             node = self.nodes[at]
-            below = any(wanted[child] for child in node.children)
+            # Autograd also forms gradients that a closed layer stops; they are not needed.
+            passes = executed or all(shares[term.number].input_grad for term in node.terms)
+            below = passes and any(wanted[child] for child in node.children)
             wanted[at] = below or not idle.issuperset(node.parameters)
         return self._count(shares, wanted)
 

@@ -13,7 +13,8 @@ Shapes: B sequences, T tokens, N = B * T, D width, F hidden neurons, E experts, 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mat.layers.gate import Index, put, take
 from mat.suite.config import SwitchConfig
 from mat.suite.models.bert import MaskedEncoder, initial_weight, linear
 
@@ -128,7 +130,11 @@ class Experts(nn.Module):
 
     def core(self, rows: Tensor) -> Tensor:
         """Rows (E, C, D) through their experts."""
-        return expert_mlp(rows, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+        return expert_mlp(rows, self.stacked())
+
+    def stacked(self) -> tuple[nn.Parameter, ...]:
+        """Weights (E, F, D) and biases (E, F) of the first layers, and those of the second."""
+        return self.in_weight, self.in_bias, self.out_weight, self.out_bias
 
     def monitors(self) -> dict[str, Tensor]:
         """Of the last training forward: largest load and dropped tokens, as shares of all tokens,
@@ -145,56 +151,115 @@ class Experts(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class Backward:
+    """What of the experts' products is differentiated; all of it by default.
+
+    Attributes:
+        active: Which experts' weights get gradients.
+        frozen: The others.
+        exact: Whether rows of frozen experts get gradients, too.
+        blocks: What gets the gradients of the active experts' weights (a, ...), one per parameter;
+            None: the parameters.
+    """
+
+    active: Index = None
+    frozen: Index = field(default_factory=lambda: slice(0, 0))
+    exact: bool = True
+    blocks: tuple[Tensor, ...] | None = None
+
+
 def expert_mlp(
-    rows: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor
+    rows: Tensor,
+    parameters: Sequence[Tensor],
+    backward: Backward = Backward(),
 ) -> Tensor:
-    """Rows (e, C, D) through e experts: those whose rows of the four parameters are given.
+    """Rows (E, C, D) through their experts, at least one row each.
 
     All at once on a GPU; on a CPU so many that their weights and activations stay in its cache.
+
+    Args:
+        rows: (E, C, D).
+        parameters: Weight and bias of both layers, stacked.
+        backward: What is differentiated.
     """
-    return cast(Tensor, _ExpertMlp.apply(rows, in_weight, in_bias, out_weight, out_bias))
+    blocks = parameters if backward.blocks is None else backward.blocks
+    values = (each.detach() for each in parameters)
+    return cast(Tensor, _ExpertMlp.apply(rows, backward, *blocks, *values))
 
 
 class _ExpertMlp(torch.autograd.Function):
-    """See :func:`expert_mlp`: differentiated by autograd, batched products copy their gradients."""
+    """See :func:`expert_mlp`: differentiated by autograd, batched products copy their gradients.
+
+    Inputs: rows (E, C, D), what is differentiated, what gets the gradients of the four parameters,
+    their values.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, backward: Backward, *tensors: Tensor) -> Tensor:
+        blocks, parameters = tensors[:4], tensors[4:]
         outputs = torch.empty_like(rows)
-        count, hidden_width, width = parameters[0].shape
-        most = count if rows.is_cuda else max(1, CACHE_BYTES // (2 * width * hidden_width))
-        ctx.chunks = [slice(i, min(i + most, count)) for i in range(0, count, most)]
+        size = parameters[0][0].numel()
+        most = len(rows) if rows.is_cuda else max(1, CACHE_BYTES // (2 * size))
+        ctx.active = _runs(backward.active, len(rows), most)
+        frozen = _runs(backward.frozen, len(rows), most)
+        ctx.frozen = frozen if backward.exact else []
+        ctx.covers = backward.exact or not frozen  # every row gets a gradient
         kept: list[Tensor] = []
-        for chunk in ctx.chunks:
-            w_in, b_in, w_out, b_out = (each[chunk].to(rows.dtype) for each in parameters)
-            z = torch.bmm(rows[chunk], w_in.mT).add_(b_in[:, None])  # (c, C, F)
+        for at, run in enumerate(ctx.active + frozen):
+            w_in, b_in, w_out, b_out = (take(each, run, 0).to(rows.dtype) for each in parameters)
+            z = torch.bmm(take(rows, run, 0), w_in.mT).add_(b_in[:, None])  # (c, C, F)
             hidden = F.gelu(z)
-            outputs[chunk] = torch.bmm(hidden, w_out.mT).add_(b_out[:, None])
+            put(outputs, run, 0, torch.bmm(hidden, w_out.mT).add_(b_out[:, None]))
             if any(ctx.needs_input_grad):
-                kept += z, hidden, w_in, w_out
-        ctx.parameters = [(each.shape, each.dtype) for each in parameters]
-        ctx.save_for_backward(rows, *kept)
+                if at < len(ctx.active):
+                    kept += z, w_in, w_out, hidden
+                elif backward.exact:
+                    kept += z, w_in, w_out
+        ctx.blocks = [(each.shape, each.dtype) for each in blocks]
+        ctx.save_for_backward(rows if ctx.active else rows[:0], *kept)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, *kept = ctx.saved_tensors
-        trains = any(ctx.needs_input_grad[1:])
-        d_rows = torch.empty_like(rows)
-        d_parameters = [rows.new_empty(s, dtype=d) for s, d in ctx.parameters if trains]
-        for i, chunk in enumerate(ctx.chunks):
-            z, hidden, w_in, w_out = kept[4 * i : 4 * i + 4]
-            g = gradient[chunk]  # (c, C, D)
+        saved = iter(kept)
+        trains = any(ctx.needs_input_grad[2:6])
+        d_blocks = [gradient.new_empty(s, dtype=d) for s, d in ctx.blocks if trains]
+        d_rows = torch.empty_like(gradient) if ctx.covers else torch.zeros_like(gradient)
+        first = 0
+        for at, run in enumerate(ctx.active + ctx.frozen):
+            z, w_in, w_out = next(saved), next(saved), next(saved)
+            g = take(gradient, run, 0)  # (c, C, D)
             d_z = torch.ops.aten.gelu_backward(torch.bmm(g, w_out), z)
-            d_rows[chunk] = torch.bmm(d_z, w_in)
-            if trains:
-                d_in, d_out = torch.bmm(d_z.mT, rows[chunk]), torch.bmm(g.mT, hidden)
-                for whole, part in zip(
-                    d_parameters, (d_in, d_z.sum(1), d_out, g.sum(1)), strict=True
-                ):
-                    whole[chunk] = part
-        return d_rows, *(d_parameters or [None] * 4)
+            put(d_rows, run, 0, torch.bmm(d_z, w_in))
+            if at < len(ctx.active):
+                hidden, last = next(saved), first + len(z)
+                if trains:
+                    d_in, d_out = torch.bmm(d_z.mT, take(rows, run, 0)), torch.bmm(g.mT, hidden)
+                    found = d_in, d_z.sum(1), d_out, g.sum(1)
+                    for block, part in zip(d_blocks, found, strict=True):
+                        block[first:last] = part
+                first = last
+        return d_rows if kept else None, None, *(d_blocks or [None] * 4), *[None] * 4
+
+
+def _runs(experts: Index, count: int, most: int) -> list[slice | Tensor]:
+    """Some of the experts, so many at a time; slices, which copy nothing, where they can be."""
+    if experts is None:
+        experts = slice(0, count)
+    if isinstance(experts, slice):
+        starts = range(experts.start, experts.stop, most)
+        return [slice(start, min(start + most, experts.stop)) for start in starts]
+    if experts.is_cuda:  # all at once, and the host waits for no numbers
+        return [experts] if len(experts) else []
+    every = experts.tolist()
+    numbers = [every[start : start + most] for start in range(0, len(every), most)]
+    return [
+        slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else torch.tensor(part)
+        for part in numbers
+    ]
 
 
 class _Dispatch(torch.autograd.Function):
