@@ -362,7 +362,7 @@ def _parameter(node: Any) -> tuple[nn.Parameter | None, tuple[int, ...]]:
 def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Within, nothing is gated; after it modes, buffers and random states are what they were."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gates = getattr(model, "_gates", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     if model.training != training:  # else parts that are kept in another mode stay in it
@@ -377,7 +377,5 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        with torch.no_grad():
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
-                    buffer.copy_(saved)
+        for buffer, saved in buffers:
+            buffer.data.copy_(saved)  # unseen by graphs that keep the buffer
