@@ -203,6 +203,6 @@ def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     return gram
 
 
-def routed_flops(samples: int, tokens: int, units: int, p: int, q: int, bias: bool) -> int:
-    """FLOPs of :func:`routed_gram`, wherever rows went: N samples of T rows each."""
-    return 2 * samples * tokens * p * q + 2 * samples * samples * units * p * (q + bias)
+def routed_flops(samples: int, positions: int, units: int, p: int, q: int, bias: bool) -> int:
+    """FLOPs of :func:`routed_gram` for N samples, P rows in all."""
+    return 2 * positions * p * q + 2 * samples * samples * units * p * (q + bias)

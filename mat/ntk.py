@@ -179,6 +179,8 @@ def estimate(
             outputs = pick(result, output)
             k = reducer.outputs_per_sample(outputs, n)
             tape.check()
+            if not outputs.requires_grad:
+                raise ValueError("the outputs do not depend on any unit")
             total.add(tape.taps)
             for cotangent, last in reducer.cotangents(result, part, outputs, first, n):
                 if last and part is batches[-1] and first + n == sum(counts):
@@ -286,10 +288,11 @@ def kernel_shapes(
     model: nn.Module, batch: Any, units: Units | None = None, *, samples: int | None = None
 ) -> list[Shape]:
     """The Gram contractions of an estimate on one batch, from a forward pass; see :func:`estimate`."""
-    with untouched(model), Tape(model, _units_of(model, units)) as tape:
+    tape = Tape(model, _units_of(model, units))
+    with untouched(model), tape:
         tape.begin(samples_of(batch) if samples is None else samples)
         run(model, batch)
-        return shapes_of(tape.taps)
+    return shapes_of(tape.taps)
 
 
 def kernel_flops(

@@ -24,8 +24,7 @@ class Group:
 
     Attributes:
         units: Their rows in the flat table.
-        index: Which columns of the per-unit factor are theirs, unit by unit; of a routed product
-            which experts they are.
+        index: Which columns of the per-unit factor are theirs, unit by unit.
         count: Number of units u.
         each: Columns of a unit.
     """
@@ -76,7 +75,7 @@ class Product:
         columns: Whether units own columns: the input is then the per-unit factor, else the gradient.
         shared: Width q of the shared factor.
         bias: Whether a bias belongs to it.
-        routed: Whether every row goes to one unit (an expert).
+        routed: Whether it belongs to one expert, and sees only the rows that are sent there.
     """
 
     path: str
@@ -122,16 +121,16 @@ class Tap:
         product: The product.
         layout: Of the layer.
         samples: n.
-        tokens: T positions of a sample (of a routed product on average).
+        positions: P rows of the output, n T unless routed.
         known: What went in.
-        sizes: (E, n) rows of each expert in each sample, of a routed product.
+        sizes: (1, n) rows of each sample, sorted by sample, of a routed product.
         gradients: Of what came out, one per backward pass.
     """
 
     product: Product
     layout: Layout
     samples: int
-    tokens: int
+    positions: int
     known: Tensor
     sizes: Tensor | None = None
     gradients: list[Tensor] = field(default_factory=list)
