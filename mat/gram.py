@@ -182,7 +182,8 @@ def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(units)]  # by row of the kernel
     for a, b, sizes in factors:
         n, counts = sizes.shape[1], sizes.flatten().tolist()
-        pairs = list(zip(a.to(dtype).split(counts), b.to(dtype).split(counts), strict=True))
+        rows = torch.split(a.to(dtype), counts), torch.split(b.to(dtype), counts)
+        pairs = list(zip(*rows, strict=True))
         for u, part in enumerate(parts):
             part += pairs[u * n : (u + 1) * n]
     samples = len(parts[0])

@@ -132,7 +132,9 @@ class Kernels:
         else:
             pairs = _equally_long([pair for slot in slots for pair in slot])
             values = [
-                gram.unit_gram([(group.of(a), b) for a, b in pairs], product.bias, self.memory_bytes)
+                gram.unit_gram(
+                    [(group.of(a), b) for a, b in pairs], product.bias, self.memory_bytes
+                )
                 for group in product.groups
             ]
         for group, value in zip(product.groups, values, strict=True):

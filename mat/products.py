@@ -36,7 +36,7 @@ class Group:
 
     def of(self, factor: Tensor) -> Tensor:
         """(n, T, all) to (n, T, u, each); a view where the units follow one another."""
-        return take(factor, self.index, 2).unflatten(2, (self.count, self.each))
+        return take(factor, self.index, 2).view(*factor.shape[:2], self.count, self.each)
 
 
 def groups_of(owner: IntArray, first: int, device: torch.device) -> list[Group]:
@@ -159,7 +159,7 @@ def convolution(module: nn.Conv2d) -> Layout:
     def patches(x: Tensor, n: int) -> Tensor:
         """(n, I, H, W) to what a filter sees at every position, (n, T, I k k)."""
         x = F.pad(x, padding, mode) if any(padding) else x
-        seen = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)  # type: ignore
+        seen = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
         return seen.transpose(1, 2).reshape(n, -1, seen.shape[1])
 
     def positions(maps: Tensor, n: int) -> Tensor:

@@ -21,11 +21,10 @@ from mat.products import (
     Layout,
     Product,
     Tap,
-    consecutive,
     convolution,
     groups_of,
 )
-from mat.units import REST, IntArray, Part, Units
+from mat.units import Part, Units
 
 Recorder = Callable[[nn.Module], Callable[..., Any] | None]
 RECORDERS: list[Recorder] = []
@@ -60,7 +59,7 @@ class _Start(torch.autograd.Function):
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -267,9 +266,9 @@ class Tape:
             )
         layout = convolution(module) if isinstance(module, nn.Conv2d) else None
 
-        def hook(_: nn.Module, inputs: Any, named: Any, y: Tensor) -> Tensor:
+        def hook(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
             x = inputs[0] if inputs else named["input"]
-            return self.product(x, y, module.weight, module.bias, path, layout)
+            return self.product(x, y, layer.weight, layer.bias, path, layout)
 
         self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 

@@ -150,7 +150,9 @@ def _bert() -> Case:
     import transformers as t
 
     off = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
-    model = t.BertForSequenceClassification(t.BertConfig(**SIZES, **IDS, **off, num_labels=3)).double()
+    model = t.BertForSequenceClassification(
+        t.BertConfig(**SIZES, **IDS, **off, num_labels=3)
+    ).double()
     return _texts(model, [5, 2, 4])
 
 
