@@ -21,7 +21,8 @@ from torch import Tensor
 
 Factors = Sequence[tuple[Tensor, ...]]
 
-# Matrix-product FLOPs that take as long as multiplying and adding up one pair of positions (measured).
+# Matrix-product FLOPs that take as long as multiplying and adding up one pair of positions
+# (measured).
 ELEMENTWISE = 200
 
 
@@ -53,8 +54,8 @@ def plan(
         units: U.
         p: Width of the per-unit factor.
         q: Width of the shared factor.
-        memory_bytes: Bound on the matrices that a chunk forms; copies of the factors come beside it.
-            At least one row or sample is always taken.
+        memory_bytes: Bound on the matrices that a chunk forms; copies of the factors come beside
+            it. At least one row or sample is always taken.
         itemsize: Bytes of a number in the kernels: 4, or 8 for float64.
 
     Returns:

@@ -1,9 +1,9 @@
 """Products: weights that units own parts of, and the two factors of their gradients by sample.
 
-The gradient of a weight for one sample is a product of two factors over the sample's positions: the
-layer's input, which the forward pass knows, and the gradient of its output, which a backward pass
-brings. Units own rows or columns of the weight, so one factor is divided among them ("per unit") and
-the other is shared.
+The gradient of a weight for one sample is a product of two factors over the sample's positions:
+the layer's input, which the forward pass knows, and the gradient of its output, which a backward
+pass brings. Units own rows or columns of the weight, so one factor is divided among them ("per
+unit") and the other is shared.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,8 @@ class Product:
     Attributes:
         path: Where it is, for messages.
         groups: The units.
-        columns: Whether units own columns: the input is then the per-unit factor, else the gradient.
+        columns: Whether units own columns: the per-unit factor is then the input, else the
+            gradient.
         shared: Width q of the shared factor.
         bias: Whether a bias belongs to it.
         routed: Whether it belongs to one expert, and sees only the rows that are sent there.

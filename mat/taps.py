@@ -43,7 +43,7 @@ def recorder(function: Recorder) -> Recorder:
 
 @dataclass(frozen=True)
 class _Share:
-    """What units own of a parameter: a part of a layer whose unit 0 is row ``first`` of the table."""
+    """What the units of a layer own of a parameter; unit 0 is row ``first`` of the table."""
 
     part: Part
     first: int
@@ -51,7 +51,7 @@ class _Share:
 
 
 class _Start(torch.autograd.Function):
-    """Gives a tensor that nothing is differentiated through a place in the graph, without a copy."""
+    """Gives a tensor outside the graph a place in it, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
@@ -319,8 +319,8 @@ class Tape:
         if second and (lead[0] % n or (self._sequence_first and lead[0] != n)):
             return rows.transpose(0, 1).reshape(n, -1, width)
         raise ValueError(
-            f"{path} has a tensor of shape {tuple(rows.shape)}, in which {n} samples cannot be told "
-            "apart: give their number (samples=), or take another"
+            f"{path} has a tensor of shape {tuple(rows.shape)}, in which {n} samples cannot be "
+            "told apart: give their number (samples=), or take another"
         )
 
 

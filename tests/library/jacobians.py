@@ -1,4 +1,4 @@
-"""Small ordinary models with units, and their explicit Jacobians, one sample and output at a time."""
+"""Small ordinary models with units, and their Jacobians, one sample and output at a time."""
 
 import copy
 from collections.abc import Callable
@@ -54,7 +54,9 @@ def jacobian(case: Case) -> dict[str, Tensor]:
     for single in case.singles:
         outputs = case.outputs(model, single)
         found.append([
-            torch.autograd.grad(y, list(parameters.values()), retain_graph=True, materialize_grads=True)
+            torch.autograd.grad(
+                y, list(parameters.values()), retain_graph=True, materialize_grads=True
+            )
             for y in outputs
         ])  # fmt: skip
     return {
