@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mat.suite import gram, ntk
+from mat import gram
+from mat.suite import ntk
 from mat.suite.interface import Flops, UnitModel
 from mat.suite.units import UnitLayer, unit_layers
 
@@ -70,7 +71,8 @@ def kernels(gated: list[UnitLayer], rows: int, length: int, memory_bytes: int) -
     total = ntk.eigenvalue_flops(sum(layer.n_units for layer in gated), rows)
     for layer in gated:
         for tap in layer.tap_shapes(length):
-            total += gram.routed_flops(rows, *tap) if layer.routed else gram.unit_flops(rows, *tap, memory_bytes)
+            routed = gram.routed_flops(rows, rows * tap[0], *tap[1:])
+            total += routed if layer.routed else gram.unit_flops(rows, *tap, memory_bytes)
     return total
 
 

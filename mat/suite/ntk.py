@@ -13,7 +13,7 @@ are differentiated, explicitly and by name:
 
 One forward pass records each unit layer's factors (``mat.suite.units.Tap``), one backward pass per projection gives the
 gradients of all layers' outputs (no weight gradient is formed by autograd), and each layer's Gram matrices are
-batched products (``mat.suite.gram``). The estimator is pure: parameters, gradients, buffers, random state and train or
+batched products (``mat.gram``). The estimator is pure: parameters, gradients, buffers, random state and train or
 eval mode are as before. Works in the caller's autocast context.
 
 It needs nothing else of the suite. ``model`` is any module with unit layers whose ``forward(batch)`` gives outputs with
@@ -45,7 +45,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mat.suite import gram
+from mat import gram
 from mat.suite.interface import UnitModel
 from mat.suite.units import Tap, Tape, UnitIndex, unit_layers
 
