@@ -6,8 +6,8 @@ with the vocabulary have a column of their own outside it. Recomputation, inside
 and by gradient checkpointing, is not counted.
 
 A :class:`Ledger` records one dense forward pass and reads off the autograd graph which products a
-backward pass runs. The cost for any state of the gates is then arithmetic: sites say what share of a
-product they run (:meth:`mat.layers.site.Site.shares`).
+backward pass runs. The cost for any state of the gates is then arithmetic: sites say what share of
+a product they run (:meth:`mat.layers.site.Site.shares`).
 """
 
 import math
@@ -25,7 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from mat import ntk
+from mat.kernels import shapes_of
 from mat.layers.site import WHOLE, Operation, Shares
+from mat.probe import run, samples_of, untouched
+from mat.taps import Tape
+from mat.units import Units
 
 aten = torch.ops.aten
 # Place of the first of two factors among the arguments; behind what the product is added to.
@@ -76,7 +81,7 @@ class Flops:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Torch's FLOPs counter, with formulas for kernels that it lacks or whose recomputation it counts."""
+    """Torch's counter, with formulas for kernels that it lacks or whose recomputation it counts."""
     formulas: dict[Any, Any] = {
         aten.baddbmm_: _batched,
         aten._grouped_mm: _grouped,
@@ -206,6 +211,39 @@ class Ledger:
         return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
 
 
+def estimate(
+    model: nn.Module,
+    batch: Any,
+    units: Units | None = None,
+    *,
+    passes: int = 1,
+    samples: int | None = None,
+    memory_bytes: int = ntk.MEMORY_BYTES,
+    vocabulary: Sequence[str] = (),
+) -> Flops:
+    """FLOPs of :func:`mat.ntk.estimate` on one batch, with columns overhead and vocabulary.
+
+    Args:
+        model: The model.
+        batch: The probe.
+        units: As the estimator's.
+        passes: Its backward passes: m projections, k outputs (``full``), else 1.
+        samples: As the estimator's.
+        memory_bytes: As the estimator's.
+        vocabulary: As of :class:`Ledger`.
+    """
+    units = ntk.units_of(model, units)
+    n = samples_of(batch) if samples is None else samples
+    tape = Tape(model, units)  # before gradients are off: it leaves out what does not train
+    with untouched(model), tape:
+        tape.begin(n)
+        ledger = Ledger(model, lambda: run(model, batch), vocabulary, training=False)
+        shapes = shapes_of(tape.taps)
+    cost = ledger.passes(passes)
+    kernels = ntk.kernel_flops(shapes, len(units), n * passes, memory_bytes)
+    return Flops(overhead=cost.figure + kernels, vocabulary=cost.vocabulary)
+
+
 @dataclass
 class _Term:
     """One product of the recorded forward pass, and what a dense backward pass runs of it.
@@ -246,13 +284,14 @@ class _Node:
     terms: Sequence[_Term] = ()
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every product that runs, and the path of modules that it runs in."""
 
     def __init__(self, paths: dict[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.paths, self.terms = paths, list[_Term]()
-        self.stack, self.shapes = [""], [()]  # of the modules that run: paths, first inputs
+        # Of the modules that run: their paths, and the shapes of their first inputs.
+        self.stack, self.shapes = [""], list[tuple[int, ...]]([()])
         self.formulas = flop_counter().flop_registry
 
     def __enter__(self) -> "_Recorder":
@@ -267,11 +306,11 @@ class _Recorder(TorchDispatchMode):
 
         before = register_module_forward_pre_hook(enter)
         self.hooks = before, register_module_forward_hook(leave, always_call=True)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self.hooks:
             hook.remove()
 
@@ -285,8 +324,10 @@ class _Recorder(TorchDispatchMode):
                 stacked = tuple(args[2].diff(prepend=args[2].new_zeros(1)).tolist())
             first, tracked = FACTORS.get(kernel), torch.is_grad_enabled()
             factors = (first, first + 1) if tracked and first is not None else None
-            # A node is numbered just before its products run.
-            node = torch.autograd._get_sequence_nr() - 1
+            # A node is numbered just before its products run; there is none without a gradient.
+            idle = tracked and not any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            last = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            node = -1 if idle else last
             operation = Operation(tuple(self.stack), flops, self.shapes[-1], stacked=stacked)
             self.terms.append(_Term(len(self.terms), operation, node, tracked, factors))
         return result
@@ -341,7 +382,7 @@ def _inner(node: Any) -> bool:
 
 
 def _parameter(node: Any) -> tuple[nn.Parameter | None, tuple[int, ...]]:
-    """The parameter that an edge leads to by views alone, if any, and how often each row is used."""
+    """The parameter that an edge leads to by views alone, and how often each row is used."""
     chosen = None
     while _inner(node):
         name = node.name().removesuffix("Backward0")

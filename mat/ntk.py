@@ -160,7 +160,7 @@ def estimate(
     """
     if rest and normalize is not None:
         raise ValueError("rest gives kernels that add up, and normalised ones do not: drop one")
-    units = _units_of(model, units)
+    units = units_of(model, units)
     batches = batch if isinstance(batch, list) else [batch]
     counts = [samples_of(part) if samples is None else samples for part in batches]
     reducer = Reducer(reduction, projections, seed, sum(counts), loss)
@@ -230,7 +230,7 @@ class Online:
     def __init__(
         self, model: nn.Module, units: Units | None = None, *, samples: int | None = None
     ) -> None:
-        self.model, self.units, self.samples = model, _units_of(model, units), samples
+        self.model, self.units, self.samples = model, units_of(model, units), samples
         self._batches: list[list[Tap]] = []
 
     def __enter__(self) -> "Online":
@@ -293,7 +293,7 @@ def kernel_shapes(
 
     The arguments are those of :func:`estimate`.
     """
-    tape = Tape(model, _units_of(model, units))
+    tape = Tape(model, units_of(model, units))
     with untouched(model), tape:
         tape.begin(samples_of(batch) if samples is None else samples)
         run(model, batch)
@@ -318,7 +318,7 @@ def kernel_flops(
     return products + eigenvalue_flops(units, rows)
 
 
-def _units_of(model: nn.Module, units: Units | None) -> Units:
+def units_of(model: nn.Module, units: Units | None) -> Units:
     """The units given, those of an attached model, or what is found."""
     if units is None:
         gates = getattr(model, "_gates", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import mat
-from mat.flops import Flops, Ledger, flop_counter
+from mat.flops import Flops, Ledger, estimate, flop_counter
 from mat.layers import convolution
 from mat.units import BoolArray
 
@@ -230,7 +230,7 @@ def test_what_is_needed_has_no_padding() -> None:
 def test_recording_leaves_the_model_as_it_was(make: Any, kind: str, training: bool) -> None:
     model, loss = made(make, kind)
     model.train(training)
-    list(model.children())[0].eval()
+    next(model.children()).eval()
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -239,6 +239,19 @@ def test_recording_leaves_the_model_as_it_was(make: Any, kind: str, training: bo
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("projections", [1, 3])
+@pytest.mark.parametrize("make, kind", [(bert, "sdpa"), (llama, "eager"), (vgg, ""), (encoder, "")])
+def test_an_estimate_costs_what_the_counter_sees(make: Any, kind: str, projections: int) -> None:
+    model, batch = made(make, kind)[0], make(kind)[1]
+    gates = mat.attach_(model, mat.MATConfig())
+    gates.set_active(gates.units.unit == 0)  # it does not care about gates
+    for units in (None, gates.units.of_kinds([gates.units.layers[-1].kind])):
+        with flop_counter() as counter:
+            mat.ntk.estimate(model, batch, units, projections=projections)
+        cost = estimate(model, batch, units, passes=projections)
+        assert cost == Flops(overhead=counter.get_total_flops())
 
 
 def test_recording_takes_less_than_a_training_step() -> None:
