@@ -6,12 +6,12 @@ with the vocabulary have a column of their own outside it. Recomputation, inside
 and by gradient checkpointing, is not counted.
 
 A :class:`Ledger` records one dense forward pass and reads off the autograd graph which products a
-backward pass runs. The cost for any state of the gates is then arithmetic: sites say what share of a
-product they run (:meth:`mat.layers.site.Site.shares`).
+backward pass runs. The cost for any state of the gates is then arithmetic: sites say what share of
+a product they run (:meth:`mat.layers.site.Site.shares`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
@@ -25,7 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mat.layers.site import WHOLE, Product, Shares
+from mat import ntk
+from mat.kernels import shapes_of
+from mat.layers.site import WHOLE, Operation, Shares
+from mat.probe import run, samples_of, untouched
+from mat.taps import Tape
+from mat.units import Units
 
 aten = torch.ops.aten
 # Place of the first of two factors among the arguments; behind what the product is added to.
@@ -76,7 +81,7 @@ class Flops:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Torch's FLOPs counter, with formulas for kernels that it lacks or whose recomputation it counts."""
+    """Torch's counter, with formulas for kernels that it lacks or whose recomputation it counts."""
     formulas: dict[Any, Any] = {
         aten.baddbmm_: _batched,
         aten._grouped_mm: _grouped,
@@ -116,8 +121,7 @@ class Ledger:
     Args:
         model: The model, attached or not.
         forward: Computes what the backward pass starts from, the loss, as a step does.
-        vocabulary: Modules (the decoder) or parameters (the tied matrix), by name, whose products
-            have the column ``vocabulary``.
+        vocabulary: Paths of the modules (the decoder) that have the column ``vocabulary``.
         training: Run it as a training step does; else in evaluation mode, as the estimator does.
     """
 
@@ -134,59 +138,47 @@ class Ledger:
         with _undisturbed(model, training), recorder, torch.enable_grad():
             outputs = forward()
         self.terms = recorder.terms
-        named = list(model.named_parameters(remove_duplicate=False))
-        self.nodes = _nodes(outputs, self.terms, {id(p): name for name, p in reversed(named)})
-        names = set(vocabulary)
-        tied = {id(parameter) for name, parameter in named if name in names}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.nodes = _nodes(outputs, self.terms, names)
         for term in self.terms:
-            inside = not names.isdisjoint(term.product.path)
-            term.vocabulary = inside or not tied.isdisjoint(term.weights)
+            term.vocabulary = not set(vocabulary).isdisjoint(term.operation.path)
 
     def step(self, executed: bool = True) -> Flops:
         """FLOPs of a training step with the gates as they stand.
 
         Args:
-            executed: Count what runs, padding included; else what the active set needs.
+            executed: Count what runs, padding included; else what the active set needs. Experts
+                are counted with the routing of the recorded pass.
         """
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
-        idle = {id(part.parameter) for part in gates.parts() if not part.wanted} if gates else set()
+        parts = gates.parts() if gates else ()
+        idle = {id(p.parameter) for p in parts if not (p.wanted if executed else p.count)}
         shares = []
         for term in self.terms:
             # The module that has the weight, else the innermost that it runs in.
-            places = term.product.weight.rpartition(".")[0], *reversed(term.product.path)
+            places = term.operation.weight.rpartition(".")[0], *reversed(term.operation.path)
             site = next((sites[path] for path in places if path in sites), None)
-            shares.append(site.shares(term.product, executed) if site else WHOLE)
-        wanted = self._leading_to(lambda node: not idle.issuperset(node.parameters))
-        return self._count(shares, wanted)
-
-    def estimate(self, measured: Iterable[str], passes: int, kernels: int) -> Flops:
-        """FLOPs of one call of the estimator, which runs as if nothing were gated.
-
-        Args:
-            measured: Paths of the modules whose products are measured; backward passes end there.
-            passes: Backward passes, without weight gradients.
-            kernels: FLOPs of the kernels and their eigenvalues.
-        """
-        inside = set(measured)
-        wanted = self._leading_to(
-            lambda node: any(inside.intersection(term.product.path) for term in node.terms)
-        )
-        inputs_alone = replace(WHOLE, weight_grad=Fraction(0))
-        once = self._count([inputs_alone] * len(self.terms), wanted)
-        forward = sum(term.product.flops for term in self.terms if term.vocabulary)
-        return Flops(
-            overhead=once.forward + passes * once.input_grad + kernels,
-            vocabulary=forward + passes * (once.vocabulary - forward),
-        )
-
-    def _leading_to(self, wanted: Callable[["_Node"], bool]) -> list[bool]:
-        """Of every node whether it, or one below it, is wanted."""
-        leading = [False] * len(self.nodes)
+            shares.append(site.shares(term.operation, executed) if site else WHOLE)
+        wanted = [False] * len(self.nodes)
         for at in reversed(range(len(self.nodes))):  # a node stands before its children
             node = self.nodes[at]
-            leading[at] = wanted(node) or any(leading[child] for child in node.children)
-        return leading
+            # Autograd also forms gradients that a closed layer stops; they are not needed.
+            passes = executed or all(shares[term.number].input_grad for term in node.terms)
+            below = passes and any(wanted[child] for child in node.children)
+            wanted[at] = below or not idle.issuperset(node.parameters)
+        return self._count(shares, wanted)
+
+    def passes(self, backward: int) -> Flops:
+        """FLOPs of a forward pass and so many backward passes, as if nothing were gated."""
+        once = self._count([WHOLE] * len(self.terms), [True] * len(self.nodes))
+        forward = sum(term.operation.flops for term in self.terms if term.vocabulary)
+        return Flops(
+            once.forward,
+            backward * once.input_grad,
+            backward * once.weight_grad,
+            vocabulary=forward + backward * (once.vocabulary - forward),
+        )
 
     def _count(self, shares: Sequence[Shares], wanted: Sequence[bool]) -> Flops:
         """FLOPs of a forward and a backward pass.
@@ -198,7 +190,7 @@ class Ledger:
         columns = [Fraction(0)] * 4
 
         def add(term: _Term, column: int, share: Fraction) -> None:
-            columns[3 if term.vocabulary else column] += share * term.product.flops
+            columns[3 if term.vocabulary else column] += share * term.operation.flops
 
         for term in self.terms:
             add(term, 0, shares[term.number].forward)
@@ -211,12 +203,45 @@ class Ledger:
                 one_each = len(children) if term.factors else term.inputs
                 inputs = min(term.inputs, one_each) if children else 0
                 add(term, 1, inputs * shares[term.number].input_grad)
-                add(term, 2, len(term.weights) * shares[term.number].weight_grad)
+                add(term, 2, term.weights * shares[term.number].weight_grad)
             if all(shares[term.number].input_grad for term in node.terms):
                 for child in children:
                     reached[child] = True
         forward, input_grad, weight_grad, vocabulary = (int(total) for total in columns)
         return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
+
+
+def estimate(
+    model: nn.Module,
+    batch: Any,
+    units: Units | None = None,
+    *,
+    passes: int = 1,
+    samples: int | None = None,
+    memory_bytes: int = ntk.MEMORY_BYTES,
+    vocabulary: Sequence[str] = (),
+) -> Flops:
+    """FLOPs of :func:`mat.ntk.estimate` on one batch, with columns overhead and vocabulary.
+
+    Args:
+        model: The model.
+        batch: The probe.
+        units: As the estimator's.
+        passes: Its backward passes: m projections, k outputs (``full``), else 1.
+        samples: As the estimator's.
+        memory_bytes: As the estimator's.
+        vocabulary: As of :class:`Ledger`.
+    """
+    units = ntk.units_of(model, units)
+    n = samples_of(batch) if samples is None else samples
+    tape = Tape(model, units)  # before gradients are off: it leaves out what does not train
+    with untouched(model), tape:
+        tape.begin(n)
+        ledger = Ledger(model, lambda: run(model, batch), vocabulary, training=False)
+        shapes = shapes_of(tape.taps)
+    cost = ledger.passes(passes)
+    kernels = ntk.kernel_flops(shapes, len(units), n * passes, memory_bytes)
+    return Flops(overhead=cost.figure + kernels, vocabulary=cost.vocabulary)
 
 
 @dataclass
@@ -230,17 +255,17 @@ class _Term:
         factors: Places of the two factors among the node's edges. None for a kernel or a custom
             function: its backward counts as two times its forward.
         inputs: Number of input gradients.
-        weights: Identities of the parameters among the factors.
+        weights: Number of weight gradients.
         vocabulary: Whether it has that column.
     """
 
     number: int
-    product: Product
+    operation: Operation
     node: int
     tracked: bool
     factors: tuple[int, int] | None
     inputs: int = 0
-    weights: tuple[int, ...] = ()
+    weights: int = 0
     vocabulary: bool = False
 
 
@@ -259,13 +284,14 @@ class _Node:
     terms: Sequence[_Term] = ()
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every product that runs, and the path of modules that it runs in."""
 
     def __init__(self, paths: dict[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.paths, self.terms = paths, list[_Term]()
-        self.stack, self.shapes = [""], [()]  # of the modules that run: paths, first inputs
+        # Of the modules that run: their paths, and the shapes of their first inputs.
+        self.stack, self.shapes = [""], list[tuple[int, ...]]([()])
         self.formulas = flop_counter().flop_registry
 
     def __enter__(self) -> "_Recorder":
@@ -280,11 +306,11 @@ class _Recorder(TorchDispatchMode):
 
         before = register_module_forward_pre_hook(enter)
         self.hooks = before, register_module_forward_hook(leave, always_call=True)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self.hooks:
             hook.remove()
 
@@ -298,10 +324,12 @@ class _Recorder(TorchDispatchMode):
                 stacked = tuple(args[2].diff(prepend=args[2].new_zeros(1)).tolist())
             first, tracked = FACTORS.get(kernel), torch.is_grad_enabled()
             factors = (first, first + 1) if tracked and first is not None else None
-            # A node is numbered just before its products run.
-            node = torch.autograd._get_sequence_nr() - 1
-            product = Product(tuple(self.stack), flops, self.shapes[-1], stacked=stacked)
-            self.terms.append(_Term(len(self.terms), product, node, tracked, factors))
+            # A node is numbered just before its products run; there is none without a gradient.
+            idle = tracked and not any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            last = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            node = -1 if idle else last
+            operation = Operation(tuple(self.stack), flops, self.shapes[-1], stacked=stacked)
+            self.terms.append(_Term(len(self.terms), operation, node, tracked, factors))
         return result
 
 
@@ -333,15 +361,15 @@ def _nodes(outputs: Any, terms: Sequence[_Term], names: dict[int, str]) -> list[
         own = [id(parameter) for parameter, _ in leaves if parameter is not None]
         for term in products.get(number, ()):
             if term.factors is None:  # two gradients: of inputs, or of an input and a weight
-                term.inputs, term.weights = (1, (own[0],)) if own else (2, ())
+                term.inputs, term.weights = (1, 1) if own else (2, 0)
                 continue
             for at in term.factors:
                 parameter, used = leaves[at]
                 if parameter is not None:
-                    term.weights += (id(parameter),)
+                    term.weights += 1
                     name = names.get(id(parameter), "")
-                    stacked = term.product.stacked or used
-                    term.product = replace(term.product, weight=name, stacked=stacked)
+                    stacked = term.operation.stacked or used
+                    term.operation = replace(term.operation, weight=name, stacked=stacked)
                 elif edges[at] is not None:
                     term.inputs += 1
         nodes.append(_Node(children, own, products.get(number, ())))
@@ -354,7 +382,7 @@ def _inner(node: Any) -> bool:
 
 
 def _parameter(node: Any) -> tuple[nn.Parameter | None, tuple[int, ...]]:
-    """The parameter that an edge leads to by views alone, if any, and how often each row is used."""
+    """The parameter that an edge leads to by views alone, and how often each row is used."""
     chosen = None
     while _inner(node):
         name = node.name().removesuffix("Backward0")
@@ -390,9 +418,5 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(
-                    buffer, saved
-                ):  # batch norm's kernel leaves their versions alone
-                    buffer.copy_(saved)
+        for buffer, saved in buffers:
+            buffer.data.copy_(saved)  # unseen by graphs that keep the buffer

@@ -20,7 +20,7 @@ from mat.layers.experts import block
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.once import once
 from mat.layers.site import (
-    Product,
+    Operation,
     Shares,
     Site,
     compact_of,
@@ -85,16 +85,15 @@ class CoreSite(Site):
         width = self.module.head_width
         active, frozen, count = self.gate.units(3 * width)
         columns, others, context = self.gate.units(width)
-        if not count:
-            moving = qkv[..., :0]
-        else:
+        moving = qkv[..., :0]
+        if count:
             moving = self.original(_Select.apply(qkv, compact_of(qkv, active), active))
         with torch.no_grad():
             still = self.original(take(qkv, frozen, 2))
         values, compact = _Join.apply(moving, still, columns, others, context)
         return with_compact(values, compact, columns)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`."""
         return core_shares(self.gate)
 
@@ -170,6 +169,21 @@ class ExpertsSite(Site):
         self.gate = gate
         self.parts = [gate.parts[f"{prefix}{name}"] for name in STACKED]
 
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; empty slots are not needed, with tokens spread evenly."""
+        if operation.weight:
+            return Shares()  # the router's
+        tokens, count = math.prod(operation.shape[:-1]), self.gate.n_units  # of x (B, T, D)
+        capacity = self.module.capacity(tokens)
+
+        def share(experts: int) -> Fraction:
+            slots = experts * capacity
+            used = slots if executed else min(slots, experts * tokens // count)
+            return Fraction(used, count * capacity)
+
+        trains, every = share(self.gate.n_active), share(count)
+        return Shares(every, trains if self.gate.mode == "cut" else every, trains)
+
     def gated(self, rows: Tensor) -> Tensor:
         """Rows (E, C, D) through their experts."""
         active, frozen, _ = self.gate.units()
@@ -177,21 +191,6 @@ class ExpertsSite(Site):
         blocks = [block(part, weight) for part, weight in zip(self.parts, weights, strict=True)]
         exact = self.gate.mode == "exact"
         return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
-
-    def shares(self, product: Product, executed: bool = True) -> Shares:
-        """See :meth:`Site.shares`: all slots run; needed are the experts' even shares of tokens."""
-        if product.weight.endswith("router.weight"):
-            return Shares()
-        tokens, experts = math.prod(product.shape[:-1]), self.gate.n_units
-        slots = self.module.capacity(tokens)
-
-        def share(count: int) -> Fraction:
-            rows = count * slots if executed else min(count * slots, count * tokens // experts)
-            return Fraction(rows, experts * slots)
-
-        active = self.gate.n_active
-        passed = active if self.gate.mode == "cut" else experts
-        return Shares(share(experts), share(passed), share(active))
 
 
 @recorder
