@@ -6,7 +6,6 @@ Their linear layers, feed-forward networks and convolutions are found as any mod
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.attention import core_shares
-from mat.layers.experts import block
+from mat.layers.experts import Record, block
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.once import once
 from mat.layers.site import (
@@ -30,7 +29,6 @@ from mat.layers.site import (
 )
 from mat.suite.models.bert import Attention, FeedForward
 from mat.suite.models.switch import Backward, Experts, expert_mlp
-from mat.taps import Tape, recorder
 from mat.units import Part, UnitLayer
 
 
@@ -156,7 +154,8 @@ def experts(place: Place) -> Iterator[UnitLayer]:
         assert gate is not None
         return ExpertsSite(module, gate, place.under(""))
 
-    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)])
+    recording = place.path, record_experts
+    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)], recording=recording)
 
 
 class ExpertsSite(Site):
@@ -193,20 +192,6 @@ class ExpertsSite(Site):
         return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
 
 
-@recorder
-def experts_recorder(module: nn.Module) -> Callable[..., Tensor] | None:
-    """How the estimator sees a layer of experts: no token is dropped."""
-    return partial(_record_experts, module) if isinstance(module, Experts) else None
-
-
-def _record_experts(module: Experts, tape: Tape, x: Tensor) -> Tensor:
-    """What the layer computes, (B, T, D) to (B, T, D), every token through its expert."""
-    tokens = x.shape[:-1].numel()
-    sample = torch.arange(tokens, device=x.device) // (tokens // tape.samples)
-
-    def record(expert: Tensor, rows: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        count = module.experts * tape.samples
-        sizes = torch.bincount(expert * tape.samples + sample, minlength=count)
-        return tape.routed(rows, y, weight, bias, sizes.view(-1, tape.samples))
-
+def record_experts(module: Experts, record: Record, x: Tensor) -> Tensor:
+    """What the layer computes, (B, T, D) to (B, T, D), for the estimator: no token is dropped."""
     return module.without_drops(x, record)
