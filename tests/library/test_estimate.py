@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mat import kernels, ntk
+from mat.taps import Tape
 from mat.units import Part, UnitLayer, Units
 
 REDUCTIONS: list[tuple[ntk.Reduction, int]] = [("full", 1), ("sum", 1), ("loss", 1), ("random", 3)]
@@ -168,6 +169,33 @@ def test_parameters_that_do_not_train_are_left_out() -> None:
     case.model.requires_grad_(False)
     with pytest.raises(ValueError, match="no unit to measure"):
         estimate(case)
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+MASKS: list[dict[str, Tensor]] = [
+    {},
+    {"attn_mask": torch.ones(4, 5).triu(2).bool()},
+    {"attn_mask": torch.randn(6, 4, 5).double(), "key_padding_mask": -2.0 * PADDING.double()},
+    {"key_padding_mask": PADDING},
+]
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=lambda masks: "+".join(masks) or "none")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_recorded_attention_gives_the_outputs_of_the_module(
+    masks: dict[str, Tensor], batch_first: bool
+) -> None:
+    module = nn.MultiheadAttention(6, 3, batch_first=batch_first).double().eval()
+    units = Units([UnitLayer("heads", "", 3, [Part.even("out_proj.weight", 1, 3, 6)])])
+    query, key = torch.randn(2, 4, 6).double(), torch.randn(2, 5, 6).double()
+    if not batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    expected = module(query, key, key, **masks, need_weights=False)[0]
+    with Tape(module, units) as tape:
+        tape.begin(2)
+        result = module(query, key, key, **masks)[0]
+        assert len(tape.taps) == 1
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- probes

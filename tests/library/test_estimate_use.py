@@ -8,6 +8,7 @@ import pytest
 import torch
 from jacobians import Case, assert_equal, estimate, mean_square, reference
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mat
 from mat import ntk
@@ -202,6 +203,31 @@ def test_online_takes_micro_batches_for_one_step() -> None:
             (mean_square(case.model(part), None) / 2).backward()
     expected = estimate(case, reduction="loss").kernels
     assert_equal(online.result(kernels=True).kernels, expected)
+
+
+class Checkpointed(nn.Module):
+    """Runs its inner model with gradient checkpointing."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return result
+
+
+def test_online_counts_a_recomputed_layer_once() -> None:
+    case, _, _ = reference("irregular")
+    parts = case.units.layers[0].parts
+    inner = [Part(f"inner.{part.parameter}", part.dim, part.owner) for part in parts]
+    units = Units([UnitLayer("units", "inner", case.units.layers[0].n_units, inner)])
+    model = Checkpointed(case.model)
+    with ntk.Online(model, units) as online:
+        mean_square(model(case.batch), None).backward()
+    expected = estimate(case, reduction="loss").kernels
+    assert expected is not None
+    assert_equal(online.result(kernels=True).kernels, expected[: len(units)])
 
 
 def test_online_refuses_what_it_cannot_measure() -> None:
