@@ -134,6 +134,13 @@ def test_more_samples_and_projections_add_signs_and_change_none() -> None:
     assert_equal(3 * large[:, rows][:, :, rows], 2 * small)
 
 
+def test_the_signs_are_those_of_the_kernels() -> None:
+    case, _, units = reference("irregular")
+    reducer = ntk.Reducer("random", 3, 7, 4)
+    signs = reducer.signs(case.model(case.batch), 4)
+    assert torch.equal(signs, weights(case, units[0].shape, "random", 3))
+
+
 def test_cosine_scales_every_row_to_length_one() -> None:
     case, _, _ = reference("bert")
     plain, scaled = estimate(case), estimate(case, normalize="cosine")
