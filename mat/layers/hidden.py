@@ -99,7 +99,8 @@ class _Hidden(torch.autograd.Function):
         leaves = [rows_of(each.detach()).requires_grad_() for each in z]
         with torch.enable_grad(), torch.autocast(x.device.type, ctx.autocast[1], ctx.autocast[0]):
             hidden = ctx.activation(*leaves)
-        d_z = torch.autograd.grad(hidden, leaves, g.to(hidden.dtype))
+        hidden.backward(g.to(hidden.dtype))  # not autograd.grad: FlopCounterMode cannot follow it
+        d_z = [each.grad for each in leaves]
         d_x: Tensor | None = None
         grads: list[Tensor | None] = []
         for i, (way, weight, d) in enumerate(zip(ctx.ways, weights, d_z, strict=True)):
