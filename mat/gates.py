@@ -274,7 +274,7 @@ class Gates:
         for site in reversed(self.sites):
             site.detach()
         for part in self.parts():
-            del part.parameter._gated  # type: ignore[attr-defined]
+            vars(part.parameter).pop("_gated", None)
         del self.model._gates
 
     def __getstate__(self) -> dict[str, Any]:

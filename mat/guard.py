@@ -38,7 +38,9 @@ def guard(optimiser: torch.optim.Optimizer) -> None:
         for tensor, part, frozen in saved.values():
             put(tensor, part.frozen, part.dim, frozen)
         for part, tensor in _gated_tensors(optimiser):
-            if id(tensor) not in saved:  # state made by this very step: none of it is the frozen units'
+            if (
+                id(tensor) not in saved
+            ):  # state made by this very step: none of it is the frozen units'
                 nothing = torch.zeros_like(take(tensor, part.frozen, part.dim))
                 put(tensor, part.frozen, part.dim, nothing)
         saved.clear()

@@ -49,7 +49,9 @@ class PolicyConfig:
             object.__setattr__(self, "alpha", None)  # the default gives way
         for name, options in (("rule", Rule), ("scope", Scope)):
             if getattr(self, name) not in get_args(options):
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(options))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(options))}"
+                )
         for name in ("alpha", "share", "beta", "slow_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -94,7 +96,9 @@ class MATConfig(PolicyConfig):
         super().__post_init__()
         for name in ("every", "projections"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: set it to 1 or more")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is out of range: set it to 1 or more"
+                )
         for name, options in (
             ("mode", ("cut", "exact")),
             ("score", ("lambda_max", "gradnorm")),
@@ -233,7 +237,9 @@ class Policy:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        types = {f.name: bool if f.name in ("active", "stopped") else float for f in fields(PolicyState)}
+        types = {
+            f.name: bool if f.name in ("active", "stopped") else float for f in fields(PolicyState)
+        }
         arrays = {k: np.array(v, types[k]) for k, v in saved.items() if k != "t"}
         self.state = PolicyState(t=saved["t"], **arrays)
 

@@ -113,12 +113,14 @@ class UnitLayer:
 
     Attributes:
         kind: ``heads``, ``ffn``, ``experts``, ``filters``, or a name given by hand.
-        name: Where it is: the path of a module.
+        name: Where it is: the path of a module, or by hand of the first parameter.
         n_units: U.
         parts: What the units own.
         sites: Path of every module that runs differently while some units are frozen, and what
             makes its :class:`mat.layers.site.Site`.
         unit_names: Names of the units; numbers where empty.
+        recording: For experts: path of the module that sends rows to them, and what the estimator
+            runs in place of its forward, see :func:`mat.layers.experts.record_stacked`.
     """
 
     kind: str
@@ -127,6 +129,7 @@ class UnitLayer:
     parts: list[Part]
     sites: list[tuple[str, "MakeSite"]] = field(default_factory=list)
     unit_names: list[str] = field(default_factory=list)
+    recording: tuple[str, Callable[..., Any]] | None = None
 
     def parameters_of_a_unit(self, shapes: Mapping[str, Sequence[int]]) -> IntArray:
         """(U,) how many parameters each unit owns, given the shapes of the model's parameters."""

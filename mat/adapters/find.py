@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
+import numpy as np
 from torch import nn
 
+from mat.layers.convolution import ConvolutionSite, geometry
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.linear import LinearSite
 from mat.layers.masked import MaskedSite
@@ -106,6 +108,35 @@ def linear_site(
     return path, make
 
 
+def convolution_site(layer: str, path: str, below: UnitLayer | None = None) -> tuple[str, MakeSite]:
+    """The site of a convolution whose kernel belongs to units.
+
+    Args:
+        layer: Name of the unit layer.
+        path: The convolution's path.
+        below: The filters that make its input channels, if nothing else does.
+    """
+
+    def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> ConvolutionSite:
+        gate = gate_of(layer)
+        assert gate is not None and isinstance(module, nn.Conv2d)
+        weight, bias = gate.parts[f"{path}.weight"], part_of(gate, f"{path}.bias")
+        source = None if below is None else gate_of(below.name)
+        fed = None if source is None or below is None else (source, np.arange(below.n_units))
+        return ConvolutionSite(module, weight, bias, fed)
+
+    return path, make
+
+
+def unfit(module: nn.Conv2d) -> str | None:
+    """Why a convolution has no site, if it has none."""
+    if module.groups > 1:
+        return "it is grouped (or depthwise): each filter sees few channels, skipping some saves nothing"
+    if geometry(module) is None:
+        return "it does not pad evenly with zeros"
+    return None
+
+
 def part_of(gate: Gate, parameter: str) -> GatedPart | None:
     """A gate's share of a parameter, if it has one."""
     return gate.parts.get(parameter)
@@ -139,10 +170,14 @@ def find_units(
         importlib.import_module(f"mat.adapters.{name}")
     tied = _tied(model)
     layers: list[UnitLayer] = []
+    owned: set[str] = set()
     for path, module in model.named_modules():
         place = Place(model, path, module, groups, head_output, tied)
-        for find in FINDERS:
-            layers += find(place)
+        for layer in (layer for find in FINDERS for layer in find(place)):
+            names = {part.parameter for part in layer.parts}
+            if not names & owned:  # an expert's feed-forward layer is inside a unit already
+                layers.append(layer)
+                owned |= names
     left_out = _left_out(model, layers, tied)
     if not layers:
         parameter = next((name for name, _ in model.named_parameters()), "layer.weight")
@@ -158,10 +193,13 @@ def find_units(
 def with_sites(model: nn.Module, layer: UnitLayer) -> UnitLayer:
     """A layer named by hand, with a site for every module whose parameters it owns."""
     for path in dict.fromkeys(part.parameter.rpartition(".")[0] for part in layer.parts):
-        plain = is_plain(model.get_submodule(path))
-        layer.sites.append(
-            linear_site(layer.name, path) if plain else masked_site(layer.name, path)
-        )
+        module = model.get_submodule(path)
+        if is_plain(module):
+            layer.sites.append(linear_site(layer.name, path))
+        elif type(module) is nn.Conv2d and unfit(module) is None:
+            layer.sites.append(convolution_site(layer.name, path))
+        else:
+            layer.sites.append(masked_site(layer.name, path))
     return layer
 
 
@@ -196,6 +234,8 @@ def _left_out(model: nn.Module, layers: list[UnitLayer], tied: frozenset[int]) -
             continue
         if type(module) not in (nn.Linear, nn.Conv2d) and not is_plain(module):
             reasons[path] = f"it is a {type(module).__name__}, not a plain layer"
+        elif isinstance(module, nn.Conv2d) and (reason := unfit(module)) is not None:
+            reasons[path] = reason
         elif not module.weight.requires_grad:
             reasons[path] = "its weights are frozen (requires_grad is False)"
         elif id(module.weight) in tied:

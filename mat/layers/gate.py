@@ -6,6 +6,7 @@ Two backward modes (paper section 5):
 ``exact``  only the weight gradients of frozen units are skipped: active units get the dense gradient.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -76,6 +77,11 @@ class GatedPart:
         self.gate, self.parameter, self.part = gate, parameter, part
         self.compact = False
         self._leaf: Tensor | None = None
+        owner = part.owner
+        edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
+        # Runs of rows of one owner: (owner, start, stop).
+        self.runs = [(int(owner[a]), a, b) for a, b in pairwise(edges)]
+        self._run_of_row = torch.from_numpy(np.repeat(np.arange(len(self.runs)), np.diff(edges)))
         self.update()
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -99,6 +105,12 @@ class GatedPart:
     def update(self) -> None:
         """Follow the gate."""
         self.active, self.frozen, self.count = self.gate.divide(self.part.owner)
+        active = self.gate.active
+        # Number, start and stop of every run that trains.
+        self.active_runs = [
+            (i, a, b) for i, (u, a, b) in enumerate(self.runs) if u == REST or active[u]
+        ]
+        self.run_lengths = [b - a for _, a, b in self.active_runs]
         self._leaf = None
 
     def home(self, weight: Tensor) -> Tensor:
@@ -112,16 +124,33 @@ class GatedPart:
 
     def deliver(self, block: Tensor, home: Tensor) -> Tensor:
         """The gradient of a home, given that of the active rows (rows first)."""
+        rows = block.transpose(0, self.dim)
         if home is self._leaf:
             return block
-        return spread(block.transpose(0, self.dim), self.active, self.dim, home.shape[self.dim])
+        if self.whole:
+            return rows
+        full = torch.zeros_like(
+            home
+        )  # in the home's memory format, or autograd copies it once more
+        put(full, self.active, self.dim, rows.to(full.dtype))
+        return full
 
     def gradient(self) -> Tensor | None:
         """Gradient of the active rows, rows first, or None if there is none."""
-        if self._leaf is not None and self._leaf.grad is not None:
-            return self._leaf.grad
+        if self.block is not None:
+            return self.block
         grad = self.parameter.grad
         return None if grad is None else take(grad, self.active, self.dim).transpose(0, self.dim)
+
+    @property
+    def block(self) -> Tensor | None:
+        """The compact gradient, if there is one."""
+        return None if self._leaf is None else self._leaf.grad
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Values of the runs (runs,) for every row of the divided axis, (size,)."""
+        self._run_of_row = self._run_of_row.to(values.device)
+        return values[self._run_of_row]
 
     def clear(self) -> None:
         """Forget the block."""
@@ -151,10 +180,12 @@ class Gate:
     def __init__(self, kind: str, name: str, active: BoolArray, mode: BackwardMode) -> None:
         self.kind, self.name, self.active, self.mode = kind, name, active, mode
         self.n_units = self.n_active = len(active)
+        self.version = 0  # counts changes of the set
         self.transparent = False
         self.parts: dict[str, GatedPart] = {}
         self.device = torch.device("cpu")
         self._divisions: dict[bytes, tuple[Index, Index, int]] = {}
+        self._widened: dict[bytes, Index] = {}
 
     def add(self, parameter: nn.Parameter, part: Part) -> GatedPart:
         """Take in a part."""
@@ -176,10 +207,31 @@ class Gate:
             self._divisions[key] = *pair, int(mask.sum())
         return self._divisions[key]
 
+    def widen(self, owner: IntArray, size: int) -> Index:
+        """Index of ``size`` rows: first those that train, then as many others as it takes.
+
+        Args:
+            owner: See :meth:`divide`. Equal divisions give the same object.
+            size: At least the number of rows that train.
+        """
+        active, _, count = self.divide(owner)
+        if size == len(owner):
+            return None
+        if size == count:
+            return active
+        key = owner.tobytes()
+        if key not in self._widened:
+            trains = (owner == REST) | self.active[owner]
+            first, others = np.flatnonzero(trains), np.flatnonzero(~trains)[: size - count]
+            self._widened[key] = torch.from_numpy(np.concatenate([first, others])).to(self.device)
+        return self._widened[key]
+
     def update(self) -> None:
         """Follow the flat vector, and the parameters to their device."""
+        self.version += 1
         self.n_active = int(self.active.sum())
         self._divisions.clear()
+        self._widened.clear()
         self.device = next(iter(self.parts.values())).parameter.device
         for part in self.parts.values():
             part.update()

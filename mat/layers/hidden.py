@@ -111,7 +111,9 @@ class _Hidden(torch.autograd.Function):
             wants_weight, wants_bias = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
             kept = x if way.rows.count else None
             grads.append(weight_gradient(d, kept, way, weight_home) if wants_weight else None)
-            grads.append(bias_gradient(d, way.bias, through, bias_home) if wants_bias else None)
+            grads.append(
+                bias_gradient(d.sum(0), way.bias, through, bias_home) if wants_bias else None
+            )
         if d_x is not None:
             d_x = d_x.view(x.shape)
         return d_x, None, None, *grads, *[None] * (2 * count)

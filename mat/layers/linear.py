@@ -167,7 +167,7 @@ class _Linear(torch.autograd.Function):
         if wants_weight:
             d_weight = weight_gradient(g, x, way, weight_home)
         if wants_bias:
-            d_bias = bias_gradient(g, way.bias, way.through, bias_home)
+            d_bias = bias_gradient(g.sum(0), way.bias, way.through, bias_home)
         return d_x, d_compact, d_weight, d_bias, None, None, None
 
 
@@ -185,11 +185,13 @@ def weight_gradient(g: Tensor, x: Tensor | None, way: Way, home: Tensor) -> Tens
     return part.deliver(trained(g, part, way.through).T @ x, home)  # (k, I)
 
 
-def bias_gradient(g: Tensor, part: GatedPart | None, through: Index, home: Tensor) -> Tensor:
-    """Gradient of a bias for its home, from that of the output (N, r)."""
+def bias_gradient(total: Tensor, part: GatedPart | None, through: Index, home: Tensor) -> Tensor:
+    """Gradient of a bias for its home, from the sums (r,) over the output rows ``through``."""
     if part is None:
-        return g.sum(0)
-    return part.deliver(trained(g, part, through).sum(0), home)
+        return spread(total, through, 0, len(home))
+    if part.active is not through:  # the bias is divided otherwise than the weight
+        total = take(spread(total, through, 0, len(part.part.owner)), part.active, 0)
+    return part.deliver(total, home)
 
 
 def trained(g: Tensor, part: GatedPart, through: Index) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mat.layers.gate import Gate, GatedPart, put, take
+from mat.layers.gate import Gate, GatedPart, spread, take
 from mat.layers.site import Site
 
 
@@ -52,9 +52,8 @@ class Clear:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros in frozen slices."""
-        if self.part.whole or self.part.gate.transparent:
+        part = self.part
+        if part.whole or part.gate.transparent:
             return gradient
-        cleared = gradient.clone()
-        still = take(cleared, self.part.frozen, self.part.dim)
-        put(cleared, self.part.frozen, self.part.dim, still.new_zeros(still.shape))
-        return cleared
+        kept = take(gradient, part.active, part.dim)
+        return spread(kept, part.active, part.dim, gradient.shape[part.dim])

@@ -34,7 +34,7 @@ class Site:
     def detach(self) -> None:
         """Give the module its own method back."""
         if self.earlier is None:
-            delattr(self.module, self.method)
+            self.module.__dict__.pop(self.method, None)
         else:
             setattr(self.module, self.method, self.earlier)
 
@@ -57,14 +57,14 @@ class Site:
 
 
 class Compact:
-    """A way back for the gradient of a part of a tensor's last axis.
+    """A way back for the gradient of a part of a tensor's last axis, or of a map's channels.
 
     A gated product gives its consumer the values of all units, and beside them a stand-in of shape
-    (..., k) for the k active columns. A consumer that knows hands its gradient to the stand-in, and
+    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to the stand-in, and
     no gradient of frozen columns is ever formed; any other code differentiates the values as usual.
 
     Attributes:
-        stand_in: (..., k) without memory or meaningful values.
+        stand_in: Of k columns, without memory or meaningful values.
         index: Which columns.
         version: Of the values when the stand-in was made; in-place work on them makes it void.
     """
@@ -80,17 +80,26 @@ def with_compact(values: Tensor, stand_in: Tensor | None, index: Index) -> Tenso
     return values
 
 
+def note_of(values: Tensor) -> Compact | None:
+    """What is noted on a tensor, if it still holds."""
+    note: Compact | None = getattr(values, "_compact", None)
+    return note if note is not None and note.version == values._version else None
+
+
 def compact_of(values: Tensor, index: Index) -> Tensor | None:
     """The stand-in for some columns of a tensor, if it has one."""
-    found = getattr(values, "_compact", None)
-    if found is None or found.version != values._version:
-        return None
-    return found.stand_in if found.index is index else None
+    note = note_of(values)
+    return note.stand_in if note is not None and note.index is index else None
 
 
-def stand_in(values: Tensor, count: int) -> Tensor:
-    """A shape (..., count) for autograd to hang a gradient on; NaN, so that nobody computes with it."""
-    return values.new_full((), float("nan")).expand(*values.shape[:-1], count)
+def stand_in(values: Tensor, count: int, dim: int = -1) -> Tensor:
+    """Values' shape with ``count`` along an axis, for autograd to hang a gradient on.
+
+    NaN, so that nobody computes with it.
+    """
+    shape = list(values.shape)
+    shape[dim] = count
+    return values.new_full((), float("nan")).expand(shape)
 
 
 def gathered(dense: Tensor | None, compact: Tensor | None, index: Index) -> Tensor | None:
