@@ -1,7 +1,7 @@
 """Finding units: every module is shown to the finders, and what nobody claims is named as left out.
 
-A finder is a generator ``finder(place)`` of :class:`mat.units.UnitLayer`; :func:`finder` registers one,
-also for modules of your own.
+A finder is a generator ``finder(place)`` of :class:`mat.units.UnitLayer`; :func:`finder` registers
+one, also for modules of your own.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from mat.layers.convolution import ConvolutionSite, geometry
 from mat.layers.gate import Gate, GatedPart
@@ -25,7 +25,7 @@ BUILT_IN = ("attention", "multihead", "feedforward", "experts", "convolutions", 
 
 
 def finder(function: Finder) -> Finder:
-    """Register a finder: it is shown every module, and yields the layers of units that start there."""
+    """Register a finder: it is shown every module, and yields the unit layers that start there."""
     FINDERS.append(function)
     return function
 
@@ -65,7 +65,7 @@ class Place:
             return None
         return linear if is_plain(linear) and self.trains(linear.weight) else None
 
-    def trains(self, weight: nn.Parameter) -> bool:
+    def trains(self, weight: Tensor) -> bool:
         """Whether a weight trains, for one module alone."""
         return weight.requires_grad and id(weight) not in self.tied
 
@@ -131,7 +131,7 @@ def convolution_site(layer: str, path: str, below: UnitLayer | None = None) -> t
 def unfit(module: nn.Conv2d) -> str | None:
     """Why a convolution has no site, if it has none."""
     if module.groups > 1:
-        return "it is grouped (or depthwise): each filter sees few channels, skipping some saves nothing"
+        return "it is grouped (or depthwise): each filter sees few channels, skipping saves nothing"
     if geometry(module) is None:
         return "it does not pad evenly with zeros"
     return None
@@ -152,8 +152,9 @@ def find_units(
     """The units of a model, as a table.
 
     Args:
-        model: Any model with known layers: transformers' BERT, ViT, Llama and Switch families, Mixtral,
-            torchvision's VGG and ResNet, ``nn.TransformerEncoderLayer``, a Sequential of linear layers.
+        model: Any model with known layers: transformers' BERT, ViT, Llama and Switch families,
+            Mixtral, torchvision's VGG and ResNet, ``nn.TransformerEncoderLayer``, a Sequential of
+            linear layers.
         units: Units named by hand, instead of searching.
         groups: Groups per feed-forward layer; as many as the model has heads when None.
         head_output: Whether heads own their columns of the output projection.

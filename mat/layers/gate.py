@@ -3,7 +3,7 @@
 Two backward modes (paper section 5):
 
 ``cut``    nothing flows back through a frozen unit, and nothing of its backward is computed;
-``exact``  only the weight gradients of frozen units are skipped: active units get the dense gradient.
+``exact``  only weight gradients of frozen units are skipped: active units get the dense ones.
 """
 
 from itertools import pairwise
@@ -60,9 +60,9 @@ def spread(source: Tensor, index: Index, dim: int, size: int) -> Tensor:
 class GatedPart:
     """What a gate's units own of one parameter, with the gate as it stands.
 
-    The gradient of the active rows has two homes. ``p.grad`` with the parameter's shape and zeros in
-    frozen rows is the usual one. With ``compact`` (an optimiser of ours asked for it) it is a block
-    of the active rows alone, rows first whatever ``dim``, and no full-size gradient is made.
+    The gradient of the active rows has two homes. ``p.grad`` with the parameter's shape and zeros
+    in frozen rows is the usual one. With ``compact`` (an optimiser of ours asked for it) it is a
+    block of the active rows alone, rows first whatever ``dim``, and no full-size gradient is made.
 
     Attributes:
         gate: Whose units they are.
@@ -114,7 +114,7 @@ class GatedPart:
         self._leaf = None
 
     def home(self, weight: Tensor) -> Tensor:
-        """What autograd differentiates in a forward pass with ``weight`` in the parameter's place."""
+        """What autograd differentiates in a forward pass that uses ``weight``."""
         if not self.compact or self.whole or weight is not self.parameter:
             return weight
         if self._leaf is None:
@@ -238,7 +238,7 @@ class Gate:
 
     @property
     def open(self) -> bool:
-        """Whether the layer runs untouched: all units train, or no gradient is wanted through it."""
+        """Whether the layer runs untouched: all units train, or no gradient is wanted."""
         return self.transparent or self.n_active == self.n_units or not torch.is_grad_enabled()
 
     def units(self, each: int = 1) -> tuple[Index, Index, int]:

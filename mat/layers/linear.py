@@ -36,7 +36,7 @@ class Way:
 
 
 class LinearSite(Site):
-    """A linear layer whose weight's rows or columns belong to units, or whose input comes from units.
+    """A linear layer whose rows or columns belong to units, or whose input comes from units.
 
     Args:
         module: The linear layer.
@@ -54,7 +54,8 @@ class LinearSite(Site):
         bias: GatedPart | None = None,
         below: tuple[Gate, Any] | None = None,
     ) -> None:
-        super().__init__(module, weight and weight.gate, below and below[0])
+        own = None if weight is None else weight.gate
+        super().__init__(module, own, None if below is None else below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
     def way(self) -> Way:
@@ -111,8 +112,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class _Linear(torch.autograd.Function):
     """``F.linear``, and a backward of what :class:`Way` names.
 
-    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and bias,
-    weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
+    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and
+    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or
+    None.
     """
 
     @staticmethod
@@ -157,7 +159,8 @@ class _Linear(torch.autograd.Function):
             return (None,) * 7
         g = g.to(weight.dtype)
         d_x = d_compact = d_weight = d_bias = None
-        if wants_x or wants_compact:  # zeros of no product where r is 0: data-parallel waits for them
+        # Where r is 0, zeros of no product: data-parallel waits for a gradient of every parameter.
+        if wants_x or wants_compact:
             into = take(take(weight, way.through, 0), way.into, 1)  # (r, s)
             d = (g @ into).view(*ctx.shape[:-1], -1)
             if ctx.compact is not None:

@@ -44,7 +44,7 @@ class Site:
             return self.earlier(*inputs, **named)
         return getattr(type(self.module), self.method)(self.module, *inputs, **named)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
         if all(gate.open for gate in self.gates):
@@ -60,8 +60,9 @@ class Compact:
     """A way back for the gradient of a part of a tensor's last axis, or of a map's channels.
 
     A gated product gives its consumer the values of all units, and beside them a stand-in of shape
-    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to the stand-in, and
-    no gradient of frozen columns is ever formed; any other code differentiates the values as usual.
+    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to
+    the stand-in, and no gradient of frozen columns is ever formed; any other code differentiates
+    the values as usual.
 
     Attributes:
         stand_in: Of k columns, without memory or meaningful values.
