@@ -102,6 +102,11 @@ class Gates:
                 self.active[rows] = wanted[rows]
                 gate.update()
 
+    def indices(self) -> list[Tensor]:
+        """Every tensor of row numbers in use: a CUDA graph reads them as long as it lives."""
+        found = [index for gate in self.layers for index in gate.indices()]
+        return [index for index in found if isinstance(index, Tensor)]
+
     def maybe_select(
         self,
         step: int,

@@ -10,14 +10,8 @@ import numpy as np
 from torch import nn
 
 from mat.adapters.feedforward import number_of_groups
-from mat.adapters.find import Place, finder, is_plain, linear_site
+from mat.adapters.find import ELEMENTWISE, Place, finder, is_plain, linear_site
 from mat.units import IntArray, UnitLayer
-
-# What keeps neurons apart, so that a frozen one's column needs no gradient.
-ELEMENTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Dropout, nn.AlphaDropout, nn.Identity,
-)  # fmt: skip
 
 
 @finder

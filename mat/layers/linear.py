@@ -5,15 +5,25 @@ open: an input gradient of N x r x s, a weight gradient of N x r x I (rows) or N
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mat.layers.gate import Gate, GatedPart, Index, spread, take
-from mat.layers.site import Site, compact_of, gathered, rows_of, stand_in, with_compact
+from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
+from mat.layers.once import once
+from mat.layers.site import (
+    Product,
+    Shares,
+    Site,
+    compact_of,
+    gathered,
+    rows_of,
+    stand_in,
+    with_compact,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,28 @@ class Way:
     through: Index
     into: Index
 
+    @property
+    def silent(self) -> bool:
+        """Whether the input gets no gradient: no row trains, and nobody waits for zeros.
+
+        Data-parallel training waits for a gradient of every parameter, those below included; with
+        compact gradients parameters that only frozen units read get none, and are left alone.
+        """
+        rows = self.rows
+        return self.through is not None and rows is not None and rows.compact and not rows.count
+
+    def shares(self, weight: Tensor) -> Shares:
+        """What the backward of a product with a weight (O, I, ...) runs of it."""
+        outputs, inputs = weight.shape[:2]
+        passed = Fraction(length(self.through, outputs), outputs)
+        received = Fraction(length(self.into, inputs), inputs)
+        part = self.rows or self.columns
+        trained = Fraction(1) if part is None else Fraction(part.count, weight.shape[part.dim])
+        return Shares(input_grad=passed * received, weight_grad=trained)
+
 
 class LinearSite(Site):
-    """A linear layer whose rows or columns belong to units, or whose input comes from units.
+    """A linear layer: rows or columns of its weight belong to units, or its input comes from them.
 
     Args:
         module: The linear layer.
@@ -54,8 +83,7 @@ class LinearSite(Site):
         bias: GatedPart | None = None,
         below: tuple[Gate, Any] | None = None,
     ) -> None:
-        own = None if weight is None else weight.gate
-        super().__init__(module, own, None if below is None else below[0])
+        super().__init__(module, weight.gate if weight else None, below and below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
     def way(self) -> Way:
@@ -70,6 +98,10 @@ class LinearSite(Site):
         elif self.below is not None and self.below[0].mode == "cut":
             into = self.below[0].divide(self.below[1])[0]
         return Way(rows, columns, self.bias, through, into)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; there is no padding."""
+        return self.way().shares(self.module.weight)
 
     def gated(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
@@ -146,7 +178,7 @@ class _Linear(torch.autograd.Function):
         return y, stand_in(y, way.rows.count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -159,8 +191,7 @@ class _Linear(torch.autograd.Function):
             return (None,) * 7
         g = g.to(weight.dtype)
         d_x = d_compact = d_weight = d_bias = None
-        # Where r is 0, zeros of no product: data-parallel waits for a gradient of every parameter.
-        if wants_x or wants_compact:
+        if (wants_x or wants_compact) and not way.silent:
             into = take(take(weight, way.through, 0), way.into, 1)  # (r, s)
             d = (g @ into).view(*ctx.shape[:-1], -1)
             if ctx.compact is not None:
