@@ -7,7 +7,7 @@ from mat.suite.data.tokens import MaskedText
 
 
 def load(config: DatasetConfig, seed: int) -> Data:
-    """The dataset of a configuration.
+    """The dataset of a configuration; prepared first if need be.
 
     Args:
         config: The dataset's configuration.
