@@ -70,7 +70,7 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
     try:
         training = Training(config, files)
         summary = training.train()
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):  # the latter while data are prepared
         pass
     except (RunFailed, UserError) as failure:
         files.write_failure(str(failure))

@@ -1,4 +1,4 @@
-"""Prepared data on disk: made once, whole or not there, and checked whenever they are loaded."""
+"""Prepared data on disk: whole or not there, and checked whenever they are loaded."""
 
 import hashlib
 import json
@@ -15,12 +15,7 @@ from mat.suite.config import DatasetConfig
 from mat.suite.errors import UserError
 
 CHECKSUMS = "checksums.json"
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+FORMAT = 2  # of what is prepared
 
 
 def prepared(
@@ -43,19 +38,15 @@ def prepared(
         UserError: If ``dataset.cache`` cannot be written.
     """
     root = Path(config.cache).expanduser()
-    folder = root / f"{config.name}-{_short_hash(identity)}"
-    if (fingerprint := _fingerprint(folder)) is not None:
-        return folder, fingerprint
+    folder = root / f"{config.name}-{_short_hash([FORMAT, *identity])}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".lock"):
-            if (fingerprint := _fingerprint(folder)) is None:
-                fingerprint = _make(folder, write)
+        if (fingerprint := _fingerprint(folder)) is None:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):
+                fingerprint = _fingerprint(folder) or _make(folder, write)
     except OSError as error:
-        raise UserError(
-            f"dataset.cache={config.cache} cannot be written ({error.strerror or error}): make room"
-            " there, or choose another folder."
-        ) from error
+        reason = f"dataset.cache={config.cache} cannot be written ({error.strerror or error})"
+        raise UserError(f"{reason}: make room there, or choose another folder.") from error
     return folder, fingerprint
 
 
@@ -77,18 +68,24 @@ def _make(folder: Path, write: Callable[[Path], None]) -> str:
     return _short_hash(checksums)
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
-
-
 def _fingerprint(folder: Path) -> str | None:
     """The fingerprint of a folder's content; None if that is not what was written."""
     try:
         checksums = _checksums(folder)
-        written = json.loads((folder / CHECKSUMS).read_text())
+        whole = json.loads((folder / CHECKSUMS).read_text()) == checksums
     except (OSError, ValueError):
         return None
-    return _short_hash(checksums) if written == checksums else None
+    return _short_hash(checksums) if whole else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short_hash(values: Any) -> str:

@@ -1,37 +1,33 @@
-"""Rows as they are stored: on the Hugging Face hub or in Parquet files, read by ``datasets``.
+"""Rows as they are stored: on the hub, in Parquet files or in a package, read by ``datasets``.
 
-They stream by PIECE at a time, so that a split may be larger than memory. Data that ship with a
-package (pydocs, digits) come from elsewhere.
+Files are streamed and the hub's data memory-mapped, so that a split may be larger than memory.
 """
 
 import glob
 import logging
+import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from mat.suite.config import DatasetConfig
+from mat.suite.data.base import evenly
 from mat.suite.data.cache import file_hash
 from mat.suite.errors import UserError
 
 PIECE = 2048  # rows that are in memory at once
+DIGITS_TEST = 360  # of scikit-learn's digits, evenly of every class
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column to read: what it is called, what it holds in words, and a test of its Arrow type."""
+class Column(NamedTuple):
+    """What to read: possible names, what it holds in words, the Arrow type to cast it to."""
 
     names: tuple[str, ...]
     content: str
-    fits: Callable[[Any], bool]
-
-
-def is_packaged(config: DatasetConfig) -> bool:
-    """Whether the data ship with a package, as pydocs and digits do."""
-    return config.hub_path is None and config.local_folder is None
+    kind: str | None = None
 
 
 def origin(config: DatasetConfig) -> str:
@@ -40,7 +36,9 @@ def origin(config: DatasetConfig) -> str:
 
 
 def source_key(config: DatasetConfig, splits: tuple[str, ...]) -> list[str]:
-    """What identifies hub or local data: the hub's name, or hashes of the files."""
+    """What identifies the data: hashes of local files, or the names of hub or package."""
+    if _is_packaged(config):
+        return [config.modality, platform.python_version()]
     if _folder(config) is None:
         return [str(config.hub_path), str(config.hub_name)]
     return [f"{split}:{file_hash(file)}" for split in splits for file in _files(config, split)]
@@ -49,29 +47,26 @@ def source_key(config: DatasetConfig, splits: tuple[str, ...]) -> list[str]:
 def read(
     config: DatasetConfig, split: str, doing: str, *columns: Column
 ) -> Iterator[tuple[str, int, list[Any]]]:
-    """Read columns of a split, under a progress bar.
-
-    Args:
-        config: The dataset's configuration.
-        split: Name of the split.
-        doing: What is done with the rows, for the progress bar.
-        columns: Columns to read.
+    """Read columns of a split, a piece at a time, under a progress bar that says ``doing``.
 
     Yields:
-        The file (or hub split), the number of its first row here, and an Arrow array per column.
+        The file (or hub split), the number of the piece's first row in it, and its columns.
 
     Raises:
         UserError: If files are missing or damaged, or lack a column.
     """
-    local = _folder(config) is not None
     label = f"{doing} {config.name} {split}"
     with tqdm(desc=label, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
-        for where in _files(config, split) if local else [f"{config.hub_path} ({split})"]:
+        for where, load, fault, remedy in _parts(config, split):
             first = 0
-            for table in _parquet(where) if local else _hub(config, split):
-                yield where, first, [table.column(_name(table, c, where)) for c in columns]
+            for table in _stream(load, fault, remedy):
+                yield where, first, [_column(table, column, where) for column in columns]
                 first += table.num_rows
                 bar.update(table.num_rows)
+
+
+def _is_packaged(config: DatasetConfig) -> bool:
+    return config.hub_path is None and config.local_folder is None
 
 
 def _folder(config: DatasetConfig) -> Path | None:
@@ -82,59 +77,77 @@ def _folder(config: DatasetConfig) -> Path | None:
 
 def _files(config: DatasetConfig, split: str) -> list[str]:
     folder = _folder(config)
-    assert folder is not None
     found = sorted(glob.glob(f"{glob.escape(str(folder))}/{split}*.parquet"))
     if not found:
         hub = "set dataset.root=null to load from the hub"
         raise UserError(
             f"{folder} has no {split}*.parquet: point dataset.root (or MAT_DATA) at the folder that"
-            f" holds {folder.name}/, or {hub if config.hub_path else 'choose another dataset'}."
+            f" holds {config.local_folder}/, or {hub if config.hub_path else 'choose other data'}."
         )
     return found
 
 
-def _parquet(file: str) -> Iterator[Any]:
+def _parts(config: DatasetConfig, split: str) -> Iterator[tuple[str, Callable[[], Any], str, str]]:
+    """What a split consists of: its name, how it is loaded, and the words when that fails."""
     import datasets
 
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        rows = datasets.load_dataset(
-            "parquet", data_files=glob.escape(file), split="train", streaming=True, batch_size=PIECE
-        )
-        yield from rows.with_format("arrow").iter(PIECE)
-    except Exception as error:  # datasets raises many kinds; all mean that the file is damaged
-        raise UserError(f"{file} is not a readable Parquet file: copy it again.") from error
-
-
-def _hub(config: DatasetConfig, split: str) -> Iterator[Any]:
-    import datasets
-
-    needed = (
-        f"set dataset.root (or MAT_DATA) to a folder that holds {config.local_folder}/*.parquet"
-    )
-    if config.hub_path is None:
-        raise UserError(f"dataset={config.name} is not on the hub: {needed}.")
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if _is_packaged(config):
+        packaged = {"text": _pydocs, "image": _digits}[config.modality]
+        yield origin(config), partial(packaged, split), config.name, "install it again"
+    elif _folder(config) is not None:
+        for file in _files(config, split):
+            where, stream = glob.escape(file), {"streaming": True, "batch_size": PIECE}
+            load = partial(datasets.Dataset.from_parquet, where, **stream)
+            yield file, load, f"{file} is not a readable Parquet file", "copy it again"
+    else:
+        local = f"set dataset.root (or MAT_DATA) to a folder with {config.local_folder}/*.parquet"
+        if config.hub_path is None:
+            raise UserError(f"dataset={config.name} is not on the hub: {local}.")
+        load = partial(datasets.load_dataset, config.hub_path, config.hub_name, split=split)
+        fault = f"dataset={config.name} could not be loaded from the hub"
+        yield f"{config.hub_path} ({split})", load, fault, f"check the network, or {local}"
+
+
+def _stream(load: Callable[[], Any], fault: str, remedy: str) -> Iterator[Any]:
     try:
-        rows = datasets.load_dataset(config.hub_path, config.hub_name, split=split)
-        yield from rows.with_format("arrow").iter(PIECE)
-    except Exception as error:  # the hub's client raises many kinds, too
-        raise UserError(
-            f"dataset={config.name} could not be loaded from the hub ({type(error).__name__}): "
-            f"check the network, or {needed}."
-        ) from error
+        yield from load().with_format("arrow").iter(PIECE)
+    except Exception as error:  # the libraries raise many kinds; all mean that it cannot be read
+        raise UserError(f"{fault} ({type(error).__name__}): {remedy}.") from error
 
 
-def _name(table: Any, column: Column, where: str) -> str:
-    """The one column of a table that fits."""
-    schema = table.schema
-    fits = [n for n in column.names if n in schema.names and column.fits(schema.field(n).type)]
-    if len(fits) != 1:
-        names = " or ".join(f"'{name}'" for name in column.names)
-        stored = ", ".join(f"'{field.name}' ({field.type})" for field in schema)
-        raise UserError(
-            f"{where} needs one column {names} of {column.content} and has {stored}: rename or "
-            "convert one."
-        )
-    return fits[0]
+def _column(table: Any, column: Column, where: str) -> Any:
+    try:
+        (name,) = [name for name in column.names if name in table.column_names]
+        array = table.column(name)
+        return array.cast(column.kind) if column.kind else array
+    except (ValueError, NotImplementedError) as error:  # none, two, or of another type
+        stored = ", ".join(f"'{field.name}' ({field.type})" for field in table.schema)
+        wanted = f"one column '{column.names[0]}' of {column.content}"
+        raise UserError(f"{where} has {stored}: rename or convert them to {wanted}.") from error
+
+
+def _pydocs(split: str) -> Any:
+    """English prose: ``pydoc_data.topics``, every topic in one split."""
+    from pydoc_data.topics import topics
+
+    from datasets import Dataset
+
+    splits = ["train"] * 8 + ["validation", "test"]
+    names = [name for i, name in enumerate(sorted(topics)) if splits[i % 10] == split]
+    return Dataset.from_dict({"text": [line for n in names for line in topics[n].splitlines()]})
+
+
+def _digits(split: str) -> Any:
+    """scikit-learn's handwritten digits of 8 x 8 pixels; 17 shades of grey become 0..255."""
+    import numpy as np
+    from datasets import Dataset, Features, Image, Value
+    from PIL.Image import fromarray
+    from sklearn.datasets import load_digits
+
+    shades, labels = load_digits(return_X_y=True)
+    grey = np.rint(shades * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    rows = np.flatnonzero(evenly(labels, DIGITS_TEST) == (split == "test"))
+    columns = {"img": [fromarray(image) for image in grey[rows]], "label": labels[rows]}
+    return Dataset.from_dict(columns, Features(img=Image(), label=Value("int64")))

@@ -1,14 +1,10 @@
-"""Text as masked sequences of WordPiece tokens.
-
-The pieces are learned from the training split. Text streams through in pieces and the tokens are
-memory-mapped, so that a corpus may be larger than memory.
-"""
+"""Text as masked sequences of WordPiece tokens, the pieces learned from the training split."""
 
 import json
-import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +13,31 @@ import torch
 from numpy.typing import NDArray
 
 from mat.suite.config import TextConfig
-from mat.suite.data.base import EVALUATION, FEW, PROBE, Data, entropy, spaced
+from mat.suite.data.base import EVALUATION, FEW, PROBE, Shuffled, entropy, spaced
 from mat.suite.data.cache import prepared
 from mat.suite.data.masking import MaskedBatch, mask
-from mat.suite.data.source import PIECE, Column, is_packaged, origin, read, source_key
+from mat.suite.data.source import Column, origin, read, source_key
 from mat.suite.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+TEXT = Column(("text",), "strings", "large_binary")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 UNKNOWN = "<unk>"  # WikiText v1's rare words; the tokenizer's own unknown piece stands for it
 LITERAL = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")  # in a text these are words in brackets
 LONGEST = 100  # characters; to WordPiece, longer words are unknown
-LONG = re.compile(rf"[^ \t\r\n]{{{LONGEST + 1},}}")
-CACHE_FORMAT = 2
 ALPHABET = 1000  # characters that pieces are made of; a word with a rarer one is unknown
 BLOCK = 2**14  # evaluation sequences that are masked at once
-Lines = Iterable[list[str]]
-
-
-def _is_text(kind: Any) -> bool:
-    return any(word in str(kind) for word in ("string", "binary")) and "<" not in str(kind)
-
-
-TEXT = Column(("text",), "strings", _is_text)
 
 
 def lines(config: TextConfig, split: str, doing: str) -> Iterator[list[str]]:
-    """The lines of a split, some at a time.
-
-    Raises:
-        UserError: If they cannot be read.
-    """
-    if is_packaged(config):
-        yield from _pydocs(split)
-        return
+    """The lines of a split, some at a time; UserError if they cannot be read."""
     for where, first, (column,) in read(config, split, doing, TEXT):
+        piece = [line or b"" for line in column.to_pylist()]
         try:
-            piece = [(line or b"") for line in column.cast("large_binary").to_pylist()]
             yield [line.decode() for line in piece]
         except UnicodeDecodeError as error:
             row = first + piece.index(error.object)
             raise UserError(f"{where}, row {row}, is no UTF-8 text: convert it.") from error
-
-
-def _pydocs(split: str) -> Iterator[list[str]]:
-    """English prose: ``pydoc_data.topics``, every topic in one split."""
-    from pydoc_data.topics import topics
-
-    tenths = {"validation": {8}, "test": {9}}.get(split, set(range(8)))
-    names = [name for i, name in enumerate(sorted(topics)) if i % 10 in tenths]
-    whole = [line for name in names for line in topics[name].splitlines()]
-    for first in range(0, len(whole), PIECE):
-        yield whole[first : first + PIECE]
 
 
 def _tokenizer(vocabulary: dict[str, int] | None = None) -> Any:
@@ -81,41 +50,30 @@ def _tokenizer(vocabulary: dict[str, int] | None = None) -> Any:
     return tokenizer
 
 
-def train_tokenizer(read_lines: Callable[[str], Lines], vocabulary: int) -> Any:
-    """A WordPiece tokenizer; the same text gives the same one.
+def train_tokenizer(text: Iterable[list[str]], vocabulary: int) -> Any:
+    """A WordPiece tokenizer of at most so many pieces; the same text gives the same one.
 
     Left to itself the trainer numbers the characters inside words ("##a") in the order of a
     randomly seeded hash map, and breaks ties between merges by these numbers. Here the alphabet is
-    counted first and its order given.
-
-    Args:
-        read_lines: Reads the training text anew; its argument says what for.
-        vocabulary: Wanted number of pieces.
+    counted first and its order given. Too long words are left out: it takes quadratic time in them.
     """
     from tokenizers import trainers
 
     tokenizer = _tokenizer()
-
-    def parts(word: str) -> list[str]:
-        normal = tokenizer.normalizer.normalize_str(word)
-        split = [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
-        return [part for part in split if len(part) <= LONGEST]
-
-    def known(line: str) -> str:
-        """The line without unknown words: training takes time quadratic in a word's length."""
-        return LONG.sub(lambda found: " ".join(parts(found[0])), line.replace(UNKNOWN, " "))
-
-    words: Counter[str] = Counter()
-    for piece in read_lines("counting words of"):
+    split, normalise = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
+    spaced_words: Counter[str] = Counter()
+    for piece in text:
         for line in piece:
-            words.update(known(line).split())
-    counts: Counter[str] = Counter()
-    inside: set[str] = set()
+            spaced_words.update(line.replace(UNKNOWN, " ").split())
+    words: Counter[str] = Counter()
+    for spaced_word, count in spaced_words.items():
+        for word, _ in split(normalise(spaced_word)):
+            words[word] += count * (len(word) <= LONGEST)
+    characters: Counter[str] = Counter()
     for word, count in words.items():
-        for part in parts(word):
-            counts.update(dict.fromkeys(part, count))
-            inside.update(part[1:])
-    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET]
+        characters.update(dict.fromkeys(word, count))
+    alphabet = sorted(characters, key=lambda c: (-characters[c], c))[:ALPHABET]
+    inside = {c for word in words for c in word[1:]}
     starts = [f"##{c}" for c in sorted(inside.intersection(alphabet))]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary,
@@ -124,104 +82,81 @@ def train_tokenizer(read_lines: Callable[[str], Lines], vocabulary: int) -> Any:
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    text = ([known(line) for line in piece] for piece in read_lines("learning word pieces of"))
-    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.train_from_iterator(_repeated(words), trainer)
     return _tokenizer(tokenizer.get_vocab())  # in which "##a" is no special token
 
 
-def encoded(tokenizer: Any, text: Lines) -> Iterator[NDArray[np.uint16]]:
-    """The ids of the lines, in pieces; blank lines have none."""
-    for piece in text:
-        known = [LITERAL.sub(r"[ \1 ]", line).replace(UNKNOWN, "[UNK]") for line in piece]
-        rows = tokenizer.encode_batch_fast([line for line in known if line.strip()])
-        yield np.concatenate([np.empty(0, np.uint16), *(np.array(r.ids, np.uint16) for r in rows)])
+def _repeated(words: Counter[str], most: int = 1000) -> Iterator[str]:
+    """Every word as often as it was counted, at most so often in a string."""
+    for word, count in words.items():
+        for first in range(0, count, most):
+            yield f"{word} " * min(most, count - first)
 
 
 def encode(config: TextConfig, folder: Path) -> None:
     """Write ``tokenizer.json``, and ``<split>.bin`` with all ids of a split, uint16."""
-    tokenizer = train_tokenizer(lambda doing: lines(config, "train", doing), config.vocabulary)
+    tokenizer = train_tokenizer(lines(config, "train", "counting words of"), config.vocabulary)
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    for split in reversed(SPLITS):  # the long one last
+    for split in SPLITS:
         with open(folder / f"{split}.bin", "wb") as file:
-            for ids in encoded(tokenizer, lines(config, split, "tokenising")):
-                file.write(ids.tobytes())
+            for piece in lines(config, split, "tokenising"):
+                plain = [LITERAL.sub(r"[ \1 ]", line) for line in piece if line.strip()]
+                known = [line.replace(UNKNOWN, "[UNK]") for line in plain]
+                for row in tokenizer.encode_batch_fast(known):
+                    file.write(np.array(row.ids, np.uint16).tobytes())
             if file.tell() == 0:
                 raise UserError(f"{origin(config)} has an empty {split} split: get the data again.")
 
 
-def prepared_tokens(config: TextConfig) -> tuple[Path, str]:
-    """The folder that :func:`encode` wrote, made if need be, and its fingerprint.
-
-    Raises:
-        UserError: If the data cannot be had.
-    """
-    packaged = is_packaged(config)
-    key = ["pydocs", platform.python_version()] if packaged else source_key(config, SPLITS)
-    identity = [CACHE_FORMAT, config.vocabulary, *key]
-    return prepared(config, identity, lambda folder: encode(config, folder))
-
-
-class MaskedText(Data):
-    """A tokenised corpus as reproducible masked batches.
+class MaskedText(Shuffled):
+    """A tokenised corpus as reproducible masked batches; the tokens are memory-mapped.
 
     Args:
         config: The dataset's configuration.
         seed: Seed of the order of the training sequences and of their masks.
+
+    Attributes:
         outputs: V, the number of pieces.
         sequences: Packed sequences (N, T) by split; the remainder of a split is left out.
         fingerprint: Hash of the tokens of all splits and of the pieces.
+
+    Raises:
+        UserError: If the data cannot be had, or there are fewer tokens or sequences than wanted.
     """
 
-    def __init__(
-        self,
-        config: TextConfig,
-        seed: int,
-        outputs: int,
-        sequences: dict[str, NDArray[np.uint16]],
-        fingerprint: str,
-    ) -> None:
-        super().__init__(len(sequences["train"]), seed, outputs, fingerprint)
-        self.config, self.sequences = config, sequences
-
-    @classmethod
-    def load(cls, config: TextConfig, seed: int) -> "MaskedText":
-        """Read the prepared tokens (made first if need be).
-
-        Raises:
-            UserError: If the data cannot be had or a split is shorter than a sequence.
-        """
-        folder, fingerprint = prepared_tokens(config)
+    def __init__(self, config: TextConfig, seed: int) -> None:
+        identity = [config.vocabulary, *source_key(config, SPLITS)]
+        folder, self.fingerprint = prepared(config, identity, partial(encode, config))
         pieces = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-        sequences = {}
+        self.config, self.outputs = config, len(pieces)
+        self.sequences: dict[str, NDArray[np.uint16]] = {}
         for split in SPLITS:
             ids = np.memmap(folder / f"{split}.bin", np.uint16, "r")
             count = len(ids) // config.length
             if count == 0:
+                there = f"the {split} split of {origin(config)} ({len(ids)} tokens)"
                 raise UserError(
-                    f"dataset.length={config.length} is longer than the {split} split of "
-                    f"{origin(config)} ({len(ids)} tokens): choose a smaller dataset.length."
+                    f"dataset.length={config.length} is longer than {there}: choose a smaller one."
                 )
-            sequences[split] = ids[: count * config.length].reshape(count, config.length)  # (N, T)
-        few, count = config.train_sequences, len(sequences["train"])
+            self.sequences[split] = ids[: count * config.length].reshape(count, -1)  # (N, T)
+        few, count = config.train_sequences, len(self.sequences["train"])
         if few is not None:
             if few > count:
-                raise UserError(
-                    f"dataset.train_sequences={few} exceeds the {count} there are: choose fewer, "
-                    "or null."
-                )
+                there = f"the {count} there are"
+                raise UserError(f"dataset.train_sequences={few} exceeds {there}: choose fewer.")
             rows = np.random.default_rng([seed, FEW]).permutation(count)[:few]
-            sequences["train"] = sequences["train"][np.sort(rows)]
-        return cls(config, seed, len(pieces), sequences, fingerprint)
+            self.sequences["train"] = self.sequences["train"][np.sort(rows)]
+        super().__init__(few or count, seed)
 
     def train_batch(self, step: int, batch: int) -> tuple[MaskedBatch, int]:
-        """The masked batch of a step and its epoch; the last of an epoch may be short."""
-        rows, key, epoch = self._train_rows(step, batch)
+        """The batch of a step and its epoch; the last batch of an epoch may be short."""
+        rows, key, epoch = self.train_rows(step, batch)
         return self._masked(self.sequences["train"][rows], key), epoch
 
     def evaluation_batches(
         self, split: str, samples: int | None, batch: int
     ) -> Iterator[MaskedBatch]:
-        """Evenly spaced samples; a sample's mask is the same for all seeds and batch sizes."""
+        """Evenly spaced samples (all when None); masks depend on neither seed nor batch size."""
         whole = self.sequences[split]
         chosen = spaced(samples, len(whole))
         for block, first in enumerate(range(0, len(whole), BLOCK)):
@@ -233,7 +168,7 @@ class MaskedText(Data):
 
     def probe_batch(self, samples: int) -> MaskedBatch:
         """The estimator's samples, drawn once from the training split."""
-        rows = self._probe_rows(samples)
+        rows = self.probe_rows(samples)
         return self._masked(self.sequences["train"][rows], [self.seed, PROBE, 1])
 
     def facts(self) -> dict[str, float]:
