@@ -414,7 +414,7 @@ def test_training_images_are_moved_and_mirrored_one_by_one(config, padding, flip
     ways = Counter()
     for step in range(120):
         batch, _ = some.train_batch(step, 25)
-        rows, _, _ = some.train_rows(step, 25)
+        rows, _, _ = some._train_rows(step, 25)
         assert np.array_equal(batch.targets, stored_labels[rows])
         for row, image in zip(rows, pixels_of(some, batch), strict=True):
             ways[places[int(row)][image.tobytes()]] += 1  # a KeyError if it is not that image

@@ -384,7 +384,7 @@ def validate(config: Config) -> None:
         _validate_switch(model, selection.units)
     if isinstance(model, VggConfig):
         _validate_vgg(model)
-    _validate_dataset(config.dataset, model)
+    _validate_dataset(config.dataset)
 
     for name in config.analysis:
         _one_of("analysis", name, ANALYSES)
@@ -473,18 +473,11 @@ def _validate_vgg(model: VggConfig) -> None:
         _between("model.stages", filters, 1, INF)
 
 
-def _validate_dataset(dataset: DatasetConfig, model: ModelConfig) -> None:
+def _validate_dataset(dataset: DatasetConfig) -> None:
     if not re.fullmatch(r"[\w-][\w.-]{0,63}", dataset.name):  # it begins a folder's name
         raise UserError(
             f"dataset.name={dataset.name!r} is no name: use up to 64 letters, digits, - and _."
         )
-    if isinstance(dataset, ImageConfig) and isinstance(model, VggConfig):
-        most = dataset.size.bit_length()  # every stage but the first sees half the pixels a side
-        if len(model.stages) > most:
-            raise UserError(
-                f"model.stages has {len(model.stages)} stages, too many for dataset.size="
-                f"{dataset.size}: give at most {most}."
-            )
     if isinstance(dataset, ImageConfig):
         _between("dataset.padding", dataset.padding, 0, dataset.size)
         if dataset.channels not in (1, 3):

@@ -4,10 +4,8 @@ from mat.suite.config import DatasetConfig, ImageConfig, TextConfig
 from mat.suite.data.images import Images
 from mat.suite.data.tokens import MaskedText
 
-Data = Images | MaskedText
 
-
-def load(config: DatasetConfig, seed: int) -> Data:
+def load(config: DatasetConfig, seed: int) -> Images | MaskedText:
     """The dataset of a configuration, prepared first if need be.
 
     Args:

@@ -9,23 +9,25 @@ Rows = NDArray[np.int64]
 TRAIN, EVALUATION, PROBE, FEW = 0, 1, 2, 3  # streams of randomness, part of every key
 
 
-class Shuffled:
-    """The order of training samples: every epoch is a new permutation.
+class Data:
+    """What all datasets share; every epoch takes the training samples in a new order.
 
-    Args:
+    Attributes:
         count: Number of training samples.
-        seed: Of their order.
+        seed: Of their order, and of what else is drawn for them.
+        outputs: What a model has to tell apart: number of word pieces V, or of classes.
+        fingerprint: Hash of the prepared data of all splits, the same wherever they lie.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, outputs: int, fingerprint: str = "") -> None:
+        self.count, self.seed, self.outputs, self.fingerprint = count, seed, outputs, fingerprint
         self._epoch: tuple[int, Rows] | None = None  # the present one, and its permutation
 
     def steps_per_epoch(self, batch: int) -> int:
         """Batches of this size in an epoch, a short last one included."""
         return -(-self.count // batch)
 
-    def train_rows(self, step: int, batch: int) -> tuple[Rows, list[int], int]:
+    def _train_rows(self, step: int, batch: int) -> tuple[Rows, list[int], int]:
         """The samples of a step, sorted; the key of what else is drawn for them; the epoch."""
         epoch, within = divmod(step, self.steps_per_epoch(batch))
         if self._epoch is None or self._epoch[0] != epoch:
@@ -34,7 +36,7 @@ class Shuffled:
         rows = self._epoch[1][within * batch : (within + 1) * batch]
         return np.sort(rows), [self.seed, TRAIN, epoch, within], epoch
 
-    def probe_rows(self, samples: int) -> Rows:
+    def _probe_rows(self, samples: int) -> Rows:
         """The estimator's samples, sorted; UserError if there are fewer."""
         if samples > self.count:
             there = f"the {self.count} training samples"

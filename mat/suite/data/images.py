@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mat.suite.config import ImageConfig
-from mat.suite.data.base import Rows, Shuffled, entropy, evenly, spaced
+from mat.suite.data.base import Data, Rows, entropy, evenly, spaced
 from mat.suite.data.cache import prepared
 from mat.suite.data.source import Column, origin, read, source_key
 from mat.suite.errors import UserError
@@ -95,7 +95,7 @@ def decode(config: ImageConfig, folder: Path) -> None:
         (folder / f"{split}_labels.bin").write_bytes(np.array(classes, np.int64).tobytes())
 
 
-class Images(Shuffled):
+class Images(Data):
     """Images as reproducible batches.
 
     A training image moves up to ``padding`` pixels each way, black coming in, and is mirrored with
@@ -108,9 +108,7 @@ class Images(Shuffled):
         seed: Seed of the order of the training images and of their crops and flips.
 
     Attributes:
-        outputs: Number of classes.
         splits: Pixels (N, size, size, channels) and labels (N,), stored, and the split's rows.
-        fingerprint: Hash of the pixels and labels of all splits.
 
     Raises:
         UserError: If the data cannot be had, or too few images are left for training.
@@ -119,7 +117,7 @@ class Images(Shuffled):
     def __init__(self, config: ImageConfig, seed: int) -> None:
         layout = [config.source_size, config.size, config.channels, config.classes]
         identity = [*layout, *source_key(config, STORED)]
-        folder, self.fingerprint = prepared(config, identity, partial(decode, config))
+        folder, fingerprint = prepared(config, identity, partial(decode, config))
         shape = (-1, config.size, config.size, config.channels)
         train, test = (np.memmap(folder / f"{s}_images.bin", np.uint8, "r") for s in STORED)
         train_labels, test_labels = (np.fromfile(folder / f"{s}_labels.bin", int) for s in STORED)
@@ -134,10 +132,11 @@ class Images(Shuffled):
             "validation": (train.reshape(shape), train_labels, np.flatnonzero(held_out)),
             "test": (test.reshape(shape), test_labels, np.arange(len(test_labels))),
         }
-        super().__init__(len(train_labels) - config.validation, seed)
-        self.config, self.outputs = config, config.classes
+        count = len(train_labels) - config.validation
+        super().__init__(count, seed, config.classes, fingerprint)
+        self.config = config
         counts = np.zeros((config.channels, 256), np.int64)
-        for rows in np.array_split(np.arange(self.count), 64):  # counting takes 8 bytes a value
+        for rows in np.array_split(np.arange(count), 64):  # counting takes 8 bytes a value
             values = self.images("train", rows)[0].reshape(-1, config.channels)
             counts += [np.bincount(channel, minlength=256) for channel in values.T]
         share, value = counts / counts.sum(1, keepdims=True), np.arange(256)
@@ -151,7 +150,7 @@ class Images(Shuffled):
 
     def train_batch(self, step: int, batch: int) -> tuple[ImageBatch, int]:
         """The batch of a step, cropped and mirrored, and its epoch."""
-        rows, key, epoch = self.train_rows(step, batch)
+        rows, key, epoch = self._train_rows(step, batch)
         pixels, labels = self.images("train", rows)
         return self._batch(self._moved(pixels, np.random.default_rng(key)), labels), epoch
 
@@ -165,7 +164,7 @@ class Images(Shuffled):
 
     def probe_batch(self, samples: int) -> ImageBatch:
         """The estimator's images, drawn once from the training split, as they are."""
-        return self._batch(*self.images("train", self.probe_rows(samples)))
+        return self._batch(*self.images("train", self._probe_rows(samples)))
 
     def facts(self) -> dict[str, float]:
         """Entropy in nats of the validation labels: the loss of a model that ignores the image."""

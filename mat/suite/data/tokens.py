@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mat.suite.config import TextConfig
-from mat.suite.data.base import EVALUATION, FEW, PROBE, Shuffled, entropy, spaced
+from mat.suite.data.base import EVALUATION, FEW, PROBE, Data, entropy, spaced
 from mat.suite.data.cache import prepared
 from mat.suite.data.masking import MaskedBatch, mask
 from mat.suite.data.source import Column, origin, read, source_key
@@ -108,7 +108,7 @@ def encode(config: TextConfig, folder: Path) -> None:
                 raise UserError(f"{origin(config)} has an empty {split} split: get the data again.")
 
 
-class MaskedText(Shuffled):
+class MaskedText(Data):
     """A tokenised corpus as reproducible masked batches; the tokens are memory-mapped.
 
     Args:
@@ -116,9 +116,7 @@ class MaskedText(Shuffled):
         seed: Seed of the order of the training sequences and of their masks.
 
     Attributes:
-        outputs: V, the number of pieces.
         sequences: Packed sequences (N, T) by split; the remainder of a split is left out.
-        fingerprint: Hash of the tokens of all splits and of the pieces.
 
     Raises:
         UserError: If the data cannot be had, or there are fewer tokens or sequences than wanted.
@@ -126,9 +124,9 @@ class MaskedText(Shuffled):
 
     def __init__(self, config: TextConfig, seed: int) -> None:
         identity = [config.vocabulary, *source_key(config, SPLITS)]
-        folder, self.fingerprint = prepared(config, identity, partial(encode, config))
+        folder, fingerprint = prepared(config, identity, partial(encode, config))
         pieces = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-        self.config, self.outputs = config, len(pieces)
+        self.config = config
         self.sequences: dict[str, NDArray[np.uint16]] = {}
         for split in SPLITS:
             ids = np.memmap(folder / f"{split}.bin", np.uint16, "r")
@@ -146,11 +144,11 @@ class MaskedText(Shuffled):
                 raise UserError(f"dataset.train_sequences={few} exceeds {there}: choose fewer.")
             rows = np.random.default_rng([seed, FEW]).permutation(count)[:few]
             self.sequences["train"] = self.sequences["train"][np.sort(rows)]
-        super().__init__(few or count, seed)
+        super().__init__(few or count, seed, len(pieces), fingerprint)
 
     def train_batch(self, step: int, batch: int) -> tuple[MaskedBatch, int]:
         """The batch of a step and its epoch; the last batch of an epoch may be short."""
-        rows, key, epoch = self.train_rows(step, batch)
+        rows, key, epoch = self._train_rows(step, batch)
         return self._masked(self.sequences["train"][rows], key), epoch
 
     def evaluation_batches(
@@ -168,7 +166,7 @@ class MaskedText(Shuffled):
 
     def probe_batch(self, samples: int) -> MaskedBatch:
         """The estimator's samples, drawn once from the training split."""
-        rows = self.probe_rows(samples)
+        rows = self._probe_rows(samples)
         return self._masked(self.sequences["train"][rows], [self.seed, PROBE, 1])
 
     def facts(self) -> dict[str, float]:
