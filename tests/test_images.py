@@ -1,4 +1,4 @@
-"""Images: decoded once, held out, moved, mirrored and normalised as they should be, reproducibly."""
+"""Images: decoded, held out, moved, mirrored and normalised as they should be, reproducibly."""
 
 import dataclasses
 import io
@@ -214,7 +214,7 @@ def cut(folder: Path) -> None:
 
 
 def spoil(folder: Path) -> None:
-    """Overwrite what lies in the middle of the data pages, the footer stays whole."""
+    """The footer is right but the data are not."""
     path = folder / SECOND
     content = bytearray(path.read_bytes())
     content[4:400] = bytes(396)

@@ -478,6 +478,8 @@ def _validate_dataset(dataset: DatasetConfig) -> None:
         raise UserError(
             f"dataset.name={dataset.name!r} is no name: use up to 64 letters, digits, - and _."
         )
+    if not dataset.cache:
+        raise UserError("dataset.cache is empty: name a folder.")
     if isinstance(dataset, ImageConfig):
         _between("dataset.padding", dataset.padding, 0, dataset.size)
         if dataset.channels not in (1, 3):

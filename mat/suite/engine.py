@@ -70,7 +70,7 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
     try:
         training = Training(config, files)
         summary = training.train()
-    except (Interrupted, KeyboardInterrupt):  # the latter while data are prepared
+    except Interrupted:
         pass
     except (RunFailed, UserError) as failure:
         files.write_failure(str(failure))
@@ -94,7 +94,10 @@ class Training:
         if config.hardware.device == "cuda" and not torch.cuda.is_available():
             raise UserError("hardware.device=cuda finds no CUDA device: choose hardware=cpu.")
         self.device = torch.device(config.hardware.device)
-        self.data = datasets.load(config.dataset, config.seed)
+        try:
+            self.data = datasets.load(config.dataset, config.seed)
+        except KeyboardInterrupt:  # while they are prepared; that leaves nothing half done
+            raise Interrupted from None
         torch.manual_seed(config.seed)
         self.model = build(config, self.data.outputs).to(self.device)
         train = config.train

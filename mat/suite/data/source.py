@@ -36,12 +36,20 @@ def origin(config: DatasetConfig) -> str:
 
 
 def source_key(config: DatasetConfig, splits: tuple[str, ...]) -> list[str]:
-    """What identifies the data: hashes of local files, or the names of hub or package."""
+    """What identifies the data: hashes of local files, or the names of hub or package.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
     if _is_packaged(config):
         return [config.modality, platform.python_version()]
     if _folder(config) is None:
         return [str(config.hub_path), str(config.hub_name)]
-    return [f"{split}:{file_hash(file)}" for split in splits for file in _files(config, split)]
+    try:
+        return [f"{split}:{file_hash(file)}" for split in splits for file in _files(config, split)]
+    except OSError as error:
+        fault = f"{error.filename} cannot be read ({error.strerror})"
+        raise UserError(f"{fault}: copy it again, or mend its permissions.") from error
 
 
 def read(
