@@ -1,4 +1,4 @@
-"""How the outputs of a network become what is differentiated (see ``mat.ntk`` for the reductions)."""
+"""How the outputs of a network become what is differentiated; ``mat.ntk`` has the reductions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.attention import attend_apart, core_shares, of_heads
 from mat.layers.gate import Gate, Index
-from mat.layers.site import Product, Shares, Site
+from mat.layers.site import Operation, Shares, Site
 from mat.units import UnitLayer
 
 # Queries, keys, values, output projection.
@@ -100,7 +100,7 @@ class CoreSite(Site):
         self.module.config = self.config
         del self.module._core_gate
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`."""
         return core_shares(self.gate)
 

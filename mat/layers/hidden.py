@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
 from mat.layers.once import once
-from mat.layers.site import Product, Shares, Site, gathered, rows_of, stand_in, with_compact
+from mat.layers.site import Operation, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
 
@@ -50,7 +50,7 @@ class HiddenSite(Site):
         """What is differentiated of every first matrix, with the gate as it stands."""
         return [by_rows(*pair) for pair in zip(self.weights, self.biases, strict=True)]
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; the first matrices are alike."""
         return self.ways()[0].shares(self.firsts[0].weight)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
 from mat.layers.once import once
 from mat.layers.site import (
-    Product,
+    Operation,
     Shares,
     Site,
     compact_of,
@@ -99,7 +99,7 @@ class LinearSite(Site):
             into = self.below[0].divide(self.below[1])[0]
         return Way(rows, columns, self.bias, through, into)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; there is no padding."""
         return self.way().shares(self.module.weight)
 

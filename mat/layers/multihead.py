@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mat.layers.attention import attend_apart, core_shares, of_heads
 from mat.layers.gate import Gate, GatedPart, Index
 from mat.layers.linear import by_rows, product
-from mat.layers.site import Product, Shares, Site
+from mat.layers.site import Operation, Shares, Site
 from mat.units import Part
 
 
@@ -32,9 +32,9 @@ class MultiheadSite(Site):
         super().__init__(module, gate)
         self.gate, self.weight, self.bias = gate, weight, bias
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; the output projection has a site of its own."""
-        if product.weight.endswith("in_proj_weight"):
+        if operation.weight.endswith("in_proj_weight"):
             return by_rows(self.weight, self.bias).shares(self.module.in_proj_weight)
         return core_shares(self.gate)
 
