@@ -93,7 +93,10 @@ def test_units_by_hand_get_zero_gradients_anywhere() -> None:
     ).double()
     units = [
         mat.Unit(
-            "left", mat.rows("0.weight", 0, 3), mat.rows("2.weight", 0, 4), mat.cols("3.weight", 0, 4)
+            "left",
+            mat.rows("0.weight", 0, 3),
+            mat.rows("2.weight", 0, 4),
+            mat.cols("3.weight", 0, 4),
         ),
         mat.Unit("right", mat.rows("0.weight", 3, 6), mat.rows("2.weight", 4, 8)),
     ]  # fmt: skip

@@ -118,6 +118,22 @@ def test_scores_of_a_step_survive_a_checkpoint(estimator: Estimator) -> None:
     assert (first.active == second.active).all() and not first.active.all()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "gradnorm"}, {"reduction": "online"}], ids=["mntk", "norms", "online"]
+)
+def test_estimators_scores_select_a_share(options: dict[str, Any]) -> None:
+    ids = torch.arange(24).view(4, 6)
+    batch = {"input_ids": ids, "labels": ids}
+    model, _ = build("bert")
+    gates = mat.attach_(model, mat.MATConfig(share=0.5, every=2, log=False, **options))
+    for step in range(4):
+        gates.maybe_select(step, batch)
+        model(**batch).loss.backward()
+        model.zero_grad()
+    assert gates.policy.state.t == 1 and gates.active.sum() == 12
+    assert len(set(gates.policy.state.score.tolist())) == 24
+
+
 @pytest.mark.parametrize(("rule", "counts"), [("random", [6, 2, 2]), ("all", [6, 6, 6])])
 def test_controls_need_no_probe(rule: str, counts: list[int]) -> None:
     gates = attached(rule=rule, share=1 / 3)

@@ -159,6 +159,11 @@ def test_restored_optimiser_stays_guarded() -> None:
     )
 
 
+def test_optimisers_that_know_units_are_left_alone() -> None:
+    _, optimiser = attached(mat.AdamW)
+    assert not optimiser._optimizer_step_pre_hooks
+
+
 def test_detached_model_trains_whole_again() -> None:
     gates, optimiser = attached(OPTIMISERS["SGD"])
     gates.set_active(np.zeros(6, bool))
