@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.report import interval, mean_in_words, table
+from examples.report import dots_plot, mean_in_words, table
 from examples.text_data import read
 from examples.text_methods import METHODS
 from examples.text_runs import Settings, Task, quiet, result_of, run
@@ -114,28 +114,13 @@ def report(out: Path, methods: Sequence[str]) -> str:
     ]  # fmt: skip
     words = table(header, rows)
     (out / "table.md").write_text(words + "\n")
-    draw(out / "accuracy.png", runs)
-    return words
-
-
-def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Accuracy of every seed and its mean by method, with the share of FLOPs beside the name."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 0.45 * len(runs) + 1.2))
-    labels = []
-    for at, (method, results) in enumerate(runs.items()):
-        values = [100 * r["accuracy"] for r in results]
-        axis.plot(values, [at] * len(values), ".", color="0.6")
-        axis.errorbar(np.mean(values), at, xerr=interval(values), fmt="o", color="C0", capsize=3)
+    values = {}
+    for method, results in runs.items():
         share = np.mean([r["flops"] / r["flops_of_full"] for r in results])
-        labels.append(f"{method} ({share:.2f})")
-    axis.set(xlabel="test accuracy, % (mean, 95 % interval; seeds in grey)", ylabel="(FLOPs)")
-    axis.set_yticks(range(len(runs)), labels)
-    axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        values[f"{method} ({share:.2f})"] = [100 * r["accuracy"] for r in results]
+    label = "test accuracy, % (mean, 95 % interval; share of FLOPs in brackets)"
+    dots_plot(out / "accuracy.png", values, label)
+    return words
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:

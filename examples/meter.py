@@ -5,34 +5,43 @@ those of the estimator. A frozen parameter costs no weight gradient; what lies b
 that trains costs no input gradient.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from mat.flops import Ledger
+from mat.probe import samples_of
 from torch import Tensor, nn
 
 from mat import Gates, ntk
-
-Batch = Mapping[str, Tensor]
 
 
 class Meter:
     """FLOPs of steps and selections on batches of one shape.
 
     Args:
-        model: A model of transformers, which gives the loss of a batch; as it trains.
-        batch: A batch of the shape that all have, on the model's device.
+        model: The model, as it trains.
+        loss: Computes the loss of a training batch.
         gates: Of the model, if it is attached.
-        probe: Batch that scores are measured on, if they are; also there.
+        scored: What scores are read off, if they are: the probe, or a training batch.
+        outputs: Computes the outputs of the probe; None where training steps are read.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, gates: Gates | None = None, probe: Batch | None = None
+        self,
+        model: nn.Module,
+        loss: Callable[[], Tensor],
+        gates: Gates | None = None,
+        scored: Any = None,
+        outputs: Callable[[], Tensor] | None = None,
     ) -> None:
         self.gates = gates
-        self._ledger = Ledger(model, lambda: model(**batch).loss)
+        self._ledger = Ledger(model, loss)
         self._known: dict[bytes, int] = {}  # FLOPs of a step by the active set
-        self.selection = self._selection(model, batch, gates, probe) if gates is not None else 0
+        self.selection = 0
+        if gates is not None and gates.policy.needs_score:
+            self.selection = _selection(model, gates, scored, outputs)
 
     def step(self) -> int:
         """FLOPs of a training step with the gates as they stand."""
@@ -41,20 +50,32 @@ class Meter:
             self._known[key] = self._ledger.step().everything
         return self._known[key]
 
-    def _selection(self, model: nn.Module, batch: Batch, gates: Gates, probe: Batch | None) -> int:
-        """FLOPs of a selection: kernels, and the passes over the probe where there is one."""
-        if not gates.policy.needs_score:
-            return 0
-        units, measured_on = gates.units, batch if probe is None else probe
-        count = gates.config.projections if gates.config.reduction == "random" else 1
-        shapes = ntk.kernel_shapes(model, measured_on, units)
-        rows = count * len(next(iter(measured_on.values())))
-        kernels = ntk.kernel_flops(shapes, len(units), rows)
-        if probe is None:  # read off a training step, which the ledger counts
-            return kernels
-        passes = Ledger(model, lambda: model(**probe).logits, training=False)
-        measured = {p.parameter.rpartition(".")[0] for la in units.layers for p in la.parts}
-        return passes.estimate(measured, count, kernels).everything
+
+def _selection(
+    model: nn.Module, gates: Gates, scored: Any, outputs: Callable[[], Tensor] | None
+) -> int:
+    """FLOPs of a selection: kernels, and the passes over the probe where there is one."""
+    units = gates.units
+    count = gates.config.projections if gates.config.reduction == "random" else 1
+    shapes = ntk.kernel_shapes(model, scored, units)
+    kernels = ntk.kernel_flops(shapes, len(units), count * samples_of(scored))
+    if outputs is None:  # the ledger counts the training step that is read
+        return kernels
+    passes = Ledger(model, outputs, training=False)
+    measured = {p.parameter.rpartition(".")[0] for layer in units.layers for p in layer.parts}
+    return passes.estimate(measured, count, kernels).everything
+
+
+def schedule(progress: float, warm_up: float = 0.1) -> float:
+    """Factor of the learning rate by the share of the FLOPs that are spent: linear up and down."""
+    return max(0.0, min(progress / warm_up, (1 - progress) / (1 - warm_up)))
+
+
+def now() -> float:
+    """Seconds of a clock, once a CUDA device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory(device: str) -> int | None:

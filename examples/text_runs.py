@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForSequenceClassification,
     PrinterCallback,
@@ -20,11 +22,10 @@ from transformers import (
 )
 
 import mat
-from examples.meter import Meter, peak_memory
+from examples.meter import Meter, now, peak_memory, schedule
 from examples.text_data import Split, read
 from examples.text_methods import METHODS, optimiser_of, prepared
 
-WARM_UP = 0.1  # of the FLOPs
 CLIP = 1.0
 
 
@@ -83,14 +84,13 @@ class Spending(TrainerCallback):
 
     def rate(self, _: int) -> float:
         """Factor of the learning rate: linear warm-up and decay over the FLOPs."""
-        progress = self.spent / self.budget
-        return max(0.0, min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP)))
+        return schedule(self.spent / self.budget)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
-        self.seconds -= self._now()
+        self.seconds -= now()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -122,12 +122,7 @@ class Spending(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Stop the clock."""
-        self.seconds += self._now()
-
-    def _now(self) -> float:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.seconds += now()
 
 
 def run(task: Task, settings: Settings, cache: Path, folder: Path) -> None:
@@ -137,8 +132,6 @@ def run(task: Task, settings: Settings, cache: Path, folder: Path) -> None:
         result_of(path, settings)
         return
     quiet()
-    if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     documents = read(Path(settings.data), settings.model, settings.length, cache)
     transformers.set_seed(task.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -146,24 +139,33 @@ def run(task: Task, settings: Settings, cache: Path, folder: Path) -> None:
     ).to(settings.device)
     method = METHODS[task.method]
     batch = documents.train.batch(slice(settings.batch), settings.device)
-    dense = Meter(model, batch).step()
+
+    def loss() -> Tensor:
+        return model(**batch).loss
+
+    def outputs() -> Tensor:
+        return model(**probe).logits
+
+    dense = Meter(model, loss).step()
     whole = dense * settings.epochs * (len(documents.train) // settings.batch)
     budget = whole * (1.0 if method.whole else settings.flops)
-    measured = method.config is not None and method.config.reduction != "online"
-    probe = {name: batch[name] for name in batch if name != "labels"} if measured else None
+    probe = {name: batch[name] for name in batch if name != "labels"}
     model, gates, callbacks = prepared(method, model, probe, task.seed)
-    spending = Spending(Meter(model, batch, gates, probe), budget)
+    online = gates is None or gates.config.reduction == "online"
+    meter = Meter(model, loss, gates, batch if online else probe, None if online else outputs)
+    spending = Spending(meter, budget)
     optimiser = optimiser_of(model, gates, task.rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, spending.rate)
     trainer = Trainer(
         model,
         arguments_of(settings, task.seed, math.ceil(3 * budget / dense), folder),
         data_collator=lambda batch: batch,
         train_dataset=documents.train,
         callbacks=[*callbacks, spending],
-        optimizers=(optimiser, schedule),
+        optimizers=(optimiser, LambdaLR(optimiser, spending.rate)),
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
     memory = peak_memory(settings.device)
     if gates is not None:
@@ -194,10 +196,10 @@ def result_of(path: Path, settings: Settings) -> dict[str, Any]:
     """
     result: dict[str, Any] = json.loads(path.read_text())
     for name, value in asdict(settings).items():
-        if name not in ("model", "data", "device") and result["settings"][name] != value:
+        earlier = result["settings"][name]
+        if Path(str(earlier)).name != Path(str(value)).name:  # folders may have moved
             raise SystemExit(
-                f"{path}: made with {name}={result['settings'][name]}, not {value}: "
-                "choose another --out"
+                f"{path}: made with {name}={earlier}, not {value}: choose another --out"
             )
     return result
 
