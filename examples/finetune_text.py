@@ -54,6 +54,11 @@ class Runner:
             pass
         return [result_of(task.path(self.out / folder), self.settings) for task in tasks]
 
+    def close(self) -> None:
+        """End the processes."""
+        if self.pool:
+            self.pool.shutdown()
+
 
 def tuned(runner: Runner, methods: Sequence[str]) -> dict[str, float]:
     """The learning rate of every method: highest validation accuracy, then lowest loss."""
@@ -168,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dict.fromkeys(given.methods, given.rate) if given.rate else tuned(runner, given.methods)
         )
         runner.make([Task(m, rates[m], seed) for m in given.methods for seed in given.seeds])
+        runner.close()
         if given.alone:
             alone(settings, given.out, [Task(m, rates[m], given.seeds[0]) for m in given.methods])
     print(report(given.out, given.methods))

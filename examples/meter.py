@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mat.flops import Ledger
+from mat.flops import Ledger, estimate
 from mat.probe import samples_of
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ class Meter:
         loss: Computes the loss of a training batch.
         gates: Of the model, if it is attached.
         scored: What scores are read off, if they are: the probe, or a training batch.
-        outputs: Computes the outputs of the probe; None where training steps are read.
     """
 
     def __init__(
@@ -34,14 +33,13 @@ class Meter:
         loss: Callable[[], Tensor],
         gates: Gates | None = None,
         scored: Any = None,
-        outputs: Callable[[], Tensor] | None = None,
     ) -> None:
         self.gates = gates
         self._ledger = Ledger(model, loss)
         self._known: dict[bytes, int] = {}  # FLOPs of a step by the active set
         self.selection = 0
         if gates is not None and gates.policy.needs_score:
-            self.selection = _selection(model, gates, scored, outputs)
+            self.selection = _selection(model, gates, scored)
 
     def step(self) -> int:
         """FLOPs of a training step with the gates as they stand."""
@@ -51,19 +49,14 @@ class Meter:
         return self._known[key]
 
 
-def _selection(
-    model: nn.Module, gates: Gates, scored: Any, outputs: Callable[[], Tensor] | None
-) -> int:
-    """FLOPs of a selection: kernels, and the passes over the probe where there is one."""
-    units = gates.units
-    count = gates.config.projections if gates.config.reduction == "random" else 1
-    shapes = ntk.kernel_shapes(model, scored, units)
-    kernels = ntk.kernel_flops(shapes, len(units), count * samples_of(scored))
-    if outputs is None:  # the ledger counts the training step that is read
-        return kernels
-    passes = Ledger(model, outputs, training=False)
-    measured = {p.parameter.rpartition(".")[0] for layer in units.layers for p in layer.parts}
-    return passes.estimate(measured, count, kernels).everything
+def _selection(model: nn.Module, gates: Gates, scored: Any) -> int:
+    """FLOPs of a selection beside the training step that it may be read off."""
+    config = gates.config
+    if config.reduction != "online":
+        passes = config.projections if config.reduction == "random" else 1
+        return estimate(model, scored, gates.units, passes=passes).everything
+    shapes = ntk.kernel_shapes(model, scored, gates.units)
+    return ntk.kernel_flops(shapes, len(gates.units), samples_of(scored))
 
 
 def schedule(progress: float, warm_up: float = 0.1) -> float:

@@ -112,7 +112,7 @@ def train(method: str, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor,
         )  # fmt: skip
         gates = mat.attach_(model, config)
         gates.guard(optimiser)
-    meter = Meter(model, loss, gates, probe, lambda: model(probe))
+    meter = Meter(model, loss, gates, probe)
     curve = Curve(method, whole)
     spent, seconds = 0, 0.0
     for step, (x, y) in enumerate(batches(*train_set, given.batch, given.seed)):

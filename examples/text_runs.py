@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,16 +144,13 @@ def run(task: Task, settings: Settings, cache: Path, folder: Path) -> None:
     def loss() -> Tensor:
         return model(**batch).loss
 
-    def outputs() -> Tensor:
-        return model(**probe).logits
-
     dense = Meter(model, loss).step()
     whole = dense * settings.epochs * (len(documents.train) // settings.batch)
     budget = whole * (1.0 if method.whole else settings.flops)
     probe = {name: batch[name] for name in batch if name != "labels"}
     model, gates, callbacks = prepared(method, model, probe, task.seed)
     online = gates is None or gates.config.reduction == "online"
-    meter = Meter(model, loss, gates, batch if online else probe, None if online else outputs)
+    meter = Meter(model, loss, gates, batch if online else probe)
     spending = Spending(meter, budget)
     optimiser = optimiser_of(model, gates, task.rate)
     trainer = Trainer(
@@ -241,6 +239,7 @@ def scores(model: Any, split: Split, device: str, batch: int = 256) -> tuple[flo
 
 def quiet() -> None:
     """Keep transformers from telling about every model it loads."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

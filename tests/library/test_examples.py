@@ -112,7 +112,7 @@ def test_finished_runs_are_kept_and_the_best_rate_taken(
     table = capsys.readouterr().out
     finetune(pretrained, documents, tmp_path, *options)
     assert capsys.readouterr().out == table and results(tmp_path / "runs") == runs
-    with pytest.raises(SystemExit, match="made with epochs=1.5, not 1.0: choose another --out"):
+    with pytest.raises(SystemExit, match=r"made with epochs=1\.5, not 1\.0: choose another --out"):
         finetune(pretrained, documents, tmp_path, "--epochs", "1", *options[2:])
 
 
