@@ -89,11 +89,11 @@ def step(model: Any, batch: dict[str, Tensor], optimiser: Any, bfloat16: bool) -
     """A training step without clipping."""
 
     def run() -> None:
-        optimiser.zero_grad()
         with autocast(bfloat16):
             loss = model(**batch).loss
         loss.backward()
         optimiser.step()
+        optimiser.zero_grad()
 
     return run
 
@@ -146,7 +146,6 @@ def measure(name: str, case: Case, bfloat16: bool) -> list[Row]:
         rows.append(row(f"{label}: {way}, a third active, step against dense", spent, whole, None))
         rows.append(row(f"{label}: {way}, a third active, time ratio over FLOPs ratio",
                         spent / whole, work, wanted, "of dense"))  # fmt: skip
-        optimiser.zero_grad()
     return rows
 
 
