@@ -3,19 +3,33 @@
 Their linear layers, feed-forward networks and convolutions are found as any model's are.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from fractions import Fraction
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
+from mat.layers.attention import core_shares
+from mat.layers.experts import Record, block
 from mat.layers.gate import Gate, Index, put, take
-from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
-from mat.suite.models.bert import Attention
-from mat.units import UnitLayer
+from mat.layers.once import once
+from mat.layers.site import (
+    Operation,
+    Shares,
+    Site,
+    compact_of,
+    gathered,
+    stand_in,
+    with_compact,
+)
+from mat.suite.models.bert import Attention, FeedForward
+from mat.suite.models.switch import Backward, Experts, expert_mlp
+from mat.units import Part, UnitLayer
 
 
 @finder
@@ -35,7 +49,7 @@ def heads(place: Place) -> Iterator[UnitLayer]:
         assert gate is not None
         return CoreSite(module, gate)
 
-    below = None if place.head_output else owner_out
+    below = None if place.head_output else (place.path, owner_out)
     sites = [
         linear_site(place.path, place.under("qkv")),
         linear_site(place.path, place.under("out"), below),
@@ -44,8 +58,19 @@ def heads(place: Place) -> Iterator[UnitLayer]:
     yield UnitLayer("heads", place.path, units, parts, sites)
 
 
+@finder
+def groups(place: Place) -> Iterator[UnitLayer]:
+    """The groups of hidden neurons of a feed-forward layer."""
+    if isinstance(place.module, FeedForward):
+        layer = feed_forward(place, Form(("up",), "activation", "down"))
+        assert layer is not None
+        yield layer
+
+
 class CoreSite(Site):
     """The attention core: in ``cut`` active heads run with gradients, frozen ones without."""
+
+    module: Attention
 
     def __init__(self, module: nn.Module, gate: Gate) -> None:
         super().__init__(module, gate, method="core")
@@ -54,18 +79,21 @@ class CoreSite(Site):
     def gated(self, qkv: Tensor) -> Tensor:
         """(B, T, 3 D) to context (B, T, D)."""
         if self.gate.mode == "exact":
-            return self.original(qkv)
+            return cast(Tensor, self.original(qkv))
         width = self.module.head_width
         active, frozen, count = self.gate.units(3 * width)
         columns, others, context = self.gate.units(width)
-        if not count:
-            moving = qkv[..., :0]
-        else:
+        moving = qkv[..., :0]
+        if count:
             moving = self.original(_Select.apply(qkv, compact_of(qkv, active), active))
         with torch.no_grad():
             still = self.original(take(qkv, frozen, 2))
         values, compact = _Join.apply(moving, still, columns, others, context)
         return with_compact(values, compact, columns)
+
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`."""
+        return core_shares(self.gate)
 
 
 class _Select(torch.autograd.Function):
@@ -77,7 +105,7 @@ class _Select(torch.autograd.Function):
         return take(x, index, x.dim() - 1).contiguous()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.compact:
             return None, gradient, None
@@ -102,9 +130,68 @@ class _Join(torch.autograd.Function):
         return joined, stand_in(joined, count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         g = gathered(dense, compact, ctx.active)
         return None if g is None else g.view(ctx.shape), None, None, None, None
+
+
+STACKED = ("in_weight", "in_bias", "out_weight", "out_bias")
+
+
+@finder
+def experts(place: Place) -> Iterator[UnitLayer]:
+    """The experts of a layer: rows of its four stacked parameters."""
+    if not isinstance(place.module, Experts):
+        return
+    count = place.module.experts
+    parts = [Part(place.under(name), 0, np.arange(count)) for name in STACKED]
+
+    def core(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> ExpertsSite:
+        gate = gate_of(place.path)
+        assert gate is not None
+        return ExpertsSite(module, gate, place.under(""))
+
+    recording = place.path, record_experts
+    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)], recording=recording)
+
+
+class ExpertsSite(Site):
+    """The experts' products: in ``cut`` those of frozen ones run without gradients."""
+
+    module: Experts
+
+    def __init__(self, module: nn.Module, gate: Gate, prefix: str) -> None:
+        super().__init__(module, gate, method="core")
+        self.gate = gate
+        self.parts = [gate.parts[f"{prefix}{name}"] for name in STACKED]
+
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; empty slots are not needed, with tokens spread evenly."""
+        if operation.weight:
+            return Shares()  # the router's
+        tokens, count = math.prod(operation.shape[:-1]), self.gate.n_units  # of x (B, T, D)
+        capacity = self.module.capacity(tokens)
+
+        def share(experts: int) -> Fraction:
+            slots = experts * capacity
+            used = slots if executed else min(slots, experts * tokens // count)
+            return Fraction(used, count * capacity)
+
+        trains, every = share(self.gate.n_active), share(count)
+        return Shares(every, trains if self.gate.mode == "cut" else every, trains)
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """Rows (E, C, D) through their experts."""
+        active, frozen, _ = self.gate.units()
+        weights = self.module.stacked()
+        blocks = [block(part, weight) for part, weight in zip(self.parts, weights, strict=True)]
+        exact = self.gate.mode == "exact"
+        return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
+
+
+def record_experts(module: Experts, record: Record, x: Tensor) -> Tensor:
+    """What the layer computes, (B, T, D) to (B, T, D), for the estimator: no token is dropped."""
+    return module.without_drops(x, record)
