@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from mat.layers.gate import GatedPart, put, take
+from mat.optim import UnitOptimiser
 
 
 def guard(optimiser: torch.optim.Optimizer) -> None:
     """Install the hooks; once is enough.
 
     Args:
-        optimiser: Made before or after attaching.
+        optimiser: Made before or after attaching. One of ours needs no hooks and gets none.
     """
-    if getattr(optimiser, "_guarded", False):
+    if isinstance(optimiser, UnitOptimiser) or getattr(optimiser, "_guarded", False):
         return
     saved: dict[int, tuple[Tensor, GatedPart, Tensor]] = {}
 

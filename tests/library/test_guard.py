@@ -162,3 +162,9 @@ def test_detached_model_trains_whole_again() -> None:
     before = gates.model[0].weight.clone()
     train(gates, optimiser, range(1))
     assert not (gates.model[0].weight == before).all(1).any()
+
+
+def test_optimisers_of_the_library_get_no_hooks() -> None:
+    optimiser = mat.AdamW(nn.Linear(2, 2).parameters())
+    guard(optimiser)
+    assert not optimiser._optimizer_step_pre_hooks and not optimiser._optimizer_step_post_hooks
