@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import mat
 from mat.gates import Gates
+from mat.guard import guard
 
 
 def lion(parameters: Any) -> Optimizer:
