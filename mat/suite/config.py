@@ -101,9 +101,8 @@ class TextConfig(DatasetConfig):
     modality: str = "text"
     vocabulary: int = number(64, 2**16)  # word pieces; tokens are stored in 16 bits
     length: int = number(2)  # tokens per sequence
-    train_sequences: int | None = number(
-        1, default=None
-    )  # only so many training sequences, drawn by the seed; all when null
+    # only so many training sequences, drawn by the seed; all when null
+    train_sequences: int | None = number(1, default=None)
     mask_share: float = number(0, 0.9, 0.15, above=True)  # share of the tokens that are predicted
 
 
@@ -112,10 +111,10 @@ class ImageConfig(DatasetConfig):
     """Labelled square images for classification."""
 
     modality: str = "image"
-    source_size: int = number(1)  # pixels a side in the data
-    size: int = number(1)  # pixels a side that the model reads: resized (bilinear) when the cache is made
+    source_size: int = number(1, 2**14)  # pixels a side in the data
+    size: int = number(1, 2**12)  # pixels a side that the model reads: resized (bilinear) once
     channels: int = 3  # 3, or 1 for grey; what is stored otherwise is converted
-    classes: int = number(2)
+    classes: int = number(2, 2**16)
     validation: int = number(1)  # images held out of the training split, the same for all seeds
     padding: int = number(0, default=4)  # training images move up to so many pixels each way, black coming in
     flip: bool = True  # every other training image is mirrored
@@ -475,6 +474,12 @@ def _validate_vgg(model: VggConfig) -> None:
 
 
 def _validate_dataset(dataset: DatasetConfig) -> None:
+    if not re.fullmatch(r"[\w-][\w.-]{0,63}", dataset.name):  # it begins a folder's name
+        raise UserError(
+            f"dataset.name={dataset.name!r} is no name: use up to 64 letters, digits, - and _."
+        )
+    if not dataset.cache:
+        raise UserError("dataset.cache is empty: name a folder.")
     if isinstance(dataset, ImageConfig):
         _between("dataset.padding", dataset.padding, 0, dataset.size)
         if dataset.channels not in (1, 3):

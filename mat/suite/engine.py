@@ -100,7 +100,10 @@ class Training:
         if config.hardware.device == "cuda" and not torch.cuda.is_available():
             raise UserError("hardware.device=cuda finds no CUDA device: choose hardware=cpu.")
         self.device = torch.device(config.hardware.device)
-        self.data = datasets.load(config.dataset, config.seed)
+        try:
+            self.data = datasets.load(config.dataset, config.seed)
+        except KeyboardInterrupt:  # while they are prepared; that leaves nothing half done
+            raise Interrupted from None
         torch.manual_seed(config.seed)
         self.model = build(config, self.data.outputs).to(self.device)
         train, selection = config.train, config.selection

@@ -1,6 +1,7 @@
 """Small ordinary models with units, and their Jacobians, one sample and output at a time."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat import ntk
 from mat.adapters import find_units
 from mat.units import Part, Unit, UnitLayer, Units, by_hand, cols, rows
 
@@ -111,6 +113,27 @@ def build(name: str) -> Case:
         for parameter in case.model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
     return case
+
+
+@functools.cache
+def reference(name: str) -> tuple[Case, dict[str, Tensor], list[Tensor]]:
+    case = build(name)
+    found = jacobian(case)
+    return case, found, unit_jacobians(case, found)
+
+
+def mean_square(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.square().mean()
+
+
+def estimate(case: Case, **options: Any) -> ntk.Mntk:
+    """With kernels and signs of seed 7."""
+    settings = {"loss": mean_square, "kernels": True, "seed": 7, **case.options, **options}
+    return ntk.estimate(case.model, settings.pop("batch", case.batch), case.units, **settings)
+
+
+def assert_equal(a: Tensor | None, b: Tensor | None, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-2 * rtol)
 
 
 def _irregular() -> Case:

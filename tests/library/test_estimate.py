@@ -1,33 +1,21 @@
 """The mNTK estimator on ordinary models against explicit Jacobians in float64."""
 
 import copy
-import functools
 from typing import Any
 
 import jacobians
 import numpy as np
 import pytest
 import torch
-from jacobians import CASES, Case
+from jacobians import CASES, Case, assert_equal, estimate, reference
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import mat
 from mat import kernels, ntk
+from mat.taps import Tape
 from mat.units import Part, UnitLayer, Units
 
 REDUCTIONS: list[tuple[ntk.Reduction, int]] = [("full", 1), ("sum", 1), ("loss", 1), ("random", 3)]
-
-
-@functools.cache
-def reference(name: str) -> tuple[Case, dict[str, Tensor], list[Tensor]]:
-    case = jacobians.build(name)
-    found = jacobians.jacobian(case)
-    return case, found, jacobians.unit_jacobians(case, found)
-
-
-def mean_square(outputs: Tensor, _: Any) -> Tensor:
-    return outputs.square().mean()
 
 
 def weights(case: Case, shape: torch.Size, reduction: ntk.Reduction, m: int) -> Tensor:
@@ -48,16 +36,6 @@ def weights(case: Case, shape: torch.Size, reduction: ntk.Reduction, m: int) -> 
             bits = "".join(f"{byte:08b}" for byte in stream)[:k]
             signs.append(torch.tensor([2.0 * int(bit) - 1 for bit in bits], dtype=torch.float64))
     return torch.stack(signs).view(m, n, k)
-
-
-def estimate(case: Case, **options: Any) -> ntk.Mntk:
-    """With kernels and signs of seed 7."""
-    settings = {"loss": mean_square, "kernels": True, "seed": 7, **case.options, **options}
-    return ntk.estimate(case.model, settings.pop("batch", case.batch), case.units, **settings)
-
-
-def assert_equal(a: Tensor | None, b: Tensor | None, rtol: float = 1e-9) -> None:
-    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-2 * rtol)
 
 
 # --- against the explicit Jacobian
@@ -156,6 +134,13 @@ def test_more_samples_and_projections_add_signs_and_change_none() -> None:
     assert_equal(3 * large[:, rows][:, :, rows], 2 * small)
 
 
+def test_the_signs_are_those_of_the_kernels() -> None:
+    case, _, units = reference("irregular")
+    reducer = ntk.Reducer("random", 3, 7, 4)
+    signs = reducer.signs(case.model(case.batch), 4)
+    assert torch.equal(signs, weights(case, units[0].shape, "random", 3))
+
+
 def test_cosine_scales_every_row_to_length_one() -> None:
     case, _, _ = reference("bert")
     plain, scaled = estimate(case), estimate(case, normalize="cosine")
@@ -176,6 +161,48 @@ def test_a_small_memory_bound_changes_nothing(name: str) -> None:
     expected = estimate(case, projections=2).kernels
     for memory_bytes in (1, 2000):
         assert_equal(estimate(case, projections=2, memory_bytes=memory_bytes).kernels, expected)
+
+
+def test_parameters_that_do_not_train_are_left_out() -> None:
+    case = jacobians.build("irregular")
+    _, found, _ = reference("irregular")
+    case.model[0].weight.requires_grad_(False)
+    kept = dict(found)
+    kept["0.weight"] = torch.zeros_like(found["0.weight"])
+    units = jacobians.unit_jacobians(case, kept)
+    weight = weights(case, units[0].shape, "full", 1)
+    expected = torch.stack([jacobians.kernel(j, weight) for j in units])
+    assert_equal(estimate(case, reduction="full").kernels, expected)
+    case.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no unit to measure"):
+        estimate(case)
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+MASKS: list[dict[str, Tensor]] = [
+    {},
+    {"attn_mask": torch.ones(4, 5).triu(2).bool()},
+    {"attn_mask": torch.randn(6, 4, 5).double(), "key_padding_mask": -2.0 * PADDING.double()},
+    {"key_padding_mask": PADDING},
+]
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=lambda masks: "+".join(masks) or "none")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_recorded_attention_gives_the_outputs_of_the_module(
+    masks: dict[str, Tensor], batch_first: bool
+) -> None:
+    module = nn.MultiheadAttention(6, 3, batch_first=batch_first).double().eval()
+    units = Units([UnitLayer("heads", "", 3, [Part.even("out_proj.weight", 1, 3, 6)])])
+    query, key = torch.randn(2, 4, 6).double(), torch.randn(2, 5, 6).double()
+    if not batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    expected = module(query, key, key, **masks, need_weights=False)[0]
+    with Tape(module, units) as tape:
+        tape.begin(2)
+        result = module(query, key, key, **masks)[0]
+        assert len(tape.taps) == 1
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- probes
@@ -229,97 +256,6 @@ def test_rows_may_be_flat_and_grouped_by_sample() -> None:
     assert_equal(flat.kernels, deep.kernels)
 
 
-# --- the model stays as it was
-
-
-def everything(model: nn.Module) -> dict[str, Any]:
-    return {
-        "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
-        "versions": {n: p._version for n, p in model.named_parameters()},
-        "gradients": {
-            n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
-        },
-        "buffers": {n: b.clone() for n, b in model.named_buffers()},
-        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
-        "training": {n: m.training for n, m in model.named_modules()},
-        "forwards": {n: m.__dict__.get("forward") for n, m in model.named_modules()},
-        "hooks": {n: len(m._forward_hooks) for n, m in model.named_modules()},
-        "active": model._gates.active.copy() if hasattr(model, "_gates") else None,
-        "random": torch.get_rng_state(),
-        "fast path": torch.backends.mha.get_fastpath_enabled(),
-    }
-
-
-def assert_unchanged(before: Any, after: Any, where: str = "") -> None:
-    if isinstance(before, dict):
-        assert before.keys() == after.keys(), where
-        for key in before:
-            assert_unchanged(before[key], after[key], f"{where} {key}")
-    elif isinstance(before, Tensor | np.ndarray):
-        assert (before == after).all(), where
-    else:
-        assert before == after, where
-
-
-@pytest.mark.parametrize("name", ["bert", "filters", "sequence_first", "mixtral"])
-def test_the_estimator_is_pure(name: str) -> None:
-    """In the middle of training: gradients, gates partly closed, modes and requires_grad mixed."""
-    case = jacobians.build(name)
-    gated = name in ("bert", "mixtral")
-    if gated:
-        gates = mat.attach_(case.model, units=case.units)
-        gates.set_active(np.arange(len(case.units)) % 2 == 0)
-    case.model.train()
-    next(case.model.children()).eval()
-    for parameter in list(case.model.parameters())[-2:]:
-        parameter.requires_grad_(False)
-        parameter.grad = torch.ones_like(parameter)
-    before = everything(case.model)
-    for reduction, m in REDUCTIONS:
-        estimate(case, reduction=reduction, projections=m, rest=name == "filters")
-    with pytest.raises(ValueError, match="cannot be split evenly"):
-        estimate(case, output=lambda result: torch.zeros(7, 1))
-    assert_unchanged(before, everything(case.model))
-
-
-def test_the_estimate_depends_on_neither_gates_nor_mode() -> None:
-    case = jacobians.build("bert")
-    expected = estimate(case).lambda_max
-    gates = mat.attach_(case.model, units=case.units)
-    gates.set_active(np.zeros(len(case.units), bool))
-    for mode in (True, False):
-        case.model.train(mode)
-        with torch.no_grad():
-            result = ntk.estimate(case.model, case.batch, seed=7)  # units: those attached
-        np.testing.assert_array_equal(result.lambda_max, expected)
-
-
-def test_parameters_that_do_not_train_are_left_out() -> None:
-    case = jacobians.build("irregular")
-    _, found, _ = reference("irregular")
-    case.model[0].weight.requires_grad_(False)
-    kept = dict(found)
-    kept["0.weight"] = torch.zeros_like(found["0.weight"])
-    units = jacobians.unit_jacobians(case, kept)
-    weight = weights(case, units[0].shape, "full", 1)
-    expected = torch.stack([jacobians.kernel(j, weight) for j in units])
-    assert_equal(estimate(case, reduction="full").kernels, expected)
-    case.model.requires_grad_(False)
-    with pytest.raises(ValueError, match="no unit to measure"):
-        estimate(case)
-
-
-def test_bfloat16_autocast_keeps_the_eigenvalues() -> None:
-    """8 bits a value: within 5 % of float64; kernels are float32."""
-    case = jacobians.build("bert")
-    expected = estimate(case, projections=4).lambda_max
-    case.model.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        result = estimate(case, projections=4)
-    np.testing.assert_allclose(result.lambda_max, expected, rtol=0.05)
-    assert result.kernels is not None and result.kernels.dtype == torch.float32
-
-
 # --- what it costs
 
 
@@ -347,129 +283,3 @@ def counter() -> FlopCounterMode:
         return int(2 * a[0] * a[1] * a[2] * b[2])
 
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: batched})
-
-
-# --- refusals
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_first_unit_that_is_not_finite_is_named(value: float) -> None:
-    case = jacobians.build("irregular")
-    with torch.no_grad():
-        case.model[2].weight[0, 0] = value
-    with pytest.raises(FloatingPointError, match=r"units 0\.weight wide has values that are not"):
-        estimate(case)
-
-
-def test_a_layer_that_is_not_reached_is_named() -> None:
-    case = jacobians.build("reused")
-    case.model.forward = lambda x: case.model.layer(x).mean(1)
-    estimate(case)
-    case.model.forward = lambda x: (x * case.model.layer.bias).mean(1)
-    with pytest.raises(ValueError, match=r"layer\.weight met no input"):
-        estimate(case)
-    case.model.forward = lambda x: (case.model.layer(x) * 0).detach() + x
-    with pytest.raises(ValueError, match="outputs do not depend on"):
-        estimate(case)
-
-
-def test_kinds_of_layers_without_a_record_are_named() -> None:
-    norm = nn.Sequential(nn.LayerNorm(4))
-    units = Units([UnitLayer("parts", "0", 2, [Part.even("0.weight", 0, 2, 4)])])
-    with pytest.raises(ValueError, match=r"0\.weight cannot be measured: its module, a LayerNorm"):
-        ntk.estimate(norm, torch.zeros(2, 4), units)
-    with pytest.raises(ValueError, match=r"another model's: this has no 0\.weight"):
-        ntk.estimate(nn.Linear(4, 4), torch.zeros(2, 4), units)
-
-
-def test_samples_that_cannot_be_told_apart_are_refused() -> None:
-    """Positions first, and as many positions as samples."""
-    layer = nn.TransformerEncoderLayer(4, 1, 4)
-    units = Units([UnitLayer("ffn", "", 2, [Part.even("linear1.weight", 0, 2, 4)])])
-    for length in (3, 6):
-        x = torch.randn(length, 3, 4)
-        options: dict[str, Any] = {"output": lambda y: y.mean(0), "samples": 3}
-        if length == 3:
-            with pytest.raises(ValueError, match="3 samples cannot be told apart"):
-                ntk.estimate(layer, x, units, **options)
-        else:
-            assert ntk.estimate(layer, x, units, **options).samples == 3
-    with pytest.raises(ValueError, match="give samples="):
-        ntk.estimate(layer, "text", units)
-
-
-class Spoiling(nn.Module):
-    """Changes the input of its layer after the use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + 1
-        y = self.layer(x)
-        x.mul_(2)
-        return y
-
-
-def test_work_in_place_on_an_input_is_refused() -> None:
-    units = Units([UnitLayer("ffn", "", 2, [Part.even("layer.weight", 0, 2, 4)])])
-    with pytest.raises(ValueError, match="the input of layer is changed in place after its use"):
-        ntk.estimate(Spoiling(), torch.randn(2, 4), units)
-
-
-def test_senseless_wishes_are_refused_in_a_sentence() -> None:
-    case, _, _ = reference("irregular")
-    with pytest.raises(ValueError, match="wanted one of random, sum, full, loss"):
-        estimate(case, reduction="mean")
-    with pytest.raises(ValueError, match="projections=0"):
-        estimate(case, projections=0)
-    with pytest.raises(ValueError, match="needs loss="):
-        estimate(case, reduction="loss", loss=None)
-    with pytest.raises(ValueError, match="pick the outputs by output="):
-        estimate(case, output=lambda result: "text")
-
-
-# --- online
-
-
-@pytest.mark.parametrize("name", ["irregular", "stacked_experts", "llama"])
-def test_online_equals_the_loss_reduction_and_leaves_the_step(name: str) -> None:
-    """Kernels of a step without dropout; its gradients are bitwise those of a plain step."""
-    case, plain = jacobians.build(name), jacobians.build(name)
-
-    def step(case: Case) -> None:
-        result = case.model(**case.batch) if name == "llama" else case.model(case.batch)
-        mean_square(result if case.output is None else case.output(result), None).backward()
-
-    with ntk.Online(case.model, case.units) as online:
-        step(case)
-    step(plain)
-    for p, q in zip(case.model.parameters(), plain.model.parameters(), strict=True):
-        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
-    result = online.result(kernels=True)
-    assert_equal(result.kernels, estimate(plain, reduction="loss").kernels)
-    assert (result.samples, result.reduction) == (len(case.singles), "loss")
-
-
-def test_online_takes_micro_batches_for_one_step() -> None:
-    case, _, _ = reference("irregular")
-    with ntk.Online(case.model, case.units) as online:
-        for part in case.batch.split(2):
-            (mean_square(case.model(part), None) / 2).backward()
-    expected = estimate(case, reduction="loss").kernels
-    assert_equal(online.result(kernels=True).kernels, expected)
-
-
-def test_online_refuses_what_it_cannot_measure() -> None:
-    case = jacobians.build("bert")
-    with ntk.Online(case.model, case.units) as online:
-        case.model(**case.batch)
-    with pytest.raises(ValueError, match="needs the backward pass"):
-        online.result()
-    mat.attach_(case.model, units=case.units).set_active(np.arange(len(case.units)) > 0)
-    with pytest.raises(ValueError, match="all units are active"), ntk.Online(case.model):
-        pass
-    filters = jacobians.build("filters")
-    with pytest.raises(ValueError, match="batch norm"), ntk.Online(filters.model, filters.units):
-        pass

@@ -15,7 +15,9 @@ from mat.guard import guard
 
 
 def lion(parameters: Any) -> Optimizer:
-    made: Optimizer = pytest.importorskip("lion_pytorch").Lion(parameters, lr=0.01, weight_decay=0.1)
+    made: Optimizer = pytest.importorskip("lion_pytorch").Lion(
+        parameters, lr=0.01, weight_decay=0.1
+    )
     return made
 
 
@@ -60,7 +62,9 @@ def frozen_values(gates: Gates, optimiser: Optimizer) -> list[Tensor]:
     for part in gates.parts():
         assert isinstance(part.frozen, slice | Tensor)
         tensors = [part.parameter, *optimiser.state[part.parameter].values()]
-        values += [t[part.frozen].detach().clone() for t in tensors if t.shape == part.parameter.shape]
+        values += [
+            t[part.frozen].detach().clone() for t in tensors if t.shape == part.parameter.shape
+        ]
     return values
 
 
@@ -156,6 +160,11 @@ def test_restored_optimiser_stays_guarded() -> None:
     )
 
 
+def test_optimisers_that_know_units_are_left_alone() -> None:
+    _, optimiser = attached(mat.AdamW)
+    assert not optimiser._optimizer_step_pre_hooks
+
+
 def test_detached_model_trains_whole_again() -> None:
     gates, optimiser = attached(OPTIMISERS["SGD"])
     gates.set_active(np.zeros(6, bool))
@@ -163,9 +172,3 @@ def test_detached_model_trains_whole_again() -> None:
     before = gates.model[0].weight.clone()
     train(gates, optimiser, range(1))
     assert not (gates.model[0].weight == before).all(1).any()
-
-
-def test_optimisers_of_the_library_get_no_hooks() -> None:
-    optimiser = mat.AdamW(nn.Linear(2, 2).parameters())
-    guard(optimiser)
-    assert not optimiser._optimizer_step_pre_hooks and not optimiser._optimizer_step_post_hooks
