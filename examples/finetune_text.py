@@ -14,7 +14,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,15 @@ def threads_of(processes: int) -> int:
 
 
 class Runner:
-    """Makes runs, several at once in processes of their own, or one by one in this one."""
+    """Makes runs, several at once in processes of their own, or one by one in this one.
+
+    Attributes:
+        failed: Runs that failed in other processes, and why; one in this process raises.
+    """
 
     def __init__(self, settings: Settings, out: Path, processes: int) -> None:
         self.settings, self.out, self.pool = settings, out, None
+        self.failed: list[str] = []
         if processes > 1:
             self.pool = ProcessPoolExecutor(
                 processes, multiprocessing.get_context("spawn"),
@@ -47,12 +52,20 @@ class Runner:
             )  # fmt: skip
 
     def make(self, tasks: Sequence[Task], folder: str = "runs") -> list[dict[str, Any]]:
-        """Results of some runs; those that are missing are made."""
+        """Results of some runs, but for those that fail; what is missing is made."""
         each = partial(run, settings=self.settings, cache=self.out, folder=self.out / folder)
         missing = [task for task in tasks if not task.path(self.out / folder).is_file()]
-        for _ in (self.pool.map if self.pool else map)(each, missing):
-            pass
-        return [result_of(task.path(self.out / folder), self.settings) for task in tasks]
+        if self.pool is None:
+            for task in missing:
+                each(task)
+        else:
+            futures = {self.pool.submit(each, task): task for task in missing}
+            for future in as_completed(futures):
+                if error := future.exception():
+                    name = futures[future].path(self.out / folder).stem
+                    self.failed.append(f"{name}: {type(error).__name__}: {error}")
+        paths = [task.path(self.out / folder) for task in tasks]
+        return [result_of(path, self.settings) for path in paths if path.is_file()]
 
     def close(self) -> None:
         """End the processes."""
@@ -172,10 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates = (
             dict.fromkeys(given.methods, given.rate) if given.rate else tuned(runner, given.methods)
         )
-        runner.make([Task(m, rates[m], seed) for m in given.methods for seed in given.seeds])
+        runner.make([Task(m, rates[m], seed) for seed in given.seeds for m in rates])
         runner.close()
-        if given.alone:
-            alone(settings, given.out, [Task(m, rates[m], given.seeds[0]) for m in given.methods])
+        if given.alone and rates:
+            alone(settings, given.out, [Task(m, rates[m], given.seeds[0]) for m in rates])
+        if runner.failed:
+            print("failed:", *runner.failed, sep="\n")
     print(report(given.out, given.methods))
 
 

@@ -16,7 +16,7 @@ import mat
 
 SHARE = 1 / 3  # of the units, layers or sub-layers that train
 EVERY = 20  # steps between selections
-RATES = 1e-4, 2e-4, 4e-4
+RATES = 1e-4, 2e-4, 4e-4, 8e-4
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_finished_runs_are_kept_and_the_best_rate_taken(
     runs = results(tmp_path / "runs")
     tuning = [r for r in runs.values() if r["seed"] == finetune_text.TUNING_SEED]
     best = max(tuning, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
-    assert {r["rate"] for r in tuning} == set(text_methods.RATES) and len(runs) == 4
+    assert {r["rate"] for r in tuning} == set(text_methods.RATES) and len(runs) == 5
     assert next(r for r in runs.values() if r["seed"] == 3)["rate"] == best["rate"]
     capsys.readouterr()
     finetune(pretrained, documents, tmp_path, *options, "--table-only")

@@ -11,7 +11,6 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import mat
 from mat.gates import Gates
-from mat.guard import guard
 
 
 def lion(parameters: Any) -> Optimizer:
