@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mat.suite.config import differences
 from mat.suite.errors import UserError
 from mat.suite.glance import Glance, look, row_of
+from mat.suite.science import differences
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from short_runs import events, one_sentence, small_overrides
+from short_runs import events, one_sentence, small_overrides, unseal
 
-from mat.suite.config import CONF, GROUPS
+from mat.suite.compose import CONF
+from mat.suite.config import GROUPS
 
 LAUNCH = CONF.parent / "launch.py"
 Outcome = tuple[int, str, str]  # exit code, output, errors
@@ -92,7 +93,7 @@ def test_help_answers_at_once_and_names_every_group(tmp_path):
 
 def test_help_needs_neither_torch_nor_numpy():
     code = (
-        "import sys, mat.suite.config, mat.suite.explain\n"
+        "import sys, mat.suite.compose, mat.suite.science\n"
         "sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=LAUNCH.parent, check=False).returncode == 0
@@ -128,15 +129,14 @@ def test_missing_data_are_named_before_anything_is_trained(launch, tmp_path):
     (tmp_path / "data").mkdir()
     code, _, err = launch("dataset=wikitext2", f"dataset.root={tmp_path / 'data'}", "seed=4")
     assert code == 2 and str(tmp_path / "data" / "wikitext-2") in err
-    assert one_sentence(err.removeprefix("error: "))
-    assert [path.name for path in tmp_path.rglob("failure.json")] == ["failure.json"]
+    assert one_sentence(err.removeprefix("error: ")) and not (tmp_path / "runs").exists()
 
 
 def test_bugs_keep_their_traceback(launch, monkeypatch):
     def bug(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("mat.suite.runs.folder_of", bug)
+    monkeypatch.setattr("mat.suite.engine.run", bug)
     with pytest.raises(ZeroDivisionError):
         launch()
 
@@ -164,7 +164,13 @@ def test_sigterm_stops_a_run_with_a_checkpoint(sweep):
     names = {Path(name).name for name in sweep.files_then}
     assert "latest.pt" in names and not {"summary.json", "failure.json"} & names
     assert not any("seed=1" in name for name in sweep.files_then)
-    assert err.startswith("interrupted: runs/pair/") and err.count("\n") == 1 and "same command is run again" in err
+    first, *table, command = err.splitlines()
+    assert first.startswith("interrupted: runs/pair/") and "same command is run again" in first
+    assert [line.partition(": ")[0].split() for line in table] == [
+        ["interrupted", "seed=0"],
+        ["not", "begun", "seed=1"],
+    ]
+    assert command.startswith("To go on: python launch.py -m seed=0,1 ")
 
 
 def test_same_command_goes_on_and_finishes_the_sweep(sweep):
@@ -199,7 +205,10 @@ def test_other_science_gets_another_folder(sweep, launch, monkeypatch):
 def test_failed_run_does_not_end_the_sweep(cache, launch, tmp_path):
     command = small_overrides(cache, "method=baseline", steps=6)
     code, out, err = launch("-m", *command, "train.lr=1e5,1e-2")
-    assert code == 1 and err.startswith("failed: ") and one_sentence(err.removeprefix("failed: ")), err
+    sentence, *table, _ = err.splitlines()
+    assert code == 1 and sentence.startswith("failed: ") and one_sentence(sentence.removeprefix("failed: ")), err
+    assert table[0] == f"failed      train.lr=100000.0: {sentence.removeprefix('failed: ')}"
+    assert table[1].startswith("complete    train.lr=0.01: runs/smoke/")
     assert len(out.splitlines()) == 1
     failed, done = (next(tmp_path.rglob(name)).parent for name in ("failure.json", "summary.json"))
     assert failed != done and failed.parent.parent == done.parent.parent
@@ -222,8 +231,9 @@ def test_run_that_its_folder_refuses_does_not_end_the_sweep(cache, launch, tmp_p
     command = small_overrides(cache, "method=baseline", steps=6)
     assert launch("-m", *command, "train.lr=1e-2")[0] == 0
     (config,) = tmp_path.rglob("config.yaml")
+    unseal(config.parent)
     config.write_text(config.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
-    (config.parent / "summary.json").unlink()
     code, out, err = launch("-m", *command, "train.lr=1e-2,2e-2")
-    assert code == 2 and one_sentence(err.removeprefix("error: ")) and "train.weight_decay" in err, err
-    assert len(out.splitlines()) == len(list(tmp_path.rglob("summary.json"))) == 1
+    sentence, *_ = err.splitlines()
+    assert code == 2 and one_sentence(sentence.removeprefix("error: ")) and "train.weight_decay" in sentence, err
+    assert len(out.splitlines()) == 1 and len(list(tmp_path.rglob("summary.json"))) == 2
