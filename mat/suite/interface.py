@@ -64,8 +64,8 @@ class Batch:
         raise NotImplementedError
 
 
-class UnitModel(nn.Module):
-    """A model with unit layers: outputs, loss, and the FLOPs of what is not a unit layer.
+class Model(nn.Module):
+    """A model of the suite: from a batch to outputs, and what to make of them.
 
     Attributes:
         best_by: The validation score whose best value picks the weights that are tested.
@@ -78,11 +78,11 @@ class UnitModel(nn.Module):
         return self.loss_of_outputs(self(batch), batch)
 
     def loss_of_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
-        """The same, given the outputs: mean cross-entropy of logits (rows grouped by sample, equally many each)."""
-        return F.cross_entropy(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), batch.targets)
-
-    def fix_constants(self, batches: Sequence[Any]) -> None:
-        """Let the layers note what the estimator holds fixed (``mat.suite.units.Tape``), given all batches."""
+        """The same, given the outputs: mean cross-entropy of logits, whose rows are grouped by
+        sample, equally many each; in float32 at least.
+        """
+        precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return F.cross_entropy(precise, batch.targets)
 
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss of its last forward pass, if anything."""
@@ -93,8 +93,15 @@ class UnitModel(nn.Module):
         return {}
 
     def monitors(self) -> dict[str, Tensor]:
-        """What the last training forward pass noticed about itself: scalars, on the device."""
+        """What the last training forward pass tells about itself: scalars, on the device."""
         return {}
+
+
+class UnitModel(Model):
+    """A model with unit layers, which counts the FLOPs of what is not a unit layer."""
+
+    def fix_constants(self, batches: Sequence[Any]) -> None:
+        """Let the layers note what the estimator holds fixed (``mat.suite.units.Tape``), given all batches."""
 
     def rest_flops(self, batch: Any) -> Flops:
         """A training step's FLOPs outside the unit layers."""

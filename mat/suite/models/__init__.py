@@ -8,7 +8,10 @@ from mat.suite.vgg import Vgg
 
 
 def build(config: Config, outputs: int) -> UnitModel:
-    """The model of a configuration for data with so many outputs, on the CPU, initialised from torch's random state."""
+    """The model of a configuration for data with so many outputs, on the CPU.
+
+    Its weights are drawn from torch's random state.
+    """
     model, dataset = config.model, config.dataset
     if isinstance(model, VggConfig):
         assert isinstance(dataset, ImageConfig)

@@ -1,0 +1,5 @@
+"""Where the units of known models are: each file finds them by the shape of modules, not of models."""
+
+from mat.adapters.find import find_units, finder
+
+__all__ = ["find_units", "finder"]

@@ -1,0 +1,140 @@
+"""Feed-forward groups: first matrix (or two), activation, last matrix.
+
+Shapes of the activation: (..., F) for each first matrix to (..., F).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from mat.adapters.find import Place, count_heads, finder, linear_site, part_of
+from mat.layers.gate import Gate
+from mat.layers.hidden import HiddenSite
+from mat.units import UnitLayer
+
+DEFAULT_GROUPS = 8  # where a model names no heads
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one family names the parts of a feed-forward module.
+
+    Attributes:
+        firsts: First matrices; with two, the activated one is multiplied by the other.
+        activation: Name of the activation.
+        last: Last matrix; ``../`` when the module's forward ends with the activation.
+        between: Name of a module between activation and last matrix.
+        after: Name of a module behind the last matrix.
+        method: The method that runs them.
+    """
+
+    firsts: tuple[str, ...]
+    activation: str
+    last: str
+    between: str | None = None
+    after: str | None = None
+    method: str = "forward"
+
+
+FORMS = (
+    Form(("dense",), "intermediate_act_fn", "../output.dense"),  # BERT, RoBERTa
+    Form(("lin1",), "activation", "lin2", after="dropout"),  # DistilBERT
+    Form(("fc1",), "activation_fn", "fc2"),  # ViT
+    Form(("gate_proj", "up_proj"), "act_fn", "down_proj"),  # Llama, Qwen2
+    Form(("wi",), "act", "wo", between="dropout"),  # Switch Transformers
+    # nn.TransformerDecoderLayer, nn.TransformerEncoderLayer
+    Form(("linear1",), "activation", "linear2", "dropout", "dropout3", "_ff_block"),
+    Form(("linear1",), "activation", "linear2", "dropout", "dropout2", "_ff_block"),
+)
+LIBRARIES = ("transformers.", "torch.nn.modules.transformer")
+
+
+@finder
+def groups(place: Place) -> Iterator[UnitLayer]:
+    """The groups of hidden neurons of a feed-forward module of transformers or of torch."""
+    if not type(place.module).__module__.startswith(LIBRARIES):
+        return
+    for form in FORMS:
+        firsts = [place.linear(name) for name in form.firsts]
+        last = place.linear(form.last)
+        needed = (form.activation, form.method, *filter(None, (form.between, form.after)))
+        if last is None or any(first is None for first in firsts):
+            continue
+        if not all(hasattr(place.module, name) for name in needed):
+            continue
+        hidden = last.in_features
+        count = number_of_groups(place, hidden)
+        owner = np.repeat(np.arange(count), hidden // count)
+        parts = [part for name in form.firsts for part in place.parts(name, owner, 0)]
+        parts += place.parts(form.last, owner, 1)
+        sites = [
+            linear_site(place.path, place.under(form.last)),
+            (place.path, hidden_site(place, form)),
+        ]
+        yield UnitLayer("ffn", place.path, count, parts, sites)
+        return
+
+
+def number_of_groups(place: Place, hidden: int) -> int:
+    """Groups of a feed-forward layer of so many hidden neurons.
+
+    Raises:
+        ValueError: If a number that was asked for does not divide them.
+    """
+    wanted = place.groups or count_heads(place.model, place.module) or DEFAULT_GROUPS
+    if hidden % wanted == 0:
+        return wanted
+    if place.groups:
+        raise ValueError(
+            f"groups={place.groups} does not divide the {hidden} neurons of {place.path}"
+        )
+    return max(n for n in range(1, wanted + 1) if hidden % n == 0)
+
+
+def hidden_site(
+    place: Place, form: Form
+) -> Callable[[nn.Module, Callable[[str], Gate | None]], Any]:
+    """What makes the site of a feed-forward module."""
+
+    def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> HiddenSite:
+        gate = gate_of(place.path)
+        assert gate is not None
+        firsts: list[Any] = [getattr(module, name) for name in form.firsts]
+        weights: Any = [part_of(gate, place.under(f"{name}.weight")) for name in form.firsts]
+        biases = [part_of(gate, place.under(f"{name}.bias")) for name in form.firsts]
+        inside = not form.last.startswith("../")
+        finish = Finish(module, form) if inside else None
+        return HiddenSite(
+            module, firsts, weights, biases, Activate(module, form), finish, form.method
+        )
+
+    return make
+
+
+class Activate:
+    """The activation of a feed-forward module."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        self.module, self.form = module, form
+
+    def __call__(self, *z: Tensor) -> Tensor:
+        """Of the outputs of the first matrices."""
+        hidden: Tensor = getattr(self.module, self.form.activation)(z[0])
+        return hidden * z[1] if len(z) > 1 else hidden
+
+
+class Finish:
+    """What a feed-forward module does after its activation."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        self.module, self.form = module, form
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Of the hidden neurons."""
+        for name in (self.form.between, self.form.last, self.form.after):
+            if name is not None:
+                hidden = getattr(self.module, name)(hidden)
+        return hidden

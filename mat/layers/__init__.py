@@ -1,0 +1,1 @@
+"""Layers whose backward pass skips what is frozen: one file per kind of product."""

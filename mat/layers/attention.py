@@ -1,0 +1,87 @@
+"""The core of attention, from queries, keys and values to context, with frozen heads left out.
+
+In ``cut`` active and frozen heads run apart, the frozen ones without gradients: any attention kernel
+does. In ``exact`` the core is differentiated whole.
+
+Shapes: B sequences, T queries, S keys, H query heads, G key-value heads (H when not grouped), K head
+width. Units are key-value heads with the queries that share them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mat.layers.gate import Gate, Index, put, take
+
+# From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K), and
+# attention weights (B, h, T, S) if the kernel has them.
+Attend = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor | None]]
+
+
+def attend_apart(
+    gate: Gate, attend: Attend, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Attention that is differentiated through the active heads.
+
+    Args:
+        gate: The gate of the heads.
+        attend: The attention kernel.
+        q: (B, H, T, K).
+        k: (B, G, S, K).
+        v: (B, G, S, K).
+
+    Returns:
+        Context (B, T, H, K), and the attention weights (B, H, T, S) or None.
+    """
+    if gate.open or gate.mode == "exact":
+        return attend(q, k, v, None)
+    active, frozen, _ = gate.units()
+    q_active, q_frozen, _ = gate.units(q.shape[1] // k.shape[1])
+    with torch.no_grad():
+        parts = [take(each, i, 1) for each, i in ((q, q_frozen), (k, frozen), (v, frozen))]
+        still, still_weights = attend(*parts, q_frozen)
+    parts = [take(each, i, 1) for each, i in ((q, q_active), (k, active), (v, active))]
+    if gate.n_active:
+        moving, weights = attend(*parts, q_active)
+    else:  # nothing to attend with, but the projections' gradients are zeros rather than missing
+        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(
+            -1, q.shape[2], -1, q.shape[3]
+        )
+        weights = still_weights
+    context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])
+    if still_weights is not None and gate.n_active:
+        assert weights is not None
+        every = still_weights.new_empty(q.shape[0], q.shape[1], *still_weights.shape[2:])
+        put(every, q_active, 1, weights.detach())
+        put(every, q_frozen, 1, still_weights)
+        weights = every
+    return context, weights
+
+
+def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:
+    """The part of a mask or bias that is some heads'; it broadcasts to (B, H, T, S)."""
+    if bias is None or bias.dim() != 4 or bias.shape[1] != heads or heads == 1:
+        return bias
+    return take(bias, index, 1)
+
+
+class _Join(torch.autograd.Function):
+    """Heads that are differentiated and heads that are not, in their order; (B, T, h, K) each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index, heads: int
+    ) -> Tensor:
+        ctx.active = active
+        joined = still.new_empty(*still.shape[:2], heads, still.shape[3])  # (B, T, H, K)
+        put(joined, active, 2, moving.to(still.dtype))
+        put(joined, frozen, 2, still)
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return take(gradient, ctx.active, 2), None, None, None, None

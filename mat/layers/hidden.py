@@ -1,0 +1,121 @@
+"""Hidden layers: the first matrices of a feed-forward network and its activation, as one layer.
+
+Units are groups of hidden neurons: rows of the first matrix (with a gated activation: of both) with
+their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``cut`` the activation of
+frozen neurons is not differentiated, and nothing of them is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mat.layers.gate import GatedPart, take
+from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
+from mat.layers.site import Site, gathered, stand_in, with_compact
+
+Activation = Callable[..., Tensor]
+
+
+class HiddenSite(Site):
+    """A module that computes ``activation(*(first(x) for first in firsts))``.
+
+    Args:
+        module: The module whose forward that is.
+        firsts: Its first matrices, one or two.
+        weights, biases: The gate's shares of them.
+        activation: From their outputs (..., F) to the hidden neurons (..., F), elementwise.
+        last: What the module does with the hidden neurons afterwards, if anything.
+        method: The method that this is.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        firsts: Sequence[nn.Linear],
+        weights: Sequence[GatedPart],
+        biases: Sequence[GatedPart | None],
+        activation: Activation,
+        last: Callable[[Tensor], Tensor] | None = None,
+        method: str = "forward",
+    ) -> None:
+        super().__init__(module, weights[0].gate, method=method)
+        self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
+        self.activation, self.last = activation, last
+
+    def gated(self, x: Tensor) -> Tensor:
+        """(..., D) to the hidden neurons (..., F), or to what ``last`` makes of them."""
+        homes, values, ways = [], [], []
+        for first, weight, bias in zip(self.firsts, self.weights, self.biases, strict=True):
+            homes += [home(weight, first.weight), home(bias, first.bias)]
+            values += [first.weight.detach(), None if first.bias is None else first.bias.detach()]
+            ways.append(by_rows(weight, bias))
+        hidden, compact = _Hidden.apply(x, self.activation, ways, *homes, *values)
+        hidden = with_compact(hidden, compact, ways[0].through)
+        return hidden if self.last is None else self.last(hidden)
+
+
+class _Hidden(torch.autograd.Function):
+    """All neurons forward; backward through the active ones (``cut``), or all (``exact``).
+
+    Inputs: x (..., D), activation, a way per first matrix, homes and values of weights and biases.
+    Outputs: hidden neurons (..., F), stand-in (..., k) or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, activation: Activation, ways: list[Way], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = compute_dtype(x)
+        x = x.to(dtype)
+        homes, values = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        values = tuple(None if v is None else v.to(dtype) for v in values)
+        z = [F.linear(x, *values[i : i + 2]) for i in range(0, len(values), 2)]  # type: ignore[arg-type]
+        hidden = activation(*z)
+        index, part = ways[0].through, ways[0].rows
+        assert part is not None
+        ctx.ways, ctx.activation, ctx.homes = ways, activation, homes
+        ctx.autocast = (
+            torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type),
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *values[::2], *(take(each, index, each.dim() - 1) for each in z))
+        return hidden, None if index is None else stand_in(hidden, part.count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.ways)
+        x, weights, z = (
+            ctx.saved_tensors[0],
+            ctx.saved_tensors[1 : 1 + count],
+            ctx.saved_tensors[1 + count :],
+        )
+        through = ctx.ways[0].through
+        g = gathered(dense, compact, through)  # (N, r)
+        if g is None or not g.shape[1]:
+            g = x.new_zeros(x.shape[:-1].numel(), 0) if g is None else g
+        leaves = [each.detach().flatten(0, -2).requires_grad_() for each in z]
+        with torch.enable_grad(), torch.autocast(x.device.type, ctx.autocast[1], ctx.autocast[0]):
+            hidden = ctx.activation(*leaves)
+        d_z = torch.autograd.grad(hidden, leaves, g.to(hidden.dtype))
+        d_x: Tensor | None = None
+        grads: list[Tensor | None] = []
+        for i, (way, weight, d) in enumerate(zip(ctx.ways, weights, d_z, strict=True)):
+            if ctx.needs_input_grad[0] and d.shape[1]:
+                down = d @ take(weight, through, 0)  # (N, D)
+                d_x = down if d_x is None else d_x + down
+            weight_home, bias_home = ctx.homes[2 * i : 2 * i + 2]
+            wants_weight, wants_bias = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
+            kept = x if way.rows.count else None
+            grads.append(weight_gradient(d, kept, way, weight_home) if wants_weight else None)
+            grads.append(
+                bias_gradient(d.sum(0), way.bias, through, bias_home) if wants_bias else None
+            )
+        if d_x is not None:
+            d_x = d_x.view(x.shape)
+        return d_x, None, None, *grads, *[None] * (2 * count)
