@@ -148,17 +148,17 @@ class RunFolder:
         self.begun = True
         if before is None:
             self._rewind(0, 0, None)
-        environment = now = environment_of(config)
+        recorded = now = environment(config)
         if before is not None:
-            environment = {**before, "resumed": [*before.get("resumed", []), now]}
-            environment["exclusive"] = before["exclusive"] and now["exclusive"]
+            recorded = {**before, "resumed": [*before.get("resumed", []), now]}
+            recorded["exclusive"] = before["exclusive"] and now["exclusive"]
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-        write_text(self.path / "environment.json", json.dumps(environment, indent=1))
+        write_text(self.path / "environment.json", json.dumps(recorded, indent=1))
         failure = self.path / "failure.json"
         if failure.is_file():
             say(f"{self.path} failed before: it is tried again.")
             failure.unlink()
-        return environment
+        return recorded
 
     def best_weights(self, best: dict[str, Any]) -> Path:
         """Where the weights with the best validation score are."""
@@ -280,7 +280,7 @@ def _digest(frame: pd.DataFrame) -> str:
     return hashlib.sha256(" ".join(frame.columns).encode() + rows).hexdigest()
 
 
-def environment_of(config: Config) -> dict[str, Any]:
+def environment(config: Config) -> dict[str, Any]:
     """Command, commit, versions, device, threads, precision of this process; None for what git does not tell."""
 
     def git(*arguments: str) -> str | None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mat
 
 pytest.importorskip("transformers")
-from transformers import (  # noqa: E402
+from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
