@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from short_runs import composed, one_sentence, small_overrides
 
 from mat.suite import engine
-from mat.suite.compose import CONF, describe_groups, explain, resolve
+from mat.suite.compose import CONF, describe_groups, explain, quote_paths, resolve
 from mat.suite.config import GROUPS, Config, MethodConfig
 from mat.suite.errors import UserError
 from mat.suite.glance import read_config
@@ -178,6 +178,22 @@ REFUSED = [  # overrides, a part of the sentence
     ("train.eval_samples=0", "train.eval_samples=0"),
     ("train.eval_batch=0", "train.eval_batch=0"),
     ("train.marks=[1.0]", "train.marks=1.0"),
+    ("method.budget=0.5", "method.budget=0.5 of train.pflops=0.003"),
+    ("train.eval_interval=1e-9", "train.eval_interval=1e-09"),
+    ("selection.interval=1e-9", "selection.interval=1e-09"),
+    ("selection.units=[heads,heads]", "names a kind twice"),
+    ("train.drops=[0.75,0.5]", "does not rise"),
+    ("model.width=100000000", "model.width=100000000"),
+    ("model.layers=100000000", "model.layers=100000000"),
+    ("train.batch=100000000", "train.batch=100000000"),
+    ("name=../up", "name='../up'"),
+    ("name=/tmp/x", "name='/tmp/x'"),
+    ("name=a/b", "name='a/b'"),
+    ("name=''", "name=''"),
+    ("name=..", "name='..'"),
+    (f"name={'x' * 101}", "up to 100"),
+    ("runs=''", "runs=''"),
+    ("dataset.cache=''", "dataset.cache=''"),
     ("train.log_steps=0", "train.log_steps=0"),
     ("train.checkpoint_steps=0", "train.checkpoint_steps=0"),
     ("selection.units=[heads,fnn]", "did you mean ffn?"),
@@ -217,6 +233,7 @@ REFUSED_OF_IMAGES = [
     ("model.stages=[]", "model.stages=[]"),
     ("model.stages=[[8],[]]", "model.stages=[[8], []]"),
     ("model.stages=[[8],[0]]", "model.stages=0"),
+    ("dataset.size=16", "too few pixels"),
     ("dataset.source_size=0", "dataset.source_size=0"),
     ("dataset.size=0", "dataset.size=0"),
     ("dataset.channels=4", "set 3, or 1 for grey"),
@@ -260,6 +277,37 @@ def test_the_text_defaults_do_not_train_images():
     with pytest.raises(UserError, match="add selection=filters_mini train=images_mini"):
         resolve(composed("model=vgg16_mini", "dataset=digits"))
     resolve(composed("model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"))
+
+
+def test_switch_without_a_gated_expert_is_refused():
+    with pytest.raises(UserError, match="add selection=experts_mini"):
+        resolve(composed("model=switch_mini"))
+
+
+def test_matched_without_a_run_to_match_is_refused():
+    with pytest.raises(UserError, match="no run to match"):
+        resolve(composed("method=rand_matched", "method.matched=null"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "a\nb"), ("runs", "a\nb"), ("dataset.cache", "a\0b")])
+def test_line_breaks_in_names_are_refused(key, value, default):
+    changed = copy.deepcopy(default)
+    OmegaConf.update(changed, key, value)
+    with pytest.raises(UserError, match=key) as caught:
+        resolve(changed)
+    assert one_sentence(str(caught.value))
+
+
+PASTED = "runs/table1_mini/method=mat,model=bert/seed=0"
+
+
+@pytest.mark.parametrize(("argument", "quoted"), [
+    (f"method.matched={PASTED}", f"method.matched='{PASTED}'"),
+    (f"method.matched='{PASTED}'", f"method.matched='{PASTED}'"),
+    ("runs=a,b", "runs=a,b"), ("method.matched=${runs}/a=b", "method.matched=${runs}/a=b"),
+])  # fmt: skip
+def test_a_pasted_path_is_quoted(argument, quoted):
+    assert quote_paths([argument]) == [quoted]
 
 
 def test_every_number_has_bounds():

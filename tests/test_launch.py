@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -225,6 +226,68 @@ def test_sweep_with_a_senseless_run_is_refused_before_its_first_run(cache, launc
     assert all(one_sentence(sentence.removeprefix("error: ")) for sentence in sentences)
     assert out == "" and not list(tmp_path.rglob("config.yaml"))
     assert len(launch("-m", *command, "model.heads=3", "seed=1,2,3")[2].splitlines()) == 1  # said once
+
+
+@pytest.mark.parametrize("sweep", ["--multirun", "--multi", "-m", "hydra.mode=MULTIRUN"])
+def test_a_sweep_is_what_hydra_takes_for_one(sweep, cache, launch, tmp_path):
+    code, out, err = launch(sweep, *small_overrides(cache, "method=baseline", steps=6), "model.heads=2,3")
+    assert (code, out) == (2, "") and err.startswith("error: model.heads=3") and err.count("\n") == 1
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_launcher_that_is_missing_is_told_before_anything_is_trained(cache, launch, tmp_path):
+    code, _, err = launch("-m", *small_overrides(cache, steps=6), "hydra/launcher=joblib")
+    assert code == 2 and one_sentence(err.removeprefix("error: ")) and not (tmp_path / "runs" / "smoke").exists()
+
+
+def test_the_same_value_written_otherwise_is_the_same_run(cache, launch, tmp_path):
+    command = small_overrides(cache, "method=baseline", steps=6)
+    first = launch(*command, "train.lr=2e-3")
+    assert first[0] == 0 and launch(*command, "train.lr=0.002") == launch("-m", *command, "train.lr=0.0020") == first
+    assert len(list(tmp_path.rglob("summary.json"))) == 1
+
+
+def test_a_path_pasted_from_the_output_works(cache, launch, tmp_path):
+    command = small_overrides(cache, steps=8)
+    folder = launch(*command, "method=mat")[1].partition(": ")[0]
+    assert "=" in folder
+    code, _, err = launch(*command, "method=rand_matched", f"method.matched={folder}")
+    assert (code, err) == (0, "") and len(list(tmp_path.rglob("summary.json"))) == 2
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(cache, launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = small_overrides(cache, "method=baseline", steps=6)
+    for place in ("runs=file", f"runs={'x' * 300}", "dataset.cache=file"):
+        code, out, err = launch(*command, place)
+        assert (code, out) == (2, "") and one_sentence(err.removeprefix("error: ")), err
+        assert "file" in err or "xxx" in err
+
+
+def test_ctrl_c_while_it_starts_leaves_no_traceback(cache, launch, monkeypatch):
+    def pressed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mat.suite.engine.datasets.load", pressed)
+    code, out, err = launch(*small_overrides(cache, steps=6))
+    assert (code, out) == (130, "") and err.count("\n") == 1 and err.startswith("interrupted: ")
+
+
+@pytest.mark.parametrize("how", ["closed", "reader gone"])
+def test_a_run_outlives_its_standard_error(how, cache, tmp_path):
+    command = [*small_overrides(cache, "method=baseline", steps=6), "tracking.progress=true"]
+    redirect = "2>&-" if how == "closed" else "2> >(true)"
+    line = shlex.join([sys.executable, str(LAUNCH), *command])
+    done = subprocess.run(["bash", "-c", f"{line} {redirect}"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0 and b"nats" in done.stdout
+    assert all(json.loads(event) for event in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines())
+
+
+def test_a_failed_run_is_tried_again_aloud(cache, launch, tmp_path):
+    command = small_overrides(cache, "method=baseline", "train.lr=1e30", steps=6)
+    assert launch(*command)[0] == 1
+    code, _, err = launch(*command)
+    assert code == 1 and err.splitlines()[0].endswith("failed before: it is tried again.")
 
 
 def test_run_that_its_folder_refuses_does_not_end_the_sweep(cache, launch, tmp_path):

@@ -307,12 +307,12 @@ class Config(Group):
             )
         self._check_model()
         self._check_units()
-        limit = self.train.pflops * self.method.budget
+        budget, pflops = self.method.budget, self.train.pflops
         for mark in self.train.marks:
-            if mark > limit * (1 + 1e-9):
+            if mark > budget * pflops * (1 + 1e-9):
                 raise UserError(
-                    f"train.marks={mark} is beyond the {limit:.4g} PFLOPs that the run spends: lower it, or set "
-                    "train.marks=[]."
+                    f"train.marks={mark} is beyond the run's end (method.budget={budget} of train.pflops={pflops}): "
+                    "lower it, or set train.marks=[]."
                 )
 
     def _check_model(self) -> None:

@@ -35,7 +35,7 @@ from mat.suite.models import build
 from mat.suite.optim import build_optimiser
 from mat.suite.precision import autocast, batch_in, machine_precision
 from mat.suite.runs import RunFolder, check_matched
-from mat.suite.schedule import learning_rate
+from mat.suite.schedule import evaluation_points, learning_rate
 from mat.suite.stepper import Stepper
 from mat.suite.tracking import Progress, open_mirror
 from mat.suite.units import BackwardMode, UnitIndex, unit_layers
@@ -360,16 +360,10 @@ class Training:
     # --- evaluation
 
     def _evaluation_points(self) -> list[float]:
-        """FLOPs at which to evaluate: every mark, the end, and every ``eval_interval`` of the planned FLOPs."""
-        train = self.config.train
-        planned = train.pflops * PFLOP
-        marks = [mark * PFLOP for mark in train.marks]
-        regular = [i * train.eval_interval * planned for i in range(1, math.ceil(1 / train.eval_interval) + 1)]
-        points: list[float] = []
-        for point in (*marks, self.budget, *regular):  # those equal but for rounding are one
-            if point <= self.budget * (1 + 1e-9) and not any(math.isclose(point, p) for p in points):
-                points.append(point)
-        return sorted(p for p in points if p > self.evaluated_at)
+        """FLOPs at which to evaluate from now on."""
+        train, budget = self.config.train, self.config.method.budget
+        points = evaluation_points(train.pflops, budget, train.eval_interval, train.marks)
+        return [point * PFLOP for point in points if point * PFLOP > self.evaluated_at]
 
     def _evaluate_until(self, after: int, points: list[float]) -> None:
         """Evaluate at the points that the next piece of work, which ends at ``after`` FLOPs, goes beyond."""

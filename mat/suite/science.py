@@ -84,7 +84,7 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
         elif key in ("experiment", "hardware") or _is_incidental(key) or (key, given) == ("hardware.precision", "auto"):
             continue
         named.append(f"{key}={text}".replace("/", "_"))
-    leaf = ",".join(sorted(named)) or "default"
+    leaf = ",".join(sorted(set(named))) or "default"
     if len(leaf.encode()) > LONGEST_NAME:
         digest = hashlib.sha256(leaf.encode()).hexdigest()[:12]
         leaf = f"{leaf.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}-{digest}"

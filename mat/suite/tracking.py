@@ -120,30 +120,33 @@ class Progress:
 
     def __init__(self, pflops: float, done: float, shown: bool, label: str) -> None:
         self._pflops = pflops
+        self._bar: tqdm[Any] | None = None
+        if shown:
+            self._attempt(lambda: self._begin(100 * done / pflops, label))
+
+    def _begin(self, done: float, label: str) -> None:
         self._bar = tqdm(
-            total=100.0, initial=100 * done / pflops, disable=not shown, desc=label, mininterval=1.0,
+            total=100.0, initial=done, desc=label, mininterval=1.0,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
         )  # fmt: skip
 
     def update(self, pflops: float, loss: float, active_share: float, validation: float | None) -> None:
         """Show the present state."""
-        self._attempt(lambda: self._show(pflops, loss, active_share, validation))
+        if (bar := self._bar) is None:
+            return
+        text = f"loss {loss:.3f}" + (f" val {validation:.3f}" if validation is not None else "")
+        text += f" active {active_share:.0%} {pflops:.4g}/{self._pflops:.4g} PFLOPs"
+        bar.set_postfix_str(text, refresh=False)
+        self._attempt(lambda: bar.update(min(100 * pflops / self._pflops, 100.0) - bar.n))
 
     def close(self) -> None:
         """Leave the last line standing."""
-        self._attempt(self._bar.close)
+        if self._bar is not None:
+            self._attempt(self._bar.close)
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
         except (OSError, ValueError):  # nobody reads standard error any more
             hush(sys.stderr)
-            self._bar.disable = True
-
-    def _show(self, pflops: float, loss: float, active_share: float, validation: float | None) -> None:
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}" + (f" val {validation:.3f}" if validation is not None else "")
-            + f" active {active_share:.0%} {pflops:.4g}/{self._pflops:.4g} PFLOPs",
-            refresh=False,
-        )  # fmt: skip
-        self._bar.update(min(100 * pflops / self._pflops, 100.0) - self._bar.n)
+            self._bar = None
