@@ -47,6 +47,7 @@ class Gates:
         self.policy = Policy(config, units)
         self.probe: Any = None
         self.due = 0
+        self.callback: Any = None  # the Trainer's, see mat.integrations
         self._online: Any = None  # reads scores off the training step under way
         self.layers: list[Gate] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -98,6 +99,11 @@ class Gates:
             if (wanted[rows] != self.active[rows]).any():
                 self.active[rows] = wanted[rows]
                 gate.update()
+
+    def indices(self) -> list[Tensor]:
+        """Every tensor of row numbers in use: a CUDA graph reads them as long as it lives."""
+        found = [index for gate in self.layers for index in gate.indices()]
+        return [index for index in found if isinstance(index, Tensor)]
 
     def maybe_select(
         self,

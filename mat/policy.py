@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mat.layers.gate import BackwardMode
-from mat.units import BoolArray, Units
+from mat.units import BoolArray, FloatArray, Units
 
-FloatArray = NDArray[np.float64]
 Rule = Literal["threshold", "lowest", "shuffled", "static", "random", "multirate", "all"]
 Scope = Literal["kind", "layer", "all"]
 Counts = dict[tuple[int, str, int], int]  # active units by selection, kind and layer
@@ -52,7 +50,9 @@ class PolicyConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(options))}"
                 )
-        for name in ("alpha", "share", "beta", "slow_share"):
+        if self.beta is not None and self.beta < 0:
+            raise ValueError(f"beta={self.beta} is out of range: set it to 0 or more, or to None")
+        for name in ("alpha", "share", "slow_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} is out of range: set it within [0, 1]")

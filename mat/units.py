@@ -28,6 +28,7 @@ from torch import nn
 from mat.tables import units_table
 
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 # From a module, and the gate of a layer by the layer's name (None: not gated), to its site.
 MakeSite = Callable[[nn.Module, Callable[[str], Any]], Any]

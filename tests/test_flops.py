@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import shapes, tiny_batch, tiny_bert, tiny_config
 
-from mat.suite import flops, gram, ntk
+from mat import gram
+from mat.suite import flops, ntk
 from mat.suite.bert import Attention, Bert, FeedForward
 from mat.suite.data.masking import MaskedBatch
 from mat.suite.flops import Flops

@@ -12,7 +12,8 @@ from test_switch import without_gaps
 from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units
 from tiny import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
-from mat.suite import engine, gram, ntk
+from mat import gram
+from mat.suite import engine, ntk
 from mat.suite.attention import attention, rotary_table
 from mat.suite.stepper import Stepper
 from mat.suite.units import BackwardMode, unit_layers
@@ -26,7 +27,7 @@ DEVICE = torch.device("cuda")
 
 @pytest.mark.parametrize("sizes", [(3, 5, 2, 7, 9), (32, 128, 4, 96, 128), (64, 64, 12, 64, 768)], ids=str)
 def test_triton_equals_pytorch(sizes: tuple[int, ...]) -> None:
-    gram_triton = pytest.importorskip("mat.suite.gram_triton")
+    gram_triton = pytest.importorskip("mat.gram_triton")
     n, t, u, p, q = sizes
     a = torch.randn(n, t, u, p, device=DEVICE).bfloat16()
     b = torch.randn(n, t, q, device=DEVICE).bfloat16()
@@ -37,7 +38,7 @@ def test_triton_equals_pytorch(sizes: tuple[int, ...]) -> None:
 
 
 def test_triton_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    gram_triton = pytest.importorskip("mat.suite.gram_triton")
+    gram_triton = pytest.importorskip("mat.gram_triton")
     calls, plain = [], gram_triton.gram
     monkeypatch.setattr(gram_triton, "gram", lambda a, b: calls.append(a.shape) or plain(a, b))
     model = tiny_bert(dtype=torch.float32, length=64, width=48, ffn_hidden=48).to(DEVICE)  # 16 rows of a unit

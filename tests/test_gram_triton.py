@@ -16,7 +16,7 @@ ON_A_DEVICE = pytest.mark.skipif(
 )
 INTERPRETED = """
 import torch
-from mat.suite import gram, gram_triton
+from mat import gram, gram_triton
 for n, t, u, p, q in [(3, 5, 2, 7, 17), (18, 35, 1, 16, 5), (33, 1, 1, 16, 3)]:
     random = torch.Generator().manual_seed(n)
     a = torch.randn(n, t, u + 1, p + 3, generator=random).bfloat16()[:, :, 1:, :p]  # strides as views have them
@@ -47,7 +47,7 @@ def test_interpreted_kernel_equals_float64_at_odd_sizes() -> None:
 COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from mat.suite import gram_triton
+from mat import gram_triton
 chosen = gram_triton.settings({samples})
 options = {{name: chosen.pop(name) for name in ("num_warps", "num_stages")}}
 constants = {{**chosen, "interpreted": False}}
@@ -70,7 +70,7 @@ def test_kernel_compiles_ahead_of_time(capability: int, kilobytes: int, samples:
 
 FAR = """
 import torch
-from mat.suite import gram, gram_triton
+from mat import gram, gram_triton
 far = torch.from_file({path!r}, shared=True, size=2**31 + 4096, dtype=torch.bfloat16)  # a sparse file
 a = far.as_strided((3, 5, 2, 16), (2**30, 32, 16, 1)).copy_(torch.randn(3, 5, 2, 16))
 b = torch.randn(3, 5, 7).bfloat16()
@@ -88,7 +88,7 @@ def test_samples_may_lie_further_apart_than_32_bits_reach(tmp_path: Path) -> Non
 
 def test_it_is_not_meant_for_what_would_waste_it() -> None:
     """Too many samples for the chip, units narrower than a tile, other types, no device."""
-    from mat.suite import gram_triton
+    from mat import gram_triton
 
     device = torch.device("cuda")
     assert gram_triton.fits(64, 16, torch.bfloat16, device)
@@ -100,7 +100,7 @@ def test_it_is_not_meant_for_what_would_waste_it() -> None:
 
 def test_partial_sums_cover_every_tile_once() -> None:
     """Whatever the number of units: programs x tiles each hold all tiles, with no program left empty."""
-    from mat.suite import gram_triton
+    from mat import gram_triton
 
     for tiles in (1, 7, 48, 600):
         for units in (1, 12, 700):

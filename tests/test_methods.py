@@ -14,8 +14,9 @@ import torch
 
 from mat.suite.config import MethodConfig, SelectionConfig
 from mat.suite.errors import UserError
-from mat.suite.methods import Method, MethodState, settled, threshold
-from mat.suite.units import UnitIndex, UnitLayer
+from mat.policy import PolicyState, highest, settled, threshold
+from mat.suite.methods import Method
+from mat.units import UnitLayer, Units
 
 LAYERS = (("heads", 6), ("ffn", 9), ("heads", 6), ("ffn", 9))
 
@@ -33,8 +34,8 @@ def make(
         name=policy, policy=policy, score=score, temporal=temporal, slow_share=slow_share, slow_steps=slow_steps,
         matched=matched,
     )  # fmt: skip
-    index = UnitIndex([UnitLayer(kind, n) for kind, n in layers])
-    return Method(config, SelectionConfig(**(settings | selection)), index, seed)
+    units = Units([UnitLayer(kind, f"{kind} {i}", n, []) for i, (kind, n) in enumerate(layers)])
+    return Method(config, SelectionConfig(**(settings | selection)), units, seed)
 
 
 def of(policy: str, seed: int, **options: Any) -> Method:
@@ -77,29 +78,28 @@ def ones(flags: np.ndarray) -> list[int]:
 )
 def test_threshold_by_alpha(score: list[float], alpha: float, level: float, active: list[int]) -> None:
     values = np.array(score, float)
-    found = threshold(values, alpha, None)
+    found = threshold(values, alpha)
     assert found == pytest.approx(level, rel=1e-15)
     assert ones(values >= found) == active
 
 
 @pytest.mark.parametrize(
-    "score, share, level, active",
+    "score, share, active",
     [
-        ([5, 1, 4, 2, 3, 0], 1 / 3, 4, [0, 2]),
-        ([5, 1, 4, 2, 3, 0], 0.3333333333, 4, [0, 2]),
-        ([5, 1, 4, 2, 3, 0], 1.0, 0, [0, 1, 2, 3, 4, 5]),
-        ([5, 1, 4, 2, 3, 0], 0.01, 5, [0]),  # at least one
-        ([5, 1, 4, 2, 3, 0], 0.0, math.inf, []),
-        ([1, 2, 2, 0], 0.25, 2, [1, 2]),  # a tie at the threshold is active
-        ([7], 1 / 3, 7, [0]),
-        ([1, 1, 1, 1], 0.5, 1, [0, 1, 2, 3]),
+        ([5, 1, 4, 2, 3, 0], 1 / 3, [0, 2]),
+        ([5, 1, 4, 2, 3, 0], 0.3333333333, [0, 2]),
+        ([5, 1, 4, 2, 3, 0], 1.0, [0, 1, 2, 3, 4, 5]),
+        ([5, 1, 4, 2, 3, 0], 0.01, [0]),  # at least one
+        ([5, 1, 4, 2, 3, 0], 0.0, []),
+        ([1, 2, 2, 0], 0.25, [1]),  # a share is a number of units: of equal ones the first
+        ([7], 1 / 3, [0]),
+        ([1] * 12, 1 / 3, [0, 1, 2, 3]),
     ],
 )
-def test_threshold_by_share(score: list[float], share: float, level: float, active: list[int]) -> None:
-    values = np.array(score, float)
-    found = threshold(values, None, share)
-    assert found == level
-    assert ones(values >= found) == active
+def test_a_share_is_a_number_of_units(
+    score: list[float], share: float, active: list[int]
+) -> None:
+    assert ones(highest(np.array(score, float), share)) == active
 
 
 SCOPED_LAYERS = [("heads", 3), ("ffn", 3), ("heads", 3), ("ffn", 3)]
@@ -243,7 +243,7 @@ def test_shuffled_keeps_the_scores_of_each_kind_and_moves_them() -> None:
         assert len(heads & {*shuffled[t]}) == len(heads & {*mat[t]}) == 4
         assert shuffled[t] != mat[t]
     same_scores, reference = make("shuffled"), make()
-    two_scales = scores() + 100 * (same_scores.kind == "ffn")
+    two_scales = scores() + 100 * (same_scores.policy.kind == "ffn")
     for method in (same_scores, reference):
         method.select(two_scales)
         method.select(two_scales)
@@ -383,15 +383,15 @@ def test_state_round_trip_goes_on_as_if_nothing_had_happened(policy: str, after:
     """Through plain numbers and lists, as a checkpoint has them."""
     straight, stopped, resumed = (of(policy, 5, temporal=policy == "threshold", beta=0.3) for _ in range(3))
 
-    def select(method: Method, t: int) -> MethodState:
+    def select(method: Method, t: int) -> PolicyState:
         return method.select(scores(seed=t) if method.needs_score else None)
 
     for t in range(after):
         select(straight, t)
         select(stopped, t)
-    saved = stopped.state_dict()
+    saved = stopped.policy.state_dict()
     assert all(isinstance(v, int | list) for v in saved.values())
-    resumed.load_state_dict(json.loads(json.dumps(saved)))
+    resumed.policy.load_state_dict(json.loads(json.dumps(saved)))
     for t in range(after, 6):
         expected, found = select(straight, t), select(resumed, t)
         assert expected.t == found.t == t

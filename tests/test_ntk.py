@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mat.suite import gram, ntk
+from mat import gram
+from mat.suite import ntk
 from mat.suite.bert import Bert
 from mat.suite.data.masking import MaskedBatch
 from mat.suite.interface import UnitModel

@@ -25,7 +25,8 @@ from test_units import (
 from tiny import shapes, tiny_batch, tiny_switch
 from torch import Tensor, nn
 
-from mat.suite import engine, flops, gram, ntk, switch
+from mat import gram
+from mat.suite import engine, flops, ntk, switch
 from mat.suite.bert import FeedForward
 from mat.suite.compose import resolve
 from mat.suite.config import MethodConfig, SelectionConfig, SwitchConfig

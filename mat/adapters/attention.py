@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mat.adapters.find import Place, finder, linear_site
-from mat.layers.attention import attend_apart, of_heads
+from mat.layers.attention import attend_apart, core_shares, of_heads
 from mat.layers.gate import Gate, Index
-from mat.layers.site import Site
+from mat.layers.site import Product, Shares, Site
 from mat.units import UnitLayer
 
 # Queries, keys, values, output projection.
@@ -99,6 +99,10 @@ class CoreSite(Site):
         """Show it the model's own."""
         self.module.config = self.config
         del self.module._core_gate
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`."""
+        return core_shares(self.gate)
 
 
 @torch.compiler.disable

@@ -2,29 +2,22 @@
 
 A unit is a filter: its kernel row, bias, and affine pair of the batch norm right behind it. A
 convolution whose input comes from the filters of another one, with nothing between that mixes
-channels, needs an input gradient at the active filters alone; behind a residual join all are needed.
+channels, needs an input gradient at the active filters alone; behind a residual join it needs all.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch import nn
 
-from mat.adapters.find import Place, convolution_site, finder, part_of, unfit
+from mat.adapters.find import ELEMENTWISE, Place, convolution_site, finder, part_of, unfit
 from mat.layers.channelwise import NormSite, PoolSite, ReluSite
 from mat.layers.gate import Gate
 from mat.units import IntArray, MakeSite, Part, UnitLayer
 
-# Keep channels apart; a gradient goes back through them densely.
-CHANNELWISE = (
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-    nn.ReLU6,
-    nn.SiLU,
-)
+# Keep channels apart, too; a gradient goes back through them densely.
+POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout2d)
 RESNET = "torchvision.models.resnet"
 BRANCHES = {  # in the order that a module of torchvision's ResNet runs them
     "BasicBlock": ("conv1", "bn1", "relu", "conv2", "bn2"),
@@ -79,30 +72,26 @@ def in_chain(modules: list[tuple[str, nn.Module]], tied: frozenset[int]) -> list
     feeding: UnitLayer | None = None  # whose filters make the channels at hand
     before: nn.Module | None = None
     carrying: set[int] = set()
+    uses = Counter(id(module) for _, module in modules)
     for path, module in modules:
+        alone = uses[id(module)] == 1 and id(getattr(module, "weight", None)) not in tied
         if type(module) is nn.Conv2d:
             below, feeding = feeding, None
-            if (
-                module.weight.requires_grad
-                and unfit(module) is None
-                and id(module.weight) not in tied
-            ):
+            if alone and module.weight.requires_grad and unfit(module) is None:
                 feeding = UnitLayer("filters", path, module.out_channels, [])
                 own(feeding, path, module)
                 feeding.sites.append(convolution_site(path, path, below))
                 layers.append(feeding)
         elif feeding is None:
             continue
-        elif type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d:
+        elif type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and alone:
             own(feeding, path, module)
             feeding.sites.append(norm_site(path, feeding))
-        elif isinstance(module, (nn.ReLU, nn.MaxPool2d)) and not getattr(
-            module, "return_indices", False
-        ):
+        elif type(module) in (nn.ReLU, nn.MaxPool2d) and not getattr(module, "return_indices", 0):
             if id(module) not in carrying:
                 feeding.sites.append((path, channel_site))
             carrying.add(id(module))
-        elif not isinstance(module, CHANNELWISE):
+        elif not isinstance(module, (*ELEMENTWISE, *POOLS)):
             feeding = None
         before = module
     return layers

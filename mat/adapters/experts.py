@@ -15,7 +15,7 @@ from mat.layers.experts import (
     record_stacked,
 )
 from mat.layers.gate import Gate
-from mat.units import Part, UnitLayer
+from mat.units import MakeSite, Part, UnitLayer
 
 
 @finder
@@ -25,26 +25,25 @@ def stacked(place: Place) -> Iterator[UnitLayer]:
     # What transformers' use_experts_implementation notes on a layer of experts.
     if not hasattr(module, "has_gate") or getattr(module, "_is_expert_parallel", False):
         return
-    names = [name for name, _ in module.named_parameters()]
     count = module.num_experts
     if all(p.requires_grad and p.shape[0] == count for p in module.parameters()):
-        parts = [Part(place.under(name), 0, np.arange(count)) for name in names]
-        site = place.path, _site(place, names, StackedSite)
-        yield UnitLayer(
-            "experts", place.path, count, parts, [site], recording=(place.path, record_stacked)
-        )
+        names = {name: place.under(name) for name, _ in module.named_parameters()}
+        parts = [Part(name, 0, np.arange(count)) for name in names.values()]
+        sites = [(place.path, _site(place, names, StackedSite))]
+        recording = place.path, record_stacked
+        yield UnitLayer("experts", place.path, count, parts, sites, recording=recording)
 
 
 @finder
 def separate(place: Place) -> Iterator[UnitLayer]:
-    """Experts in a ModuleDict or ModuleList called ``experts`` (Switch Transformers)."""
+    """Experts in a ModuleDict or ModuleList called ``experts`` (Switch Transformers).
+
+    Where that has no forward of its own, the module around it calls them (Mixtral before
+    transformers 5).
+    """
     module, (outside, _, name) = place.module, place.path.rpartition(".")
     experts = list(module.named_children())
-    if (
-        name != "experts"
-        or not isinstance(module, nn.ModuleDict | nn.ModuleList)
-        or len(experts) < 2
-    ):
+    if name != "experts" or not isinstance(module, nn.ModuleDict | nn.ModuleList) or not experts:
         return
     parts: list[Part] = []
     for unit, (child, expert) in enumerate(experts):
@@ -54,27 +53,32 @@ def separate(place: Place) -> Iterator[UnitLayer]:
             owner = np.full(len(parameter), unit)
             parts.append(Part(place.under(f"{child}.{path}"), 0, owner))
     runs = type(module).forward not in (nn.ModuleDict.forward, nn.ModuleList.forward)
-    around = place.path if runs else outside  # where the forward that calls the experts is
-    names = [part.parameter.removeprefix(f"{around}.") for part in parts]
+    around = place.path if runs else outside
+    names = {part.parameter.removeprefix(f"{around}."): part.parameter for part in parts}
     sites = [(place.under(child), _expert(place, unit)) for unit, (child, _) in enumerate(experts)]
-    sites.append((around, _site(place, names, MixtureSite, around)))
+    sites.append((around, _site(place, names, MixtureSite)))
     recording = (place.path, record_separate) if runs else None
     yield UnitLayer("experts", place.path, len(experts), parts, sites, recording=recording)
 
 
-def _site(place: Place, names: list[str], cls: Any, around: str | None = None) -> Any:
-    """What makes the site of a module with all experts below it, their parameters by name in it."""
-    start = place.path if around is None else around
+def _site(place: Place, names: dict[str, str], cls: Any) -> MakeSite:
+    """What makes the site of a module that has all experts.
+
+    Args:
+        place: Where the experts are.
+        names: Of their parameters, in the module and in the model.
+        cls: Class of the site.
+    """
 
     def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> Any:
         gate = gate_of(place.path)
         assert gate is not None
-        return cls(module, gate, {name: gate.parts[f"{start}.{name}"] for name in names})
+        return cls(module, gate, {name: gate.parts[full] for name, full in names.items()})
 
     return make
 
 
-def _expert(place: Place, unit: int) -> Any:
+def _expert(place: Place, unit: int) -> MakeSite:
     """What makes the site of one expert."""
 
     def make(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> ExpertSite:

@@ -58,24 +58,31 @@ def groups(place: Place) -> Iterator[UnitLayer]:
     if not type(place.module).__module__.startswith(LIBRARIES):
         return
     for form in FORMS:
-        firsts = [place.linear(name) for name in form.firsts]
-        last = place.linear(form.last)
-        needed = (form.activation, form.method, *filter(None, (form.between, form.after)))
-        if last is None or any(first is None for first in firsts):
-            continue
-        if not all(hasattr(place.module, name) for name in needed):
-            continue
-        hidden = last.in_features
-        count = number_of_groups(place, hidden)
-        owner = np.repeat(np.arange(count), hidden // count)
-        parts = [part for name in form.firsts for part in place.parts(name, owner, 0)]
-        parts += place.parts(form.last, owner, 1)
-        sites = [
-            linear_site(place.path, place.under(form.last)),
-            (place.path, hidden_site(place, form)),
-        ]
-        yield UnitLayer("ffn", place.path, count, parts, sites)
-        return
+        layer = feed_forward(place, form)
+        if layer is not None:
+            yield layer
+            return
+
+
+def feed_forward(place: Place, form: Form) -> UnitLayer | None:
+    """The groups of a module that has the form, else None."""
+    firsts = [place.linear(name) for name in form.firsts]
+    last = place.linear(form.last)
+    needed = (form.activation, form.method, *filter(None, (form.between, form.after)))
+    if last is None or any(first is None for first in firsts):
+        return None
+    if not all(hasattr(place.module, name) for name in needed):
+        return None
+    hidden = last.in_features
+    count = number_of_groups(place, hidden)
+    owner = np.repeat(np.arange(count), hidden // count)
+    parts = [part for name in form.firsts for part in place.parts(name, owner, 0)]
+    parts += place.parts(form.last, owner, 1)
+    sites = [
+        linear_site(place.path, place.under(form.last)),
+        (place.path, hidden_site(place, form)),
+    ]
+    return UnitLayer("ffn", place.path, count, parts, sites)
 
 
 def number_of_groups(place: Place, hidden: int) -> int:

@@ -1,7 +1,7 @@
 """Finding units: every module is shown to the finders, and what nobody claims is named as left out.
 
-A finder is a generator ``finder(place)`` of :class:`mat.units.UnitLayer`; :func:`finder` registers one,
-also for modules of your own.
+A finder is a generator ``finder(place)`` of :class:`mat.units.UnitLayer`; :func:`finder` registers
+one, also for modules of your own.
 """
 
 import importlib
@@ -22,10 +22,15 @@ from mat.units import IntArray, MakeSite, Part, Unit, UnitLayer, Units, by_hand
 Finder = Callable[["Place"], Iterator[UnitLayer]]
 FINDERS: list[Finder] = []
 BUILT_IN = ("attention", "multihead", "feedforward", "experts", "convolutions", "sequential")
+# What keeps neurons (channels) apart, so that a frozen one's column needs no gradient.
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Dropout, nn.AlphaDropout, nn.Identity,
+)  # fmt: skip
 
 
 def finder(function: Finder) -> Finder:
-    """Register a finder: it is shown every module, and yields the layers of units that start there."""
+    """Register a finder: it sees every module, and yields the layers of units that start there."""
     FINDERS.append(function)
     return function
 
@@ -131,7 +136,7 @@ def convolution_site(layer: str, path: str, below: UnitLayer | None = None) -> t
 def unfit(module: nn.Conv2d) -> str | None:
     """Why a convolution has no site, if it has none."""
     if module.groups > 1:
-        return "it is grouped (or depthwise): each filter sees few channels, skipping some saves nothing"
+        return "it is grouped: its filters see few channels each, so skipping some saves nothing"
     if geometry(module) is None:
         return "it does not pad evenly with zeros"
     return None
@@ -152,8 +157,9 @@ def find_units(
     """The units of a model, as a table.
 
     Args:
-        model: Any model with known layers: transformers' BERT, ViT, Llama and Switch families, Mixtral,
-            torchvision's VGG and ResNet, ``nn.TransformerEncoderLayer``, a Sequential of linear layers.
+        model: Any model with known layers: transformers' BERT, ViT, Llama and Switch families,
+            Mixtral, torchvision's VGG and ResNet, ``nn.TransformerEncoderLayer``, a Sequential of
+            linear layers or convolutions.
         units: Units named by hand, instead of searching.
         groups: Groups per feed-forward layer; as many as the model has heads when None.
         head_output: Whether heads own their columns of the output projection.
@@ -192,11 +198,13 @@ def find_units(
 
 def with_sites(model: nn.Module, layer: UnitLayer) -> UnitLayer:
     """A layer named by hand, with a site for every module whose parameters it owns."""
+    owned = {part.parameter for part in layer.parts}
     for path in dict.fromkeys(part.parameter.rpartition(".")[0] for part in layer.parts):
         module = model.get_submodule(path)
-        if is_plain(module):
+        gated = f"{path}.weight" in owned  # a bias alone has no product that could be skipped
+        if gated and is_plain(module):
             layer.sites.append(linear_site(layer.name, path))
-        elif type(module) is nn.Conv2d and unfit(module) is None:
+        elif gated and type(module) is nn.Conv2d and unfit(module) is None:
             layer.sites.append(convolution_site(layer.name, path))
         else:
             layer.sites.append(masked_site(layer.name, path))

@@ -10,14 +10,8 @@ import numpy as np
 from torch import nn
 
 from mat.adapters.feedforward import number_of_groups
-from mat.adapters.find import Place, finder, linear_site
+from mat.adapters.find import ELEMENTWISE, Place, finder, is_plain, linear_site
 from mat.units import IntArray, UnitLayer
-
-# What keeps neurons apart, so that a frozen one's column needs no gradient.
-ELEMENTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Dropout, nn.AlphaDropout, nn.Identity,
-)  # fmt: skip
 
 
 @finder
@@ -29,21 +23,18 @@ def sequential(place: Place) -> Iterator[UnitLayer]:
     children = list(module.named_children())  # each module once
     if len(children) != len(module):
         return
-    linears = [name for name, _ in children if place.linear(name) is not None]
-    below: tuple[str, IntArray] | None = (
-        None  # the layer that makes the present input, if it is gated
-    )
+    final = [name for name, child in children if isinstance(child, nn.Linear)][-1:]
+    below: tuple[str, IntArray] | None = None  # the gated layer that makes the present input
     last: UnitLayer | None = None
     for name, child in children:
-        linear = place.linear(name)
-        if linear is None:
-            below = below if isinstance(child, ELEMENTWISE) else None
+        path, linear = place.under(name), place.linear(name)
+        if isinstance(child, ELEMENTWISE):
             continue
-        path = place.under(name)
-        if name == linears[-1]:
-            if last is not None and below is not None:
+        if linear is None or name in final:
+            if last is not None and below is not None and is_plain(child):
                 last.sites.append(linear_site(last.name, path, below))
-            break
+            below = None
+            continue
         count = number_of_groups(place, linear.out_features)
         owner = np.repeat(np.arange(count), linear.out_features // count)
         last = UnitLayer(

@@ -8,13 +8,15 @@ width. Units are key-value heads with the queries that share them.
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import Gate, Index, put, take
+from mat.layers.once import once
+from mat.layers.site import Shares
 
 # From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K), and
 # attention weights (B, h, T, S) if the kernel has them.
@@ -61,6 +63,12 @@ def attend_apart(
     return context, weights
 
 
+def core_shares(gate: Gate) -> Shares:
+    """What the backward of :func:`attend_apart` runs of its products."""
+    passed = gate.n_active if gate.mode == "cut" else gate.n_units
+    return Shares(input_grad=Fraction(passed, gate.n_units))
+
+
 def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:
     """The part of a mask or bias that is some heads'; it broadcasts to (B, H, T, S)."""
     if bias is None or bias.dim() != 4 or bias.shape[1] != heads or heads == 1:
@@ -76,12 +84,14 @@ class _Join(torch.autograd.Function):
         ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index, heads: int
     ) -> Tensor:
         ctx.active = active
+        ctx.set_materialize_grads(False)
         joined = still.new_empty(*still.shape[:2], heads, still.shape[3])  # (B, T, H, K)
         put(joined, active, 2, moving.to(still.dtype))
         put(joined, frozen, 2, still)
         return joined
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return take(gradient, ctx.active, 2), None, None, None, None
+    @once
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        part = None if gradient is None else take(gradient, ctx.active, 2)
+        return part, None, None, None, None

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.convolution import (
     carriers,
     gathered_channels,
-    len_of,
     memory_format,
     spread_channels,
     take_channels,
 )
-from mat.layers.gate import Gate, GatedPart, Index, take
+from mat.layers.gate import Gate, GatedPart, Index, length, take
 from mat.layers.linear import home
-from mat.layers.site import Compact, Site, compact_of, note_of, stand_in, with_compact
+from mat.layers.once import once
+from mat.layers.site import Site, compact_of, note_of, stand_in, with_compact
 from mat.units import IntArray
 
 
@@ -82,7 +81,7 @@ class NormSite(Site):
 
 
 class _Norm(torch.autograd.Function):
-    """``F.batch_norm``, and a backward of the channels ``through``, and of the affine pairs that train.
+    """``F.batch_norm``, and a backward of some channels, and of the affine pairs that train.
 
     Inputs: x, its stand-in or None, homes and values of gain and shift, their parts, the channels,
     running statistics, options. Outputs: values, stand-in (N, k, H, W) or None.
@@ -115,10 +114,10 @@ class _Norm(torch.autograd.Function):
             *(None if each is None else take(each, through, 0) for each in (gain, *fixed, *saved)),
         )
         ctx.set_materialize_grads(False)
-        return y, None if through is None else stand_in(y, len_of(through), 1)
+        return y, None if through is None else stand_in(y, length(through, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -148,18 +147,9 @@ class _Norm(torch.autograd.Function):
 class ChannelSite(Site):
     """A module that passes stand-ins on; it runs untouched where there is none."""
 
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Any:
-        """Maps to maps."""
-        note = note_of(x)
-        if note is None or x.dim() != 4 or not torch.is_grad_enabled():
-            return self.original(x)
-        values, compact = self.carry(x, note)
-        return with_compact(values, compact, note.index)
-
-    def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
-        """The values, and the stand-in that takes their gradient."""
-        raise NotImplementedError
+    def untouched(self, *inputs: Any) -> bool:
+        """Whether the input has no stand-in."""
+        return note_of(inputs[0]) is None or not torch.is_grad_enabled()
 
 
 class ReluSite(ChannelSite):
@@ -167,12 +157,12 @@ class ReluSite(ChannelSite):
 
     module: nn.ReLU
 
-    def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
-        """In place where the module works in place."""
-        found: tuple[Tensor, Tensor] = _Relu.apply(
-            x, note.stand_in, note.index, self.module.inplace
-        )
-        return found
+    def gated(self, x: Tensor) -> Tensor:
+        """Maps to maps, in place where the module works in place."""
+        note = note_of(x)
+        assert note is not None
+        values, compact = _Relu.apply(x, note.stand_in, note.index, self.module.inplace)
+        return with_compact(values, compact, note.index)
 
 
 class _Relu(torch.autograd.Function):
@@ -188,10 +178,10 @@ class _Relu(torch.autograd.Function):
         ctx.index = index
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(take_channels(y, index))
-        return y, stand_in(y, len_of(index), 1)
+        return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -207,13 +197,14 @@ class PoolSite(ChannelSite):
 
     module: nn.MaxPool2d
 
-    def carry(self, x: Tensor, note: Compact) -> tuple[Tensor, Tensor]:
+    def gated(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H', W')."""
+        note = note_of(x)
+        assert note is not None
         pool = self.module
-        stride = pool.kernel_size if pool.stride is None else pool.stride
-        options = pool.kernel_size, stride, pool.padding, pool.dilation, pool.ceil_mode
-        found: tuple[Tensor, Tensor] = _Pool.apply(x, note.stand_in, note.index, options)
-        return found
+        options = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        values, compact = _Pool.apply(x, note.stand_in, note.index, options)
+        return with_compact(values, compact, note.index)
 
 
 class _Pool(torch.autograd.Function):
@@ -225,13 +216,16 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, places = F.max_pool2d(x, *options, return_indices=True)
         ctx.index, ctx.options = index, options
-        ctx.shape, ctx.format = (x.shape[0], len_of(index), *x.shape[2:]), memory_format(x)
+        ctx.shape, ctx.format = (
+            (x.shape[0], length(index, x.shape[1]), *x.shape[2:]),
+            memory_format(x),
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(take_channels(places, index))
-        return y, stand_in(y, len_of(index), 1)
+        return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:

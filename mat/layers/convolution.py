@@ -7,16 +7,18 @@ less take the same time, so the open channels are filled up, see :func:`carried`
 Shapes: N images, I input channels, C filters, maps of H x W.
 """
 
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mat.layers.gate import Gate, GatedPart, Index, put, take
+from mat.layers.gate import Gate, GatedPart, Index, length, put, take
 from mat.layers.linear import Way, bias_gradient, compute_dtype, home
-from mat.layers.site import Site, compact_of, stand_in, with_compact
+from mat.layers.once import once
+from mat.layers.site import Product, Shares, Site, compact_of, stand_in, with_compact
 from mat.units import IntArray
 
 BLOCK = 16  # channels that a product runs in
@@ -44,16 +46,19 @@ def carriers(gate: Gate, owner: IntArray) -> Index:
 
 def geometry(module: nn.Conv2d) -> Geometry | None:
     """How a convolution moves over its input; None if it pads unevenly or not with zeros."""
-    stride, dilation, kernel = module.stride, module.dilation, module.kernel_size
+    stride: Any = module.stride
+    dilation: Any = module.dilation
     padding: Any = module.padding
+    if module.padding_mode != "zeros":
+        return None
     if padding == "same":
-        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        reach = [d * (k - 1) for d, k in zip(dilation, module.kernel_size, strict=True)]
         if any(r % 2 for r in reach):
             return None
         padding = tuple(r // 2 for r in reach)
     elif padding == "valid":
         padding = (0, 0)
-    return (stride, padding, dilation) if module.padding_mode == "zeros" else None  # type: ignore[return-value]
+    return stride, padding, dilation
 
 
 class ConvolutionSite(Site):
@@ -78,16 +83,33 @@ class ConvolutionSite(Site):
         super().__init__(module, weight.gate, below and below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
-    def way(self) -> Way:
-        """What is differentiated, with the gates as they stand; indices are :func:`carriers`."""
+    def way(self, executed: bool = True) -> Way:
+        """What is differentiated, with the gates as they stand.
+
+        Args:
+            executed: Indices are :func:`carriers`; else of the open channels alone.
+        """
         part, through, into = self.weight, None, None
         rows, columns = (part, None) if part.dim == 0 else (None, part)
+
+        def index(gate: Gate, owner: IntArray) -> Index:
+            return carriers(gate, owner) if executed else gate.divide(owner)[0]
+
         if part.gate.mode == "cut":
-            own = carriers(part.gate, part.part.owner)
+            own = index(part.gate, part.part.owner)
             through, into = (own, None) if rows is not None else (None, own)
         if self.below is not None and self.below[0].mode == "cut":
-            into = carriers(*self.below)
+            into = index(*self.below)
         return Way(rows, columns, self.bias, through, into)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; weight gradients are filled up in both modes."""
+        way, filters = self.way(executed), self.module.out_channels
+        shares = way.shares(self.module.weight)
+        if executed and way.rows is not None:
+            run = Fraction(carried(way.rows.count, filters), filters)
+            return replace(shares, weight_grad=run)
+        return shares
 
     def gated(self, x: Tensor) -> Tensor:
         """(N, I, H, W) to (N, C, H', W')."""
@@ -132,23 +154,18 @@ class _Convolution(torch.autograd.Function):
         y = F.conv2d(x, weight, None if bias is None else bias.to(dtype), *moves)
         part = way.rows or way.columns
         assert part is not None
-        # Without a unit that trains only a bias of the rest wants a gradient, and that needs no x.
-        kept = (
-            take_channels(x, None if way.columns is None else part.active) if part.count else None
-        )
-        ctx.way, ctx.moves, ctx.homes, ctx.compact = (
-            way,
-            moves,
-            (weight_home, bias_home),
-            compact is not None,
-        )
+        kept = None  # where nothing of the kernel trains
+        if part.count:
+            kept = take_channels(x, None if way.columns is None else part.active)
+        ctx.way, ctx.moves, ctx.compact = way, moves, compact is not None
+        ctx.homes = weight_home, bias_home
         ctx.shape, ctx.format = x.shape, memory_format(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight)
-        return y, None if way.through is None else stand_in(y, len_of(way.through), 1)
+        return y, None if way.through is None else stand_in(y, length(way.through, y.shape[1]), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -164,8 +181,9 @@ class _Convolution(torch.autograd.Function):
             kernel = take_channels(passing(weight, way), way.into)  # (r, s, h, w)
             shape = (ctx.shape[0], kernel.shape[1], *ctx.shape[2:])
             like = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=ctx.format)
-            d = product(g, like, kernel, ctx.moves, [True, False, False])[0]
-            assert d is not None
+            d = like
+            if kernel.shape[1]:  # else nothing below wants a gradient
+                d = product(g, like, kernel, ctx.moves, [True, False, False])[0]
             if ctx.compact:
                 d_compact = d
             else:
@@ -188,7 +206,7 @@ def passing(weight: Tensor, way: Way) -> Tensor:
         zeroed = torch.zeros_like(weight)
         put(zeroed, part.active, 0, take(weight, part.active, 0))
         return zeroed
-    filters = take(weight, way.through, 0)
+    filters = take_filters(weight, way.through)
     if len(filters) > part.count:  # a copy then, since those that fill up stand apart
         filters[part.count :] = 0
     return filters
@@ -237,10 +255,10 @@ def parameter_gradients(
 
 def product(
     g: Tensor, x: Tensor, weight: Tensor, moves: Geometry, mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, kernel and bias, those that the mask asks for."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, kernel and bias; the mask says which are formed."""
     stride, padding, dilation = moves
-    found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         g, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], 1, mask
     )
     return found
@@ -255,12 +273,6 @@ def memory_format(maps: Tensor) -> torch.memory_format:
     return torch.channels_last if last and not maps.is_contiguous() else torch.contiguous_format
 
 
-def len_of(index: Index) -> int:
-    """How many an index names."""
-    assert index is not None
-    return index.stop - index.start if isinstance(index, slice) else len(index)
-
-
 def take_channels(maps: Tensor, index: Index) -> Tensor:
     """Some channels, packed, in the maps' memory format."""
     if index is None:
@@ -271,6 +283,13 @@ def take_channels(maps: Tensor, index: Index) -> Tensor:
         chosen = torch.gather(stored, 3, index.expand(*stored.shape[:3], -1))  # (N, H, W, k)
         return chosen.permute(0, 3, 1, 2)
     return take(maps, index, 1).contiguous(memory_format=form)
+
+
+def take_filters(kernel: Tensor, index: Index) -> Tensor:
+    """Some filters (k, I, h, w), in the kernel's memory format."""
+    if memory_format(kernel) is torch.channels_last:
+        return take(kernel.permute(0, 2, 3, 1), index, 0).permute(0, 3, 1, 2)
+    return take(kernel, index, 0)
 
 
 def spread_channels(maps: Tensor, index: Index, total: int) -> Tensor:

@@ -1,27 +1,30 @@
 """Mixtures of experts: a unit is a whole expert, a module of its own or a row of stacked weights.
 
-No product is written here: the model's own code runs on the tokens of active experts and, apart from
-them, on those of frozen ones: in ``cut`` without gradients, in ``exact`` with weights that need none.
-The router learns from all experts in both: its gradient needs their forward values only.
+No product is written here: the model's own code runs on the tokens of active experts and, apart
+from them, on those of frozen ones: in ``cut`` without gradients, in ``exact`` with weights that
+need none. So derivatives of any order are autograd's. The router learns from all experts in both
+modes: its gradient needs their forward values only.
 
 Shapes: N tokens, D width, K experts per token, S = N * K pairs of a token and an expert, E experts.
 """
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from mat.layers.gate import Gate, GatedPart, take
-from mat.layers.site import Site
+from mat.layers.site import Product, Shares, Site
+from mat.units import IntArray
 
-# From names of weight and bias (or None) in the module, number of the expert, rows of the input (n, I)
-# and of the product (n, O), and numbers of their tokens (n,) to the product that the module goes on
-# with.
+# From names of weight and bias (or None) in the module, number of the expert, rows of the input
+# (n, I) and of the product (n, O), and the numbers of their tokens (n,), to the product that the
+# module goes on with.
 Record = Callable[[str, str | None, int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -47,6 +50,10 @@ class ExpertSite(Site):
                 return self.original(*inputs, **named)
         weights = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return call_with(self, weights, *inputs, **named)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`."""
+        return expert_shares(self.gate, [self.unit])
 
 
 class MixtureSite(Site):
@@ -77,8 +84,8 @@ class MixtureSite(Site):
 class StackedSite(Site):
     """Experts with stacked weights: ``forward(x, index, weights)`` of transformers' expert layers.
 
-    The forward is called with one expert per row and weight one, for the pairs of active experts and
-    for those of frozen ones: whatever implementation the model has chosen computes them.
+    The forward is called with one expert per row and weight one, for the pairs of active experts
+    and for those of frozen ones: whatever implementation the model has chosen computes them.
 
     Args:
         module: The expert layer.
@@ -103,23 +110,34 @@ class StackedSite(Site):
                 rows = x.index_select(0, pairs // index.shape[1])  # (s, D)
                 outputs.append(self._run(moving, rows, expert[pairs, None], one))
         every = torch.cat(outputs).index_select(0, order.argsort())  # (S, D)
-        y = (every.view(*index.shape, -1) * weights[..., None]).sum(1).to(x.dtype)  # (N, D)
+        y: Tensor = (every.view(*index.shape, -1) * weights[..., None]).sum(1).to(x.dtype)  # (N, D)
         return y if count else reaching(y, self.module, self.parts)
 
-    def _run(self, moving: bool, *inputs: Tensor) -> Tensor:
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; an implementation that hides who computes counts all alike."""
+        rows = product.stacked or (1,) * self.gate.n_units
+        return expert_shares(self.gate, np.repeat(np.arange(self.gate.n_units), rows))
+
+    def _run(self, moving: bool, *inputs: Tensor) -> Any:
         """The experts' outputs; gradients reach the weights if the pairs are of active experts."""
         tensors = {name: getattr(self.module, name) for name in self.parts}
-        if not moving:
-            with torch.set_grad_enabled(self.gate.mode == "exact"):
-                return call_with(self, {k: w.detach() for k, w in tensors.items()}, *inputs)
-        homes = {name: part.home(tensors[name]) for name, part in self.parts.items()}
-        weights = {
-            name: weight
-            if homes[name] is weight
-            else _Rows.apply(homes[name], weight.detach(), self.parts[name])
-            for name, weight in tensors.items()
-        }
-        return call_with(self, weights, *inputs)
+        if moving:
+            weights = {name: stacked(part, tensors[name]) for name, part in self.parts.items()}
+            return call_with(self, weights, *inputs)
+        with torch.set_grad_enabled(self.gate.mode == "exact"):
+            return call_with(self, {name: w.detach() for name, w in tensors.items()}, *inputs)
+
+
+def expert_shares(gate: Gate, units: Sequence[int] | IntArray) -> Shares:
+    """What runs of a product of a frozen or active expert for each of its rows.
+
+    Args:
+        gate: The gate of the experts.
+        units: (rows,) the expert of each.
+    """
+    active = gate.active[units]
+    trains = Fraction(int(active.sum()), len(active)) if len(active) else Fraction(1)
+    return Shares(input_grad=trains if gate.mode == "cut" else Fraction(1), weight_grad=trains)
 
 
 class _Own(nn.Module):
@@ -136,7 +154,8 @@ class _Own(nn.Module):
 def call_with(site: Site, weights: dict[str, Tensor], *inputs: Any, **named: Any) -> Any:
     """A module's own forward with other tensors in the place of its parameters."""
     own = {f"module.{name}": weight for name, weight in weights.items()}
-    return functional_call(_Own(site), own, inputs, named)
+    result: Any = functional_call(_Own(site), own, inputs, named)
+    return result
 
 
 def reaching(y: Tensor, module: nn.Module, parts: dict[str, GatedPart]) -> Tensor:
@@ -147,7 +166,7 @@ def reaching(y: Tensor, module: nn.Module, parts: dict[str, GatedPart]) -> Tenso
         module: The module that has the parameters.
         parts: By name in the module.
     """
-    tensors = [reduce(getattr, name.split("."), module) for name in parts]
+    tensors: list[Any] = [reduce(getattr, name.split("."), module) for name in parts]
     shares = list(parts.values())
     homes = [part.home(tensor) for part, tensor in zip(shares, tensors, strict=True)]
     result: Tensor = _Reaching.apply(y, shares, *homes)
@@ -160,11 +179,11 @@ class _Reaching(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, parts: Sequence[GatedPart], *homes: Tensor) -> Tensor:
         ctx.parts, ctx.homes = parts, homes
+        ctx.set_materialize_grads(False)  # nothing flows down where nothing comes
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         zeros = (
             part.deliver(home.new_zeros(part.count, *part.rest_shape), home)
             for part, home in zip(ctx.parts, ctx.homes, strict=True)
@@ -172,25 +191,48 @@ class _Reaching(torch.autograd.Function):
         return gradient, None, *zeros
 
 
-class _Rows(torch.autograd.Function):
-    """A stacked weight whose gradient is kept as the block of its active rows."""
+def stacked(part: GatedPart, weight: Tensor) -> Tensor:
+    """A stacked weight (E, ...) that passes its active rows' gradient to the part's home."""
+    home = part.home(weight)
+    if home is weight:
+        return weight
+    values: Tensor = _Stacked.apply(home, weight.detach(), part)
+    return values
+
+
+def block(part: GatedPart, weight: Tensor) -> Tensor:
+    """A stand-in for the rows (a, ...) of active experts, without memory or meaningful values.
+
+    Give it the gradient of those rows of a stacked weight, and it goes to the weight's home.
+    """
+    home = part.home(weight)
+    if home is not weight:
+        return home
+    empty = weight.detach().new_zeros(()).expand(part.count, *weight.shape[1:])
+    result: Tensor = _Stacked.apply(home, empty, part)
+    return result
+
+
+class _Stacked(torch.autograd.Function):
+    """Rows of all experts or of the active ones, whose gradient goes to the home of their part."""
 
     @staticmethod
-    def forward(ctx: Any, home: Tensor, weight: Tensor, part: GatedPart) -> Tensor:
+    def forward(ctx: Any, home: Tensor, values: Tensor, part: GatedPart) -> Tensor:
         ctx.home, ctx.part = home, part
-        return weight.view_as(weight)
+        return values.view_as(values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        block = take(gradient, ctx.part.active, 0).contiguous()
-        return ctx.part.deliver(block, ctx.home), None, None
+        part: GatedPart = ctx.part
+        every = len(gradient) == len(part.part.owner)
+        block = take(gradient, part.active, 0).contiguous() if every else gradient
+        return part.deliver(block, ctx.home), None, None
 
 
 def record_stacked(
     module: Any, record: Record, x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """What a layer of stacked experts computes, with every expert's products shown to the estimator.
+    """What a layer of stacked experts computes, showing every expert's products to the estimator.
 
     Args:
         module: The layer, attached or not.

@@ -3,7 +3,7 @@
 Two backward modes (paper section 5):
 
 ``cut``    nothing flows back through a frozen unit, and nothing of its backward is computed;
-``exact``  only the weight gradients of frozen units are skipped: active units get the dense gradient.
+``exact``  only the weight gradients of frozen units are skipped: the others get the dense gradient.
 """
 
 from itertools import pairwise
@@ -27,6 +27,13 @@ def as_index(wanted: BoolArray, device: torch.device) -> Index:
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return torch.from_numpy(numbers).to(device)
+
+
+def length(index: Index, size: int) -> int:
+    """How much of an axis of a size an index takes."""
+    if isinstance(index, slice):
+        return int(index.stop - index.start)
+    return size if index is None else len(index)
 
 
 def take(tensor: Tensor, index: Index, dim: int) -> Tensor:
@@ -60,8 +67,8 @@ def spread(source: Tensor, index: Index, dim: int, size: int) -> Tensor:
 class GatedPart:
     """What a gate's units own of one parameter, with the gate as it stands.
 
-    The gradient of the active rows has two homes. ``p.grad`` with the parameter's shape and zeros in
-    frozen rows is the usual one. With ``compact`` (an optimiser of ours asked for it) it is a block
+    The gradient of the active rows has two homes. ``p.grad`` with the parameter's shape and zeros
+    in frozen rows is the usual one. With ``compact`` (an optimiser of ours asked for it) it is a block
     of the active rows alone, rows first whatever ``dim``, and no full-size gradient is made.
 
     Attributes:
@@ -102,6 +109,11 @@ class GatedPart:
         """Whether every row trains."""
         return self.active is None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it wants a gradient: one of zeros too, where that has the parameter's shape."""
+        return self.count > 0 or not self.compact
+
     def update(self) -> None:
         """Follow the gate."""
         self.active, self.frozen, self.count = self.gate.divide(self.part.owner)
@@ -114,12 +126,13 @@ class GatedPart:
         self._leaf = None
 
     def home(self, weight: Tensor) -> Tensor:
-        """What autograd differentiates in a forward pass with ``weight`` in the parameter's place."""
+        """What autograd differentiates in a forward pass that runs with ``weight``."""
         if not self.compact or self.whole or weight is not self.parameter:
             return weight
         if self._leaf is None:
             shape = (self.count, *self.rest_shape)
-            self._leaf = weight.detach().new_zeros(()).expand(shape).requires_grad_()
+            nothing = weight.detach().new_zeros(()).expand(shape)
+            self._leaf = nothing.requires_grad_(self.wanted)
         return self._leaf
 
     def deliver(self, block: Tensor, home: Tensor) -> Tensor:
@@ -207,6 +220,11 @@ class Gate:
             self._divisions[key] = *pair, int(mask.sum())
         return self._divisions[key]
 
+    def indices(self) -> list[Index]:
+        """All indices in use."""
+        divided = [index for pair in self._divisions.values() for index in pair[:2]]
+        return divided + list(self._widened.values())
+
     def widen(self, owner: IntArray, size: int) -> Index:
         """Index of ``size`` rows: first those that train, then as many others as it takes.
 
@@ -238,7 +256,7 @@ class Gate:
 
     @property
     def open(self) -> bool:
-        """Whether the layer runs untouched: all units train, or no gradient is wanted through it."""
+        """Whether the layer runs untouched: all units train, or no gradient is wanted."""
         return self.transparent or self.n_active == self.n_units or not torch.is_grad_enabled()
 
     def units(self, each: int = 1) -> tuple[Index, Index, int]:

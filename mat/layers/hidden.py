@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
-from mat.layers.site import Site, gathered, stand_in, with_compact
+from mat.layers.once import once
+from mat.layers.site import Product, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
 
@@ -46,13 +46,20 @@ class HiddenSite(Site):
         self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
         self.activation, self.last = activation, last
 
+    def ways(self) -> list[Way]:
+        """What is differentiated of every first matrix, with the gate as it stands."""
+        return [by_rows(*pair) for pair in zip(self.weights, self.biases, strict=True)]
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; the first matrices are alike."""
+        return self.ways()[0].shares(self.firsts[0].weight)
+
     def gated(self, x: Tensor) -> Tensor:
         """(..., D) to the hidden neurons (..., F), or to what ``last`` makes of them."""
-        homes, values, ways = [], [], []
+        homes, values, ways = [], [], self.ways()
         for first, weight, bias in zip(self.firsts, self.weights, self.biases, strict=True):
             homes += [home(weight, first.weight), home(bias, first.bias)]
             values += [first.weight.detach(), None if first.bias is None else first.bias.detach()]
-            ways.append(by_rows(weight, bias))
         hidden, compact = _Hidden.apply(x, self.activation, ways, *homes, *values)
         hidden = with_compact(hidden, compact, ways[0].through)
         return hidden if self.last is None else self.last(hidden)
@@ -87,26 +94,24 @@ class _Hidden(torch.autograd.Function):
         return hidden, None if index is None else stand_in(hidden, part.count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
-        x, weights, z = (
-            ctx.saved_tensors[0],
-            ctx.saved_tensors[1 : 1 + count],
-            ctx.saved_tensors[1 + count :],
-        )
+        saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
+        x, weights, z = saved[0], saved[1 : 1 + count], saved[1 + count :]
         through = ctx.ways[0].through
         g = gathered(dense, compact, through)  # (N, r)
-        if g is None or not g.shape[1]:
-            g = x.new_zeros(x.shape[:-1].numel(), 0) if g is None else g
-        leaves = [each.detach().flatten(0, -2).requires_grad_() for each in z]
+        if g is None:
+            return (None,) * (3 + 4 * count)
+        leaves = [rows_of(each.detach()).requires_grad_() for each in z]
         with torch.enable_grad(), torch.autocast(x.device.type, ctx.autocast[1], ctx.autocast[0]):
-            hidden = ctx.activation(*leaves)
+            # Views: trackers of modules, such as torch's FLOPs counter, cannot hook leaves here.
+            hidden = ctx.activation(*(leaf.view_as(leaf) for leaf in leaves))
         d_z = torch.autograd.grad(hidden, leaves, g.to(hidden.dtype))
         d_x: Tensor | None = None
         grads: list[Tensor | None] = []
         for i, (way, weight, d) in enumerate(zip(ctx.ways, weights, d_z, strict=True)):
-            if ctx.needs_input_grad[0] and d.shape[1]:
+            if ctx.needs_input_grad[0] and not way.silent:
                 down = d @ take(weight, through, 0)  # (N, D)
                 d_x = down if d_x is None else d_x + down
             weight_home, bias_home = ctx.homes[2 * i : 2 * i + 2]

@@ -5,15 +5,25 @@ open: an input gradient of N x r x s, a weight gradient of N x r x I (rows) or N
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mat.layers.gate import Gate, GatedPart, Index, spread, take
-from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
+from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
+from mat.layers.once import once
+from mat.layers.site import (
+    Product,
+    Shares,
+    Site,
+    compact_of,
+    gathered,
+    rows_of,
+    stand_in,
+    with_compact,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,28 @@ class Way:
     through: Index
     into: Index
 
+    @property
+    def silent(self) -> bool:
+        """Whether the input gets no gradient: no row trains, and nobody waits for zeros.
+
+        Data-parallel training waits for a gradient of every parameter, those below included; with
+        compact gradients parameters that only frozen units read get none, and are left alone.
+        """
+        rows = self.rows
+        return self.through is not None and rows is not None and rows.compact and not rows.count
+
+    def shares(self, weight: Tensor) -> Shares:
+        """What the backward of a product with a weight (O, I, ...) runs of it."""
+        outputs, inputs = weight.shape[:2]
+        passed = Fraction(length(self.through, outputs), outputs)
+        received = Fraction(length(self.into, inputs), inputs)
+        part = self.rows or self.columns
+        trained = Fraction(1) if part is None else Fraction(part.count, weight.shape[part.dim])
+        return Shares(input_grad=passed * received, weight_grad=trained)
+
 
 class LinearSite(Site):
-    """A linear layer whose weight's rows or columns belong to units, or whose input comes from units.
+    """A linear layer: rows or columns of its weight belong to units, or its input comes from them.
 
     Args:
         module: The linear layer.
@@ -54,7 +83,7 @@ class LinearSite(Site):
         bias: GatedPart | None = None,
         below: tuple[Gate, Any] | None = None,
     ) -> None:
-        super().__init__(module, weight and weight.gate, below and below[0])
+        super().__init__(module, weight.gate if weight else None, below and below[0])
         self.weight, self.bias, self.below = weight, bias, below
 
     def way(self) -> Way:
@@ -69,6 +98,10 @@ class LinearSite(Site):
         elif self.below is not None and self.below[0].mode == "cut":
             into = self.below[0].divide(self.below[1])[0]
         return Way(rows, columns, self.bias, through, into)
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; there is no padding."""
+        return self.way().shares(self.module.weight)
 
     def gated(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
@@ -111,8 +144,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class _Linear(torch.autograd.Function):
     """``F.linear``, and a backward of what :class:`Way` names.
 
-    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and bias,
-    weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
+    Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and
+    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
     """
 
     @staticmethod
@@ -128,7 +161,9 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype(x)
         x, weight = x.to(dtype), weight.to(dtype)
-        y = F.linear(x, weight, None if bias is None else bias.to(dtype))
+        y = F.linear(rows_of(x), weight, None if bias is None else bias.to(dtype))
+        # No view of y: an activation may work on it in place.
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         part = way.rows or way.columns
         kept = None
         if part is None or part.count:
@@ -142,7 +177,7 @@ class _Linear(torch.autograd.Function):
         return y, stand_in(y, way.rows.count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -155,7 +190,7 @@ class _Linear(torch.autograd.Function):
             return (None,) * 7
         g = g.to(weight.dtype)
         d_x = d_compact = d_weight = d_bias = None
-        if (wants_x or wants_compact) and g.shape[1]:
+        if (wants_x or wants_compact) and not way.silent:
             into = take(take(weight, way.through, 0), way.into, 1)  # (r, s)
             d = (g @ into).view(*ctx.shape[:-1], -1)
             if ctx.compact is not None:
@@ -174,10 +209,10 @@ def weight_gradient(g: Tensor, x: Tensor | None, way: Way, home: Tensor) -> Tens
     part = way.rows or way.columns
     if part is None:
         assert x is not None
-        return g.T @ x.flatten(0, -2)
+        return g.T @ rows_of(x)
     if x is None:
         return part.deliver(g.new_zeros(0, *part.rest_shape), home)
-    x = x.flatten(0, -2)
+    x = rows_of(x)
     if way.rows is None:
         return part.deliver(x.T @ g, home)  # (k, O)
     return part.deliver(trained(g, part, way.through).T @ x, home)  # (k, I)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat.layers.attention import attend_apart, of_heads
+from mat.layers.attention import attend_apart, core_shares, of_heads
 from mat.layers.gate import Gate, GatedPart, Index
 from mat.layers.linear import by_rows, product
-from mat.layers.site import Site
+from mat.layers.site import Product, Shares, Site
 from mat.units import Part
 
 
@@ -31,6 +31,12 @@ class MultiheadSite(Site):
     ) -> None:
         super().__init__(module, gate)
         self.gate, self.weight, self.bias = gate, weight, bias
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; the output projection has a site of its own."""
+        if product.weight.endswith("in_proj_weight"):
+            return by_rows(self.weight, self.bias).shares(self.module.in_proj_weight)
+        return core_shares(self.gate)
 
     def gated(
         self,

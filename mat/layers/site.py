@@ -4,12 +4,51 @@ Attaching sets ``module.forward`` on the instance. Class, name, parameters, hook
 the module stay as they are, and so does its forward while all units are active.
 """
 
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mat.layers.gate import Gate, Index, take
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product, convolution or attention kernel of a dense forward pass.
+
+    Attributes:
+        path: Paths of the modules that it runs in, the innermost last.
+        flops: Two per multiply-add.
+        shape: Of the innermost module's first input.
+        weight: Name of the parameter that is one of its factors, if one is.
+        stacked: Where that stacks matrices, how often each of them is used.
+    """
+
+    path: tuple[str, ...]
+    flops: int
+    shape: tuple[int, ...] = ()
+    weight: str = ""
+    stacked: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What runs of a product, as shares of its dense forward.
+
+    Attributes:
+        forward: 1, but for padding that is not counted.
+        input_grad: Of an input's gradient; 0 also says that none goes further down.
+        weight_grad: Of its weight's gradient.
+    """
+
+    forward: Fraction = Fraction(1)
+    input_grad: Fraction = Fraction(1)
+    weight_grad: Fraction = Fraction(1)
+
+
+WHOLE = Shares()
 
 
 class Site:
@@ -47,21 +86,35 @@ class Site:
     @torch.compiler.disable
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
-        if all(gate.open for gate in self.gates):
+        if self.untouched(*inputs):
             return self.original(*inputs, **named)
         return self.gated(*inputs, **named)
+
+    def untouched(self, *inputs: Any) -> bool:
+        """Whether the module runs as ever on these inputs."""
+        return all(gate.open for gate in self.gates)
 
     def gated(self, *inputs: Any, **named: Any) -> Any:
         """The same while some units are frozen."""
         raise NotImplementedError
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """What runs of a product, with the gates as they stand; all of it if not said otherwise.
+
+        Args:
+            product: Of the module's own forward, or with a weight of its own.
+            executed: What runs, padding included; else what the active set needs.
+        """
+        return WHOLE
 
 
 class Compact:
     """A way back for the gradient of a part of a tensor's last axis, or of a map's channels.
 
     A gated product gives its consumer the values of all units, and beside them a stand-in of shape
-    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to the stand-in, and
-    no gradient of frozen columns is ever formed; any other code differentiates the values as usual.
+    (..., k), or (N, k, H, W), for the k active columns. A consumer that knows hands its gradient to
+    the stand-in, and no gradient of frozen columns is ever formed; any other code differentiates
+    the values as usual.
 
     Attributes:
         stand_in: Of k columns, without memory or meaningful values.
@@ -104,8 +157,13 @@ def stand_in(values: Tensor, count: int, dim: int = -1) -> Tensor:
 
 def gathered(dense: Tensor | None, compact: Tensor | None, index: Index) -> Tensor | None:
     """The gradient of some columns (N, k), from that of the values, of the stand-in, or both."""
-    part = None if dense is None else take(dense, index, dense.dim() - 1).flatten(0, -2)
+    part = None if dense is None else rows_of(take(dense, index, dense.dim() - 1))
     if compact is None:
         return part
-    compact = compact.flatten(0, -2)
+    compact = rows_of(compact)
     return compact if part is None else part + compact
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., k) to (N, k), also where k is 0 or there is no batch."""
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)

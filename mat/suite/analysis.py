@@ -17,7 +17,6 @@ holds the trace to about k / m where all are equal (k outputs a sample).
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,9 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mat.suite import ntk
-from mat.suite.interface import Batch, UnitModel
-from mat.suite.units import UnitIndex, UnitLayer, UnitTensors, unit_layers
+from mat import ntk
+from mat.gates import Gates, detach_
+from mat.layers.gate import GatedPart
+from mat.suite.interface import Batch, Model
+from mat.suite.models.bert import Attention
+from mat.units import REST, Part, Units
 
 SAMPLES = 4  # descent: of the probe, as every unit costs a forward pass
 STEP = 1e-4  # descent: share of the loss that the step is to take off, to first order and over all units
@@ -35,50 +37,58 @@ STEP = 1e-4  # descent: share of the loss that the step is to take off, to first
 
 @dataclass(frozen=True)
 class Scene:
-    """What an observer sees.
+    """What an observer looks at.
 
     Attributes:
-        model: A copy of the model: eval mode, gates open.
+        model: A copy of the model: eval mode, no gates.
+        units: Its units, gated or not.
         probe: The probe batch, n samples.
         projections: m.
         seed: Seed of the projections; the same at every record.
         memory_bytes: Bound on the working memory of Gram products.
     """
 
-    model: UnitModel
+    model: Model
+    units: Units
     probe: Batch
     projections: int
     seed: int
     memory_bytes: int
 
 
-def scene(model: UnitModel, probe: Batch, projections: int, seed: int, memory_bytes: int) -> Scene:
+def scene(
+    model: Model, units: Units, probe: Batch, projections: int, seed: int, memory_bytes: int
+) -> Scene:
     """A scene of a model in training, which is left alone."""
-    seen = copy.deepcopy(model).eval()
-    for layer in unit_layers(seen):
-        layer.set_active(np.ones(layer.n_units, dtype=bool))
-        layer.clear_gradient()
-    return Scene(seen, probe, projections, seed, memory_bytes)
+    twin = copy.deepcopy(model).eval()
+    detach_(twin)
+    return Scene(twin, units, probe, projections, seed, memory_bytes)
 
 
 # --- distance from initialisation, eq. (3): logged with every run
 
 
-def unit_values(index: UnitIndex) -> list[UnitTensors]:
-    """A copy of all unit parameters, by layer."""
-    return [{k: v.detach().clone() for k, v in layer.unit_parameters().items()} for layer in index.layers]
+def unit_values(gates: Gates) -> list[tuple[GatedPart, Tensor]]:
+    """A copy of everything that units own."""
+    return [(part, part.parameter.detach().clone()) for part in gates.parts()]
 
 
 @torch.no_grad()
-def distances(index: UnitIndex, start: Sequence[UnitTensors]) -> NDArray[np.float64]:
+def distances(gates: Gates, start: Sequence[tuple[GatedPart, Tensor]]) -> NDArray[np.float64]:
     """Distance ||theta - theta_0|| of every unit from its values at the start, (N,)."""
-    squares = [
-        torch.stack(
-            [(v - then[k]).view(layer.n_units, -1).square().sum(1) for k, v in layer.unit_parameters().items()]
-        ).sum(0)
-        for layer, then in zip(index.layers, start, strict=True)
-    ]
-    return torch.cat(squares).sqrt().to("cpu", torch.float64).numpy()
+    squares = {id(gate): torch.zeros(gate.n_units, dtype=torch.float64) for gate in gates.layers}
+    for part, then in start:
+        change = (part.parameter - then).square().to("cpu", torch.float64)
+        squares[id(part.gate)] += _by_unit(change, part.part, part.gate.n_units)
+    return torch.cat([squares[id(gate)] for gate in gates.layers]).sqrt().numpy()
+
+
+def _by_unit(values: Tensor, part: Part, units: int) -> Tensor:
+    """Sums of a parameter-shaped tensor over what each unit owns, (U,)."""
+    rows = values.transpose(0, part.dim).flatten(1).sum(1) if values.dim() > 1 else values
+    owner = torch.from_numpy(part.owner).to(rows.device)
+    owned = owner != REST
+    return rows.new_zeros(units).index_add_(0, owner[owned], rows[owned])
 
 
 # --- Figure 1: effective rank of attention
@@ -100,122 +110,145 @@ def effective_rank(matrices: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention(seen: Scene) -> pd.DataFrame:
-    """Effective rank of every head's attention matrix, averaged over the probe: kind, layer, unit, effective_rank."""
-    layers = [layer for layer in unit_layers(seen.model) if layer.kind == "heads"]
-    ranks: dict[nn.Module, Tensor] = {}
+def attention(scene: Scene) -> pd.DataFrame:
+    """Effective rank of every head's attention matrix, averaged over the probe."""
+    ranks: list[Tensor] = []
 
-    def watch(layer: Any, arguments: tuple[Tensor, ...]) -> None:
-        ranks[layer] = effective_rank(layer.probabilities(arguments[0])).mean(0)
+    def watch(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, Attention)
+        ranks.append(effective_rank(layer.probabilities(arguments[0])).mean(0))
 
+    layers = [module for module in scene.model.modules() if isinstance(module, Attention)]
     handles = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
-        seen.model(seen.probe)
+        scene.model(scene.probe)
     finally:
         for handle in handles:
             handle.remove()
-    return _unit_rows(layers, effective_rank=torch.cat([ranks[layer] for layer in layers]))
+    return _unit_rows(scene.units.of_kinds(["heads"]), effective_rank=torch.cat(ranks))
 
 
 # --- Figures 1, 3, 4, 5: kernels of units and layers
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers in the sense of Figure 3: entries of its list of blocks, or else its unit layers."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and any(unit_layers(entry) for entry in module):
-            return list(module)
-    return list(unit_layers(model))
+def layers_of(scene: Scene) -> list[str]:
+    """Paths of the layers of Figure 3: the entries of a list of blocks, or else the unit layers."""
+    for path, module in scene.model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            return [f"{path}.{i}" for i in range(len(module))]
+    return [layer.name for layer in scene.units.layers]
 
 
-def _estimate(seen: Scene, rest: bool) -> ntk.Mntk:
+def _estimate(scene: Scene, rest: bool) -> ntk.Mntk:
     return ntk.estimate(
-        seen.model, seen.probe, reduction="random", projections=seen.projections, seed=seen.seed,
-        memory_bytes=seen.memory_bytes, kernels=True, rest=rest,
-    )  # fmt: skip
+        scene.model,
+        scene.probe,
+        scene.units,
+        samples=scene.probe.samples,
+        reduction="random",
+        projections=scene.projections,
+        seed=scene.seed,
+        memory_bytes=scene.memory_bytes,
+        kernels=True,
+        rest=rest,
+    )
 
 
-def eigenvalues(seen: Scene) -> pd.DataFrame:
+def eigenvalues(scene: Scene) -> pd.DataFrame:
     """Eigenvalues: columns scope, kind, layer, unit, rank, eigenvalue, trace.
 
-    Rows are, by scope: ``unit``: the top eigenvalue (rank 1) of each unit's kernel; ``layer``: all eigenvalues of each
-    layer's; ``network``: all of the layers' sum, which leaves out embeddings and output head.
+    Rows are, by scope: ``unit``: the top eigenvalue (rank 1) of each unit's kernel; ``layer``: all
+    eigenvalues of each layer's; ``network``: all of the layers' sum, which leaves out embeddings and
+    output head.
     """
-    found = _estimate(seen, rest=True)
-    assert found.kernels is not None
-    trace = found.kernels.diagonal(dim1=1, dim2=2).sum(1)
-    units = _unit_rows(unit_layers(seen.model), eigenvalue=torch.from_numpy(found.lambda_max), trace=trace)
-    tables = [units.assign(scope="unit", rank=1)]
-    layers = [found.kernel_of(seen.model, layer).detach().double() for layer in layers_of(seen.model)]
+    result = _estimate(scene, rest=True)
+    assert result.kernels is not None
+    trace = result.kernels.diagonal(dim1=1, dim2=2).sum(1)
+    top = torch.from_numpy(result.lambda_max)
+    tables = [_unit_rows(scene.units, eigenvalue=top, trace=trace).assign(scope="unit", rank=1)]
+    layers = [result.kernel_of(scene.model, path).detach().double() for path in layers_of(scene)]
     scopes = [("layer", i, kernel) for i, kernel in enumerate(layers)]
     for scope, i, kernel in (*scopes, ("network", -1, torch.stack(layers).sum(0))):
         values = torch.linalg.eigvalsh(kernel).clamp_min(0).flip(0).cpu().numpy()
+        place = {"scope": scope, "kind": "all", "layer": i, "unit": -1}
         rank = np.arange(1, len(values) + 1)
-        tables.append(pd.DataFrame({"scope": scope, "kind": "all", "layer": i, "unit": -1, "rank": rank,
-                                    "eigenvalue": values, "trace": values.sum()}))  # fmt: skip
-    return pd.concat(tables, ignore_index=True)[["scope", "kind", "layer", "unit", "rank", "eigenvalue", "trace"]]
+        columns = {"rank": rank, "eigenvalue": values, "trace": values.sum()}
+        tables.append(pd.DataFrame({**place, **columns}))
+    order = ["scope", "kind", "layer", "unit", "rank", "eigenvalue", "trace"]
+    return pd.concat(tables, ignore_index=True)[order]
 
 
 # --- eq. (2)
 
 
-def descent(seen: Scene) -> pd.DataFrame:
-    """Eq. (2) by unit: the loss drop of a gradient step of size eta on the unit alone, over eta, in float64.
+def descent(scene: Scene) -> pd.DataFrame:
+    """Eq. (2) by unit: the loss drop of a gradient step of size eta on the unit alone, over eta.
 
-    To first order that is ||g||² = sum_i lambda_i (u_i . r)² with g the unit's loss gradient, lambda_i and u_i the
-    eigenpairs of its mNTK and r the gradient of the loss with respect to the outputs (for cross-entropy the softmax
-    minus the targets, in the place of eq. (2)'s y). ``predicted`` is the sum's first term, computed as (v . g)² with v
-    the top right singular vector of the unit's projected Jacobian A: v . g = u . A g / sqrt(lambda), and A g is how the
-    step changes the projected outputs.
+    In float64. To first order that is ||g||² = sum_i lambda_i (u_i . r)² with g the unit's loss
+    gradient, lambda_i and u_i the eigenpairs of its mNTK and r the gradient of the loss with respect
+    to the outputs (for cross-entropy the softmax minus the targets, in the place of eq. (2)'s y).
+    ``predicted`` is the sum's first term, computed as (v . g)² with v the top right singular vector
+    of the unit's projected Jacobian A: v . g = u . A g / sqrt(lambda), and A g is how the step
+    changes the projected outputs.
 
     Returns:
         Columns kind, layer, unit, lambda_max, predicted, first_order (||g||²), measured, eta.
     """
-    probe = seen.probe.split(-(-seen.probe.samples // SAMPLES))[0]
-    seen = replace(seen, model=copy.deepcopy(seen.model).double(), probe=probe)
-    model, layers = seen.model, unit_layers(seen.model)
+    probe = scene.probe.split(-(-scene.probe.samples // SAMPLES))[0].double()
+    scene = replace(scene, model=copy.deepcopy(scene.model).double(), probe=probe)
+    model, units = scene.model, scene.units
     outputs = model(probe)
     loss = model.loss_of_outputs(outputs, probe)
-    parameters = [p for layer in layers for p in layer.unit_parameters().values()]
-    gradient = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters), strict=True))
-    squares = [[g.flatten(1).square().sum(1) for g in (gradient[id(p)] for p in layer.unit_parameters().values())]
-               for layer in layers]  # fmt: skip
-    first_order = torch.cat([torch.stack(of_layer).sum(0) for of_layer in squares])
+    names = [part.parameter for layer in units.layers for part in layer.parts]
+    parameters = [model.get_parameter(name) for name in names]
+    gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    squares = []
+    for layer in units.layers:
+        each = (_by_unit(gradient[p.parameter].square(), p, layer.n_units) for p in layer.parts)
+        squares.append(torch.stack(list(each)).sum(0))
+    first_order = torch.cat(squares)
     eta = float(STEP * loss.detach() / first_order.sum())
-    found = _estimate(seen, rest=False).kernels
-    assert found is not None
-    top, vectors = torch.linalg.eigh(found)
-    reducer = ntk.Reducer("random", seen.projections, seen.seed, probe.samples)
-    signs = torch.stack([c for c, _ in reducer.cotangents(model, probe, outputs, 0)]) / seen.projections**0.5
-    signs = signs.view(seen.projections, probe.samples, -1)  # (m, n, k)
+    kernels = _estimate(scene, rest=False).kernels
+    assert kernels is not None
+    top, vectors = torch.linalg.eigh(kernels)
+    reducer = ntk.Reducer("random", scene.projections, scene.seed, probe.samples)
+    signs = reducer.signs(outputs, probe.samples) / scene.projections**0.5  # (m, n, k)
     measured: list[Tensor] = []
     along: list[Tensor] = []
     with torch.no_grad():
-        for layer in layers:
-            mine = list(layer.unit_parameters().values())
+        for layer in units.layers:
             for unit in range(layer.n_units):
-                before = [parameter[unit].clone() for parameter in mine]
-                for parameter in mine:
-                    parameter[unit] -= eta * gradient[id(parameter)][unit]
+                before = [model.get_parameter(p.parameter).clone() for p in layer.parts]
+                for part in layer.parts:
+                    rows = torch.from_numpy(np.flatnonzero(part.owner == unit))
+                    step = gradient[part.parameter].index_select(part.dim, rows)
+                    model.get_parameter(part.parameter).index_add_(part.dim, rows, step, alpha=-eta)
                 after = model(probe)
                 measured.append((loss - model.loss_of_outputs(after, probe)) / eta)
-                changed = (signs * ((outputs - after) / eta).view(probe.samples, -1)).sum(2).flatten()  # A g
-                along.append(vectors[len(along), :, -1] @ changed)
-                for parameter, value in zip(mine, before, strict=True):
-                    parameter[unit] = value
+                change = ((outputs - after) / eta).view(probe.samples, -1)
+                projected = (signs * change).sum(2).flatten()  # A g
+                along.append(vectors[len(along), :, -1] @ projected)
+                for part, value in zip(layer.parts, before, strict=True):
+                    model.get_parameter(part.parameter).copy_(value)
     return _unit_rows(
-        layers, lambda_max=top[:, -1], predicted=torch.stack(along).square() / top[:, -1].clamp_min(1e-300),
-        first_order=first_order, measured=torch.stack(measured), eta=torch.full_like(first_order, eta),
-    )  # fmt: skip
+        units,
+        lambda_max=top[:, -1],
+        predicted=torch.stack(along).square() / top[:, -1].clamp_min(1e-300),
+        first_order=first_order,
+        measured=torch.stack(measured),
+        eta=torch.full_like(first_order, eta),
+    )
 
 
-def _unit_rows(layers: Sequence[UnitLayer], **columns: Tensor) -> pd.DataFrame:
-    """A table with a row per unit of these layers."""
-    index = UnitIndex(layers)
-    numbers = {name: column.detach().to("cpu", torch.float64).numpy() for name, column in columns.items()}
-    return pd.DataFrame({"kind": index.kind, "layer": index.layer, "unit": index.unit, **numbers})
+def _unit_rows(units: Units, **columns: Tensor) -> pd.DataFrame:
+    """A table with a row per unit."""
+    where = {"kind": units.kind, "layer": units.layer, "unit": units.unit}
+    numbers = {n: c.detach().to("cpu", torch.float64).numpy() for n, c in columns.items()}
+    return pd.DataFrame({**where, **numbers})
 
 
 OBSERVERS: dict[str, Callable[[Scene], pd.DataFrame]] = {
-    "attention": attention, "kernels": eigenvalues, "descent": descent,
-}  # fmt: skip
+    "attention": attention,
+    "kernels": eigenvalues,
+    "descent": descent,
+}

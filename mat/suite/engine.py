@@ -22,26 +22,32 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mat.suite import analysis, checkpoint, flops, ntk
+from mat import ntk
+from mat.adapters import find_units
+from mat.flops import Flops, Ledger
+from mat.gates import attach_
+from mat.policy import MATConfig
+from mat.suite import analysis, checkpoint
 from mat.suite import data as datasets
 from mat.suite.allocator import keep_freed_memory
 from mat.suite.config import Config
 from mat.suite.errors import Interrupted, RunFailed, UserError
 from mat.suite.files import say
-from mat.suite.interface import Batch, Flops
+from mat.suite.interface import Batch
 from mat.suite.memory import check_memory
-from mat.suite.methods import FloatArray, Method
-from mat.suite.models import build
-from mat.suite.optim import build_optimiser
+from mat.suite.methods import Method
+from mat.suite.models import build, build_optimiser
 from mat.suite.precision import autocast, batch_in, machine_precision
 from mat.suite.runs import RunFolder, check_matched
 from mat.suite.schedule import evaluation_points, learning_rate
 from mat.suite.stepper import Stepper
 from mat.suite.tracking import Progress, open_mirror
-from mat.suite.units import BackwardMode, UnitIndex, unit_layers
+from mat.units import FloatArray
 
 PFLOP = 1e15
-THREADS = torch.get_num_threads()  # what torch would use; an earlier run of a sweep may have set another number
+THREADS = (
+    torch.get_num_threads()
+)  # what torch would use; an earlier run of a sweep may have set another number
 COSTS = 16  # steps whose cost is remembered
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -118,20 +124,30 @@ class Training:
         self.model = build(config, self.data.outputs).to(self.device)
         if precision == "float64":
             self.model.double()
-        train = config.train
+        train, selection = config.train, config.selection
+        units = find_units(self.model, groups=getattr(config.model, "ffn_groups", None))
+        self.units = units.of_kinds(selection.units)
+        self.gates = attach_(
+            self.model, MATConfig(mode=cast(Any, selection.mode), log=False), self.units
+        )
         self.optimiser = build_optimiser(self.model, train)
-        self.index = UnitIndex(unit_layers(self.model), config.selection.units)
-        self.method = Method(config.method, config.selection, self.index, config.seed)
-        self.matched = hashlib.sha256(repr(self.method.counts).encode()).hexdigest()
+        self.method = Method(config.method, selection, self.units, config.seed)
+        self.matched = hashlib.sha256(repr(self.method.policy.counts).encode()).hexdigest()
         probing = self.method.selects or config.analysis
         self.probe = None
         if probing:
-            self.probe = batch_in(self.data.probe_batch(config.selection.samples).to(self.device), precision)
-        self.start = analysis.unit_values(self.index)  # made again from the seed on resuming
-        self.mode = cast(BackwardMode, config.selection.mode)
-        drifting = self.index.layers if self.method.drifts else []
+            probe = self.data.probe_batch(config.selection.samples).to(self.device)
+            self.probe = batch_in(probe, precision)
+        self.start = analysis.unit_values(self.gates)  # made again from the seed on resuming
         self.stepper = Stepper(
-            self.model, self.optimiser, self._autocast, train.clip, train.accumulation, drifting, config.hardware.graphs
+            self.model,
+            self.gates,
+            self.optimiser,
+            self._autocast,
+            train.clip,
+            train.accumulation,
+            self.method.drifts,
+            config.hardware.graphs,
         )
         self.budget = train.pflops * config.method.budget * PFLOP
 
@@ -149,8 +165,12 @@ class Training:
         self.evaluated_at = -1.0  # FLOPs
         self.best: dict[str, Any] = {"loss": math.inf}
         self._interrupt = False
+        self._ledgers: dict[object, Ledger] = {}  # by the shapes of a batch
+        self._kernels: dict[object, int] = {}  # FLOPs, by the shapes of a batch
+        self._estimate_cost: Flops | None = None
         self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
-        self._next: tuple[int, tuple[Batch, int]] | None = None  # a step's batch and epoch, made ahead
+        # A step's batch and epoch, made ahead.
+        self._next: tuple[int, tuple[Batch, int]] | None = None
         self._go_on(begun)
         self.environment = files.begin(config, begun and begun["environment"])
         self.mirror = open_mirror(config, files.path)
@@ -170,7 +190,7 @@ class Training:
                 began = self.step
                 if due := self.method.is_due(progress):
                     if self._online:
-                        self.index.set_active(np.ones(len(self.index), bool), self.mode)
+                        self.gates.set_active(np.ones(len(self.units), bool))
                     cost = self._selection_cost()
                     after = self.spent.figure + cost.figure
                     self._evaluate_until(after, points)
@@ -181,15 +201,19 @@ class Training:
                     self._record(due)
                 start = time.perf_counter()
                 batch = self._train_batch()
-                self.index.set_active(self.method.active_at(self.step), self.mode)
+                self.gates.set_active(self.method.active_at(self.step))
                 cost = self._step_cost(batch)
                 self.seconds += time.perf_counter() - start
                 after = self.spent.figure + cost.figure
                 self._evaluate_until(after, points)
-                if after > self.budget or (train.stop_when_settled and bool(self.method.state.stopped.all())):
+                if after > self.budget or (
+                    train.stop_when_settled and bool(self.method.state.stopped.all())
+                ):
                     break
                 self._train_step(batch, cost)
-                if self.step // train.checkpoint_steps > began // train.checkpoint_steps:  # online selections step, too
+                if (
+                    self.step // train.checkpoint_steps > began // train.checkpoint_steps
+                ):  # online selections step, too
                     self._save()
                 if self._interrupt:
                     self._save()
@@ -220,8 +244,25 @@ class Training:
         if key not in self._costs:  # a GPU makes a step in the time that this takes
             if len(self._costs) == COSTS:
                 self._costs.clear()
-            self._costs[key] = flops.training_step(self.model, batch, padded, self.config.train.accumulation)
+            parts = self.config.train.accumulation
+            split = [batch] if parts == 1 else batch.split(parts)
+            costs = (self._ledger_of(part).step(executed=padded) for part in split)
+            self._costs[key] = sum(costs, Flops())
         return self._costs[key]
+
+    def _ledger_of(self, batch: Batch, training: bool = True) -> Ledger:
+        """What products a pass over a batch makes; recorded once for every shape."""
+        key = training, *(tensor.shape for tensor in vars(batch).values())
+        if key not in self._ledgers:
+            there = batch.to(self.device)
+
+            def forward() -> torch.Tensor:
+                with self._autocast():
+                    loss, extra = self.model.loss(there), self.model.auxiliary_loss()
+                return loss if extra is None else loss + extra
+
+            self._ledgers[key] = Ledger(self.model, forward, ("decoder",), training)
+        return self._ledgers[key]
 
     def _train_step(self, batch: Batch, cost: Flops, capture: bool = True) -> None:
         start = time.perf_counter()
@@ -230,24 +271,24 @@ class Training:
         self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         if self.device.type == "cuda":  # which computes meanwhile
             self._next = self.step + 1, self._batch_of(self.step + 1)
-        seen = outcome.read()
+        reading = outcome.read()
         self.seconds += time.perf_counter() - start
-        self._refuse_divergence(seen.loss, seen.norm)
+        self._refuse_divergence(reading.loss, reading.norm)
 
         self.step += 1
         self.spent += cost
-        active_share = self.index.active_share
+        active_share = float(self.gates.active.mean())
         self.share_sum += active_share
-        self.window.append(seen.loss)
-        if seen.metrics:
-            self.recent.append({**seen.metrics, "samples": batch.samples})
+        self.window.append(reading.loss)
+        if reading.metrics:
+            self.recent.append({**reading.metrics, "samples": batch.samples})
         if self.step % self.config.train.log_steps == 0:
             mean = float(np.mean(self.window))
             self.window.clear()
-            noticed = {**self._running_metrics(), **seen.monitors}
-            self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **noticed)
+            metrics = {**self._running_metrics(), **reading.monitors}
+            self._event("train", "train", loss=mean, lr=lr, active_now=active_share, **metrics)
         best = None if math.isinf(self.best["loss"]) else self.best["loss"]
-        self.progress.update(self.spent.figure / PFLOP, seen.loss, active_share, best)
+        self.progress.update(self.spent.figure / PFLOP, reading.loss, active_share, best)
 
     def _running_metrics(self) -> dict[str, float]:
         """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
@@ -255,7 +296,10 @@ class Training:
             return {}
         samples = [metrics["samples"] for metrics in self.recent]
         names = [name for name in self.recent[-1] if name != "samples"]
-        return {name: float(np.average([m[name] for m in self.recent], weights=samples)) for name in names}
+        return {
+            name: float(np.average([m[name] for m in self.recent], weights=samples))
+            for name in names
+        }
 
     def _refuse_divergence(self, loss: float, norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -276,14 +320,38 @@ class Training:
         if not self.method.needs_score:
             return Flops()
         assert self.probe is not None
-        selection, memory = self.config.selection, self.config.hardware.estimator_bytes
-        if not self._online:
-            return flops.estimate(
-                self.model, self.probe, self.index.layers, self._reduction(), selection.projections, memory
-            )
-        batch = self._train_batch()
-        overhead = flops.kernels(self.index.layers, batch.samples, batch.length, memory)
-        return self._step_cost(batch) + Flops(overhead=overhead)
+        if self._online:
+            batch = self._train_batch()
+            return self._step_cost(batch) + Flops(overhead=self._kernel_flops(batch, 1))
+        if self._estimate_cost is None:
+            reduction = self._reduction()
+            count = self.config.selection.projections if reduction == "random" else 1
+            if reduction == "full":
+                count = self._outputs()
+            measured = {
+                p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts
+            }
+            kernels = self._kernel_flops(self.probe, count)
+            ledger = self._ledger_of(self.probe, training=False)
+            self._estimate_cost = ledger.estimate(measured, count, kernels)
+        return self._estimate_cost
+
+    def _kernel_flops(self, batch: Batch, each: int) -> int:
+        """FLOPs of all units' kernels on a batch, with so many rows for each sample."""
+        key = tuple(tensor.shape for tensor in vars(batch).values())
+        if key not in self._kernels:
+            there = batch.to(self.device)
+            with self._autocast():
+                shapes = ntk.kernel_shapes(self.model, there, self.units, samples=batch.samples)
+            memory, rows = self.config.hardware.estimator_bytes, batch.samples * each
+            self._kernels[key] = ntk.kernel_flops(shapes, len(self.units), rows, memory)
+        return self._kernels[key]
+
+    @torch.no_grad()
+    def _outputs(self) -> int:
+        """Number k of outputs of a probe's sample."""
+        assert self.probe is not None
+        return self.model.eval()(self.probe).numel() // self.probe.samples
 
     def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
@@ -305,24 +373,30 @@ class Training:
         """
         state = self.method.state
         units = {
-            "kind": self.index.kind,
-            "layer": self.index.layer,
-            "unit": self.index.unit,
-            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score if selected else np.nan,
+            "kind": self.units.kind,
+            "layer": self.units.layer,
+            "unit": self.units.unit,
+            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score
+            if selected
+            else np.nan,
             "delta": state.delta if selected else np.nan,
             "threshold": state.threshold if selected else np.nan,
             "active": state.active,
             "stopped": state.stopped,
-            "distance": analysis.distances(self.index, self.start),
+            "distance": analysis.distances(self.gates, self.start),
         }
         where = {"t": self.records, "step": self.step, "pflops": self.spent.figure / PFLOP}
         self.files.add_rows("units", pd.DataFrame({**where, **units}))
         if self.config.analysis:
             assert self.probe is not None
             selection, memory = self.config.selection, self.config.hardware.estimator_bytes
-            seen = analysis.scene(self.model, self.probe, selection.projections, self.config.seed, memory)
+            scene = analysis.scene(
+                self.model, self.units, self.probe, selection.projections, self.config.seed, memory
+            )
             for name in self.config.analysis:
-                self.files.add_rows(name, pd.DataFrame({**where, **analysis.OBSERVERS[name](seen)}))
+                self.files.add_rows(
+                    name, pd.DataFrame({**where, **analysis.OBSERVERS[name](scene)})
+                )
         self.records += 1
 
     def _reduction(self) -> ntk.Reduction:
@@ -337,15 +411,17 @@ class Training:
         try:
             if self._online:
                 batch = self._train_batch()
-                with ntk.Online(self.model, self.index) as online:
+                with ntk.Online(self.model, self.units) as online:
                     self._train_step(batch, cost, capture=False)
-                found = online.result(memory)
+                result = online.result(memory_bytes=memory)
             else:
                 with self._autocast():
-                    found = ntk.estimate(
+                    result = ntk.estimate(
                         self.model,
                         self.probe,
-                        self.index,
+                        self.units,
+                        samples=self.probe.samples,
+                        loss=self.model.loss_of_outputs,
                         reduction=self._reduction(),
                         projections=selection.projections,
                         seed=self.config.seed,
@@ -355,7 +431,8 @@ class Training:
                 self.needed += cost.figure
         except FloatingPointError as error:
             raise RunFailed(f"{self.files.path}: at step {self.step} {error}") from error
-        return np.sqrt(found.squared_norm) if self.config.method.score == "gradnorm" else found.lambda_max
+        gradnorm = self.config.method.score == "gradnorm"
+        return np.sqrt(result.squared_norm) if gradnorm else result.lambda_max
 
     # --- evaluation
 
@@ -383,7 +460,11 @@ class Training:
             )
         by, sign = self.model.best_by, 1 if self.model.best_by == "loss" else -1
         if sign * scores[by] < sign * self.best.get(by, sign * math.inf):
-            where = {"step": self.step, "pflops": self.spent.figure / PFLOP, "seconds": self.seconds}
+            where = {
+                "step": self.step,
+                "pflops": self.spent.figure / PFLOP,
+                "seconds": self.seconds,
+            }
             self.best = {**scores, **where}
             state = {"step": self.step, "model": self.model.state_dict()}
             self.best["sha256"] = checkpoint.save(self.files.best_weights(self.best), state)
@@ -410,8 +491,12 @@ class Training:
     def _finish(self) -> dict[str, Any]:
         """Read the test scores at the best validation, and write the summary: the run is complete."""
         if self.step == 0:
-            raise UserError(f"train.pflops={self.config.train.pflops} is too short for a single step: raise it.")
-        if self.evaluated_at < self.spent.figure or math.isinf(self.best["loss"]):  # ended before the budget did
+            raise UserError(
+                f"train.pflops={self.config.train.pflops} is too short for a single step: raise it."
+            )
+        if self.evaluated_at < self.spent.figure or math.isinf(
+            self.best["loss"]
+        ):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()
         best = checkpoint.load(self.files.best_weights(self.best), self.device, self.best["sha256"])
@@ -469,7 +554,7 @@ class Training:
             "matched": self.matched,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "method": self.method.state_dict(),
+            "method": self.method.policy.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "spent": list(astuple(self.spent)),
@@ -498,7 +583,7 @@ class Training:
             raise UserError(f"{where}with another method.matched: name that run, or remove this folder.")
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.method.load_state_dict(state["method"])
+        self.method.policy.load_state_dict(state["method"])
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu())

@@ -3,19 +3,35 @@
 Their linear layers, feed-forward networks and convolutions are found as any model's are.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from fractions import Fraction
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
+from mat.layers.attention import core_shares
+from mat.layers.experts import block
 from mat.layers.gate import Gate, Index, put, take
-from mat.layers.site import Site, compact_of, gathered, stand_in, with_compact
-from mat.suite.models.bert import Attention
-from mat.units import UnitLayer
+from mat.layers.once import once
+from mat.layers.site import (
+    Product,
+    Shares,
+    Site,
+    compact_of,
+    gathered,
+    stand_in,
+    with_compact,
+)
+from mat.suite.models.bert import Attention, FeedForward
+from mat.suite.models.switch import Backward, Experts, expert_mlp
+from mat.taps import Tape, recorder
+from mat.units import Part, UnitLayer
 
 
 @finder
@@ -35,7 +51,7 @@ def heads(place: Place) -> Iterator[UnitLayer]:
         assert gate is not None
         return CoreSite(module, gate)
 
-    below = None if place.head_output else owner_out
+    below = None if place.head_output else (place.path, owner_out)
     sites = [
         linear_site(place.path, place.under("qkv")),
         linear_site(place.path, place.under("out"), below),
@@ -44,8 +60,19 @@ def heads(place: Place) -> Iterator[UnitLayer]:
     yield UnitLayer("heads", place.path, units, parts, sites)
 
 
+@finder
+def groups(place: Place) -> Iterator[UnitLayer]:
+    """The groups of hidden neurons of a feed-forward layer."""
+    if isinstance(place.module, FeedForward):
+        layer = feed_forward(place, Form(("up",), "activation", "down"))
+        assert layer is not None
+        yield layer
+
+
 class CoreSite(Site):
     """The attention core: in ``cut`` active heads run with gradients, frozen ones without."""
+
+    module: Attention
 
     def __init__(self, module: nn.Module, gate: Gate) -> None:
         super().__init__(module, gate, method="core")
@@ -54,7 +81,7 @@ class CoreSite(Site):
     def gated(self, qkv: Tensor) -> Tensor:
         """(B, T, 3 D) to context (B, T, D)."""
         if self.gate.mode == "exact":
-            return self.original(qkv)
+            return cast(Tensor, self.original(qkv))
         width = self.module.head_width
         active, frozen, count = self.gate.units(3 * width)
         columns, others, context = self.gate.units(width)
@@ -67,6 +94,10 @@ class CoreSite(Site):
         values, compact = _Join.apply(moving, still, columns, others, context)
         return with_compact(values, compact, columns)
 
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`."""
+        return core_shares(self.gate)
+
 
 class _Select(torch.autograd.Function):
     """Columns of x (..., C) as (..., k), whose gradient goes to the stand-in if there is one."""
@@ -77,7 +108,7 @@ class _Select(torch.autograd.Function):
         return take(x, index, x.dim() - 1).contiguous()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.compact:
             return None, gradient, None
@@ -102,9 +133,81 @@ class _Join(torch.autograd.Function):
         return joined, stand_in(joined, count)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         g = gathered(dense, compact, ctx.active)
         return None if g is None else g.view(ctx.shape), None, None, None, None
+
+
+STACKED = ("in_weight", "in_bias", "out_weight", "out_bias")
+
+
+@finder
+def experts(place: Place) -> Iterator[UnitLayer]:
+    """The experts of a layer: rows of its four stacked parameters."""
+    if not isinstance(place.module, Experts):
+        return
+    count = place.module.experts
+    parts = [Part(place.under(name), 0, np.arange(count)) for name in STACKED]
+
+    def core(module: nn.Module, gate_of: Callable[[str], Gate | None]) -> ExpertsSite:
+        gate = gate_of(place.path)
+        assert gate is not None
+        return ExpertsSite(module, gate, place.under(""))
+
+    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)])
+
+
+class ExpertsSite(Site):
+    """The experts' products: in ``cut`` those of frozen ones run without gradients."""
+
+    module: Experts
+
+    def __init__(self, module: nn.Module, gate: Gate, prefix: str) -> None:
+        super().__init__(module, gate, method="core")
+        self.gate = gate
+        self.parts = [gate.parts[f"{prefix}{name}"] for name in STACKED]
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """Rows (E, C, D) through their experts."""
+        active, frozen, _ = self.gate.units()
+        weights = self.module.stacked()
+        blocks = [block(part, weight) for part, weight in zip(self.parts, weights, strict=True)]
+        exact = self.gate.mode == "exact"
+        return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
+
+    def shares(self, product: Product, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`: all slots run; needed are the experts' even shares of tokens."""
+        if product.weight.endswith("router.weight"):
+            return Shares()
+        tokens, experts = math.prod(product.shape[:-1]), self.gate.n_units
+        slots = self.module.capacity(tokens)
+
+        def share(count: int) -> Fraction:
+            rows = count * slots if executed else min(count * slots, count * tokens // experts)
+            return Fraction(rows, experts * slots)
+
+        active = self.gate.n_active
+        passed = active if self.gate.mode == "cut" else experts
+        return Shares(share(experts), share(passed), share(active))
+
+
+@recorder
+def experts_recorder(module: nn.Module) -> Callable[..., Tensor] | None:
+    """How the estimator sees a layer of experts: no token is dropped."""
+    return partial(_record_experts, module) if isinstance(module, Experts) else None
+
+
+def _record_experts(module: Experts, tape: Tape, x: Tensor) -> Tensor:
+    """What the layer computes, (B, T, D) to (B, T, D), every token through its expert."""
+    tokens = x.shape[:-1].numel()
+    sample = torch.arange(tokens, device=x.device) // (tokens // tape.samples)
+
+    def record(expert: Tensor, rows: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        count = module.experts * tape.samples
+        sizes = torch.bincount(expert * tape.samples + sample, minlength=count)
+        return tape.routed(rows, y, weight, bias, sizes.view(-1, tape.samples))
+
+    return module.without_drops(x, record)

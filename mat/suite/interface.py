@@ -1,36 +1,12 @@
-"""What the engine, the ledger and the estimator need of batches and models."""
+"""What the engine needs of batches and models."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs by column (paper section 4); ``vocabulary`` is outside the paper's figure."""
-
-    forward: int = 0
-    input_grad: int = 0
-    weight_grad: int = 0
-    overhead: int = 0
-    vocabulary: int = 0
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def figure(self) -> int:
-        """The paper's figure: everything but the vocabulary projection."""
-        return self.forward + self.input_grad + self.weight_grad + self.overhead
-
-    @property
-    def everything(self) -> int:
-        """All columns: what a FLOPs counter sees."""
-        return self.figure + self.vocabulary
 
 
 @dataclass
@@ -95,18 +71,3 @@ class Model(nn.Module):
     def monitors(self) -> dict[str, Tensor]:
         """What the last training forward pass tells about itself: scalars, on the device."""
         return {}
-
-
-class UnitModel(Model):
-    """A model with unit layers, which counts the FLOPs of what is not a unit layer."""
-
-    def fix_constants(self, batches: Sequence[Any]) -> None:
-        """Let the layers note what the estimator holds fixed (``mat.suite.units.Tape``), given all batches."""
-
-    def rest_flops(self, batch: Any) -> Flops:
-        """A training step's FLOPs outside the unit layers."""
-        raise NotImplementedError
-
-    def outputs_per_sample(self, batch: Any) -> int:
-        """Number k of outputs of a sample."""
-        raise NotImplementedError

@@ -8,30 +8,30 @@ memory comes beside what the steps launched kernel by kernel have used.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mat.suite.interface import Batch, UnitModel
-from mat.suite.optim import UnitOptimiser
-from mat.suite.units import UnitLayer, unit_layers
+from mat.gates import Gates
+from mat.optim import UnitOptimiser
+from mat.suite.interface import Batch, Model
 
 GRAPHS = 4  # kept: multirate has two sets of units that take turns, each with an epoch's short last batch
 Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
-class Seen:
+class Reading:
     """What a step showed.
 
     Attributes:
         loss: Mean over the batch, without auxiliary losses.
         norm: Of the gradient, before clipping.
         metrics: The model's, means over the batch.
-        monitors: What the last forward pass noticed about itself.
+        monitors: What the last forward pass tells about itself.
     """
 
     loss: float
@@ -52,12 +52,12 @@ class Outcome:
     def __init__(self, metrics: tuple[str, ...], monitors: tuple[str, ...], values: Tensor) -> None:
         self._metrics, self._monitors, self._values = metrics, monitors, values
 
-    def read(self) -> Seen:
+    def read(self) -> Reading:
         """Wait for the device, and give the numbers."""
         loss, norm, *others = self._values.tolist()
         named = list(zip((*self._metrics, *self._monitors), others, strict=True))
         count = len(self._metrics)
-        return Seen(loss, norm, dict(named[:count]), dict(named[count:]))
+        return Reading(loss, norm, dict(named[:count]), dict(named[count:]))
 
 
 class Stepper:
@@ -65,22 +65,29 @@ class Stepper:
 
     Args:
         model: The model, on its device.
+        gates: Its gates.
         optimiser: Updates its active units and the rest.
         context: Makes the context of forward passes: autocast or none.
         clip: Bound on the gradient norm, or None.
         accumulation: Micro-batches that a step is computed in.
-        drifting: Layers whose frozen units drift (multirate).
+        drifts: Whether frozen units drift (multirate).
         graphs: Capture and replay (CUDA); else every kernel is launched by itself.
     """
 
     def __init__(
-        self, model: UnitModel, optimiser: UnitOptimiser, context: Callable[[], AbstractContextManager[object]],
-        clip: float | None, accumulation: int = 1, drifting: Sequence[UnitLayer] = (), graphs: bool = False,
-    ) -> None:  # fmt: skip
-        self.model, self.optimiser, self.context = model, optimiser, context
-        self.clip, self.accumulation, self.drifting, self.graphs = clip, accumulation, drifting, graphs
+        self,
+        model: Model,
+        gates: Gates,
+        optimiser: UnitOptimiser,
+        context: Callable[[], AbstractContextManager[object]],
+        clip: float | None,
+        accumulation: int = 1,
+        drifts: bool = False,
+        graphs: bool = False,
+    ) -> None:
+        self.model, self.gates, self.optimiser, self.context = model, gates, optimiser, context
+        self.clip, self.accumulation, self.drifts, self.graphs = clip, accumulation, drifts, graphs
         self.device = next(model.parameters()).device
-        self._layers = unit_layers(model)
         self._graphs: OrderedDict[Key, _Graph | None] = OrderedDict()  # None: seen once
         self._lr = torch.zeros((), device=self.device)
 
@@ -108,23 +115,19 @@ class Stepper:
 
     def key(self, batch: Batch) -> Key:
         """What the kernels of a step, and their cost, depend on: the gates and the shapes."""
-        gates = [(layer.mode, layer.active.tobytes()) for layer in self._layers]
-        return (*gates, *(tensor.shape for tensor in vars(batch).values()))
+        shapes = (tensor.shape for tensor in vars(batch).values())
+        return (self.gates.active.tobytes(), *shapes)
 
     def _capture(self, batch: Batch) -> "_Graph":
-        static = replace(batch, **{name: t.to(self.device, copy=True) for name, t in vars(batch).items()})
-        for layer in self._layers:
-            layer.before_capture(self.device)
+        tensors = {name: t.to(self.device, copy=True) for name, t in vars(batch).items()}
+        static = replace(batch, **tensors)
         graph = torch.cuda.CUDAGraph()
         pools = [other.graph.pool() for other in self._graphs.values() if other]
-        with torch.cuda.graph(graph, pool=pools[0] if pools else None):  # one at a time replays, so they share
+        with torch.cuda.graph(graph, pool=pools[0] if pools else None):  # one at a time replays
             outcome = self._compute(static, self._lr)
-        self.optimiser.clear()  # its gradients lie in the graph's memory
-        held = [tensor for layer in self._layers for tensor in layer.after_capture()]
-        return _Graph(graph, static, outcome, held)
+        return _Graph(graph, static, outcome, self.gates.indices())
 
     def _compute(self, batch: Batch, lr: float | Tensor) -> Outcome:
-        self.optimiser.clear()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         metrics: dict[str, Tensor] = {}
         for part in [batch] if self.accumulation == 1 else batch.split(self.accumulation):
@@ -137,19 +140,26 @@ class Stepper:
             total = total + loss.detach().double() * weight
             for name, value in self.model.metrics(outputs.detach(), part).items():
                 metrics[name] = metrics.get(name, 0.0) + value.double() * weight
-        norm = self.optimiser.clip(self.clip)
-        self.optimiser.step(lr)
-        if self.drifting:
-            self.optimiser.drift(self.drifting, lr)
+        norm = self.optimiser.clip_grad_norm_(self.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.step()
+        if self.drifts:
+            self.optimiser.drift()
+        self.optimiser.zero_grad()  # the active set may change now
         monitors = self.model.monitors()
         values = [total, norm, *metrics.values(), *monitors.values()]
-        return Outcome(tuple(metrics), tuple(monitors), torch.stack([value.double() for value in values]))
+        return Outcome(
+            tuple(metrics), tuple(monitors), torch.stack([value.double() for value in values])
+        )
 
 
 class _Graph:
     """A captured step, the batch that it reads, what it says, and the tensors that live as long as it."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: Batch, outcome: Outcome, held: list[Tensor]) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, batch: Batch, outcome: Outcome, held: list[Tensor]
+    ) -> None:
         self.graph, self.batch, self.outcome, self.held = graph, batch, outcome, held
 
     def replay(self, batch: Batch) -> Outcome:

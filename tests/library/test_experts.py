@@ -1,181 +1,31 @@
 """Experts as units in transformers' mixtures, against dense references in float64."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mat
 
 pytest.importorskip("transformers")
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
+from mixtures import (
+    ALL,
+    EXPERTS,
+    OldMixture,
+    attach,
+    build,
+    clear_frozen,
+    close,
+    containers,
+    cut_reference,
+    detach_columns,
+    gradients,
+    routed,
+    some,
 )
-
-VOCABULARY, EXPERTS = 19, 4
-COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1}
-DECODER = {
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "head_dim": 4,
-}
-SWITCH = {
-    "d_model": 16,
-    "d_kv": 4,
-    "d_ff": 12,
-    "num_heads": 4,
-    "num_layers": 2,
-    "num_decoder_layers": 2,
-    "num_sparse_encoder_layers": 1,
-    "num_sparse_decoder_layers": 1,
-    "num_experts": EXPERTS,
-    "expert_capacity": 3,
-    "dropout_rate": 0.0,
-    "router_jitter_noise": 0.0,
-    "decoder_start_token_id": 0,
-}
-STACKED = ("mixtral eager", "mixtral grouped_mm", "mixtral batched_mm", "gpt_oss eager")
-ALL = ("switch eager", *STACKED)
-
-
-def build(name: str, attention: str = "eager") -> tuple[nn.Module, dict[str, Tensor]]:
-    """A tiny model with large random weights, and a batch with labels."""
-    family, implementation = name.split()
-    torch.manual_seed(1)
-    model: Any
-    ids = torch.randint(2, VOCABULARY, (2, 7))
-    batch = {"input_ids": ids, "labels": ids.flip(1).contiguous()}
-    if family == "switch":
-        config = SwitchTransformersConfig(**COMMON, **SWITCH, attn_implementation=implementation)
-        model = SwitchTransformersForConditionalGeneration(config)
-        batch["attention_mask"] = torch.ones_like(ids)
-        batch["attention_mask"][1, 5:] = 0
-    else:
-        cls = (
-            (MixtralConfig, MixtralForCausalLM)
-            if family == "mixtral"
-            else (GptOssConfig, GptOssForCausalLM)
-        )
-        config = cls[0](**COMMON, **DECODER, attn_implementation=attention)
-        model = cls[1](config)
-        model.set_experts_implementation(implementation)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.4)
-    for module in model.modules():
-        if hasattr(module, "router"):
-            module.router.dtype = torch.float64
-    # torch's grouped product has no float64.
-    return model if implementation == "grouped_mm" else model.double(), batch
-
-
-def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor | None]]:
-    loss = model(**batch).loss
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    return loss.item(), found
-
-
-def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if name.endswith(".experts"):
-            yield name, module
-
-
-def cut_reference(model: nn.Module, active: np.ndarray) -> Callable[[], None]:
-    """Make frozen experts' outputs constants, written anew from the definition of each layer.
-
-    Args:
-        model: The untouched model.
-        active: (layers, E).
-    """
-    undo = []
-    for row, (_, module) in zip(active, containers(model), strict=True):
-
-        def forward(
-            x: Tensor, index: Tensor, weights: Tensor, module: Any = module, row: Any = row
-        ) -> Tensor:
-            y = torch.zeros_like(x)
-            for token in range(len(x)):
-                for k in range(weights.shape[1]):
-                    if isinstance(module, nn.ModuleDict):
-                        hot = index[token, 0]
-                        if not hot.any():
-                            continue
-                        unit = int(hot.argmax())
-                        out = module[f"expert_{unit}"](x[token][None])[0]
-                    else:
-                        unit = int(index[token, k])
-                        out = stacked_expert(module, unit, x[token])
-                    y[token] = y[token] + weights[token, k] * (out if row[unit] else out.detach())
-            return y
-
-        module.forward = forward
-        undo.append(module)
-
-    def restore() -> None:
-        for module in undo:
-            del module.forward
-
-    return restore
-
-
-def stacked_expert(module: Any, unit: int, x: Tensor) -> Tensor:
-    """One token through one expert of Mixtral or GPT-OSS."""
-    up, down = module.gate_up_proj[unit], module.down_proj[unit]
-    if module.is_transposed:
-        z = x @ up + module.gate_up_proj_bias[unit]
-        return module._apply_gate(z[None])[0] @ down + module.down_proj_bias[unit]
-    gate, value = (up @ x).chunk(2)
-    return down @ (torch.nn.functional.silu(gate) * value)
-
-
-def some(layers: int, seed: int = 0) -> np.ndarray:
-    """Half of the experts of every layer."""
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(EXPERTS), (layers, 1)), axis=1)
-    return order < EXPERTS // 2
-
-
-def attach(model: nn.Module, active: np.ndarray, mode: str) -> mat.Gates:
-    gates = mat.attach_(model, mat.MATConfig(share=0.5, mode=mode, units=("experts",)))
-    gates.set_active(active.flatten())
-    return gates
-
-
-def close(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
-    for name, value in wanted.items():
-        other = found[name]
-        if value is None or other is None:
-            rest = value if other is None else other
-            assert rest is None or not rest.any(), name
-        else:
-            exact = value.dtype == torch.float64
-            rtol, atol = (1e-9, 1e-12) if exact else (1e-3, 1e-4)
-            torch.testing.assert_close(other, value, rtol=rtol, atol=atol, msg=name)
-
-
-def clear_frozen(gates: mat.Gates, wanted: dict[str, Tensor | None]) -> None:
-    """Zero the gradients of frozen slices."""
-    for part in gates.parts():
-        dense = wanted[part.part.parameter]
-        if dense is not None:
-            keep = torch.from_numpy((part.part.owner == -1) | part.gate.active[part.part.owner])
-            dense.transpose(0, part.dim)[~keep] = 0
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -238,19 +88,6 @@ def test_backward_computes_active_experts_only(name: str, mode: str) -> None:
     assert counter.get_total_flops() == 2 * weights * products
 
 
-def routed(
-    module: nn.Module, used: int = EXPERTS
-) -> tuple[Tensor, tuple[Tensor, Tensor], np.ndarray]:
-    """Tokens, routing inputs of a layer of experts, and the expert of every pair."""
-    x = torch.randn(11, 16, dtype=torch.float64, requires_grad=True)
-    k = 1 if isinstance(module, nn.ModuleDict) else 2
-    expert = torch.stack([torch.randperm(used)[:k] for _ in range(11)])
-    weights = torch.rand(11, k, dtype=torch.float64, requires_grad=True)
-    if k == 1:
-        return x, (nn.functional.one_hot(expert, EXPERTS), weights), expert.flatten().numpy()
-    return x, (expert, weights), expert.flatten().numpy()
-
-
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 @pytest.mark.parametrize("name", ["switch eager", "mixtral eager"])
 def test_frozen_parameters_always_get_zeros(name: str, mode: str) -> None:
@@ -292,37 +129,32 @@ def test_compact_gradients_are_blocks_of_active_experts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["switch eager", "mixtral eager"])
-def test_a_second_derivative_is_refused(name: str) -> None:
+def test_second_derivatives_equal_those_of_the_reference(name: str) -> None:
     model, _ = build(name)
-    gates = attach(model, some(2), "cut")
-    for part in gates.parts():
-        part.compact = not part.whole
-    _, module = next(iter(containers(model)))
+    chosen = some(2)
+    module = next(iter(containers(model)))[1]
     x, inputs, _ = routed(module)
-    homes = [part.home(part.parameter) for part in gates.layers[0].parts.values()]
-    first = torch.autograd.grad(
-        module(x, *inputs).square().sum(), homes, create_graph=True, allow_unused=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        sum(g.square().sum() for g in first if g is not None).backward()
 
+    def second(variables: list[Tensor]) -> tuple[Tensor, ...]:
+        (first,) = torch.autograd.grad(module(x, *inputs).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, inputs[1], *variables])
 
-def detach_columns(model: nn.Module, units: mat.Gates, active: np.ndarray) -> list[Any]:
-    """Make what frozen heads and groups give to the last matrix of their layer constant."""
-    handles = []
-    for layer, rows in units.units.slices():
-        if layer.kind == "experts":
-            continue
-        last = {"heads": ("o_proj", "o"), "ffn": ("wo",)}[layer.kind]
-        module = model.get_submodule(layer.name)
-        linear = next(getattr(module, name) for name in last if hasattr(module, name))
-        keep = torch.from_numpy(np.repeat(active[rows], linear.in_features // layer.n_units))
-
-        def hook(_: Any, inputs: Any, keep: Tensor = keep) -> Tensor:
-            return torch.where(keep, inputs[0], inputs[0].detach())
-
-        handles.append(linear.register_forward_pre_hook(hook))
-    return handles
+    gates = attach(model, chosen, "cut")
+    parts = [part for part in gates.layers[0].parts.values() if part.count]
+    for compact in (False, True):
+        for part in parts:
+            part.compact = compact
+        found = second([part.home(part.parameter) for part in parts])
+        gates.detach()
+        restore = cut_reference(model, chosen)
+        wanted = second([part.parameter for part in parts])
+        restore()
+        for part, new, old in zip(parts, found[2:], wanted[2:], strict=True):
+            whole = part.whole or not compact
+            torch.testing.assert_close(new, old if whole else old[part.active])
+        torch.testing.assert_close(found[:2], wanted[:2])
+        gates = attach(model, chosen, "cut")
+        parts = [part for part in gates.layers[0].parts.values() if part.count]
 
 
 @pytest.mark.parametrize("mode", ["cut", "exact"])
@@ -354,3 +186,73 @@ def test_heads_groups_and_experts_of_a_whole_model_together(name: str, mode: str
     again, found = gradients(model, batch)
     assert again == pytest.approx(loss, rel=1e-12)
     close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["switch eager", "mixtral grouped_mm", "gpt_oss eager"])
+def test_recorded_products_give_every_samples_weight_gradients(name: str) -> None:
+    """Two samples; the sum of both is the dense gradient, each is that of its tokens alone."""
+    model, _ = build(name)
+    model = model.double()
+    layer = next(la for la in mat.find_units(model).layers if la.kind == "experts")
+    assert layer.recording is not None
+    path, function = layer.recording
+    module: Any = model.get_submodule(path)
+    x, inputs, _ = routed(module)
+    products = []
+
+    def record(
+        weight: str, bias: str | None, unit: int, rows: Tensor, y: Tensor, token: Tensor
+    ) -> Tensor:
+        products.append((weight, bias, unit, rows, y, token))
+        return y
+
+    y = function(module, record, x, *inputs)
+    cotangent = torch.randn_like(y)
+    taps = torch.autograd.grad(y, [product[4] for product in products], cotangent)
+    for tokens in (torch.arange(11) < 6, torch.arange(11) >= 6, torch.ones(11, dtype=torch.bool)):
+        restore = cut_reference(module, np.ones((1, EXPERTS), bool))
+        dense = module(x, *inputs)
+        restore()
+        torch.testing.assert_close(y, dense)
+        model.zero_grad()
+        (dense * cotangent)[tokens].sum().backward()
+        totals = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
+        for (weight, bias, unit, rows, _, token), d in zip(products, taps, strict=True):
+            mine = tokens[token]
+            whole = weight not in ("gate_up_proj", "down_proj")
+            product = d[mine].T @ rows[mine]
+            target = totals[weight] if whole else totals[weight][unit]
+            target += product.T if getattr(module, "is_transposed", False) else product
+            if bias is not None:
+                totals[bias][unit] += d[mine].sum(0)
+        close(totals, {n: p.grad for n, p in module.named_parameters()})
+
+
+@pytest.mark.parametrize("active", [[1, 0, 1, 0], [0, 0, 0, 0]])
+def test_a_block_that_calls_a_list_of_experts_itself(active: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = OldMixture().double(), torch.randn(9, 6, dtype=torch.float64)
+    model(x, active)[0].square().sum().backward()
+    wanted = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+    model.zero_grad()
+    attach(model, np.array(active, bool), "cut")
+    model(x)[0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["switch eager", "mixtral eager"])
+def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
+    model: Any
+    model, batch = build(name)
+    attach(model.train(), some(2), "cut")
+    _, wanted = gradients(model, batch)
+    options = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.enable_input_require_grads()
+    _, found = gradients(model, batch)
+    close(found, wanted)
+    assert {n for n, g in found.items() if g is None} == {n for n, g in wanted.items() if g is None}

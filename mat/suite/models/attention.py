@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mat.layers.once import once
 
 
 def rotary_table(length: int, head_width: int) -> Tensor:
@@ -85,7 +86,7 @@ class _Attention(torch.autograd.Function):
         return context
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         packed, p = ctx.saved_tensors
         q, k, v = packed.flatten(1, 2).unbind(0)  # (B H, T, K) each

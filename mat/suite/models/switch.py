@@ -13,17 +13,21 @@ Shapes: B sequences, T tokens, N = B * T, D width, F hidden neurons, E experts, 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from mat.layers.gate import Index, put, take
+from mat.layers.once import once
 from mat.suite.config import SwitchConfig
 from mat.suite.models.bert import MaskedEncoder, initial_weight, linear
 
+Record = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 CACHE_BYTES = 4 * 2**20  # of one weight of the experts that a CPU computes at once
 
 
@@ -95,12 +99,34 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        if not self.training:
+            return self.without_drops(x)
         tokens = x.flatten(0, 1)  # (N, D)
         probability, expert, load = self.route(tokens)
-        capacity = self.capacity(len(tokens)) if self.training else int(load.max())
-        slots = fill_slots(expert, load, capacity)
+        slots = fill_slots(expert, load, self.capacity(len(tokens)))
         rows = cast(Tensor, _Dispatch.apply(tokens, slots))  # (E, C, D)
         return cast(Tensor, _Combine.apply(self.core(rows), probability, slots)).view_as(x)
+
+    def without_drops(self, x: Tensor, record: Record | None = None) -> Tensor:
+        """The same with every token through its expert, one expert after the other.
+
+        Args:
+            x: (B, T, D).
+            record: Shown every product: the tokens' experts (N,), rows (N, .) sorted by these before
+                and after, weight and bias; gives the rows to go on with.
+        """
+        tokens = x.flatten(0, 1)  # (N, D)
+        probability, expert, load = self.route(tokens)
+        order, loads = expert.argsort(stable=True), load.tolist()
+
+        def product(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            each = zip(torch.split(rows, loads), weight, bias, strict=True)
+            y = torch.cat([F.linear(r, w, b) for r, w, b in each])  # (N, .)
+            return y if record is None else record(expert, rows, y, weight, bias)
+
+        hidden = F.gelu(product(tokens[order], self.in_weight, self.in_bias))
+        y = product(hidden, self.out_weight, self.out_bias)
+        return (y * probability[order, None])[order.argsort()].view_as(x)
 
     def capacity(self, tokens: int) -> int:
         """C: slots per expert in training."""
@@ -128,7 +154,11 @@ class Experts(nn.Module):
 
     def core(self, rows: Tensor) -> Tensor:
         """Rows (E, C, D) through their experts."""
-        return expert_mlp(rows, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+        return expert_mlp(rows, self.stacked())
+
+    def stacked(self) -> tuple[nn.Parameter, ...]:
+        """Weights (E, F, D) and biases (E, F) of the first layers, and those of the second."""
+        return self.in_weight, self.in_bias, self.out_weight, self.out_bias
 
     def monitors(self) -> dict[str, Tensor]:
         """Of the last training forward: largest load and dropped tokens, as shares of all tokens,
@@ -145,56 +175,115 @@ class Experts(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class Backward:
+    """What of the experts' products is differentiated; all of it by default.
+
+    Attributes:
+        active: Which experts' weights get gradients.
+        frozen: The others.
+        exact: Whether rows of frozen experts get gradients, too.
+        blocks: What gets the gradients of the active experts' weights (a, ...), one per parameter;
+            None: the parameters.
+    """
+
+    active: Index = None
+    frozen: Index = field(default_factory=lambda: slice(0, 0))
+    exact: bool = True
+    blocks: tuple[Tensor, ...] | None = None
+
+
 def expert_mlp(
-    rows: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor
+    rows: Tensor,
+    parameters: Sequence[Tensor],
+    backward: Backward = Backward(),
 ) -> Tensor:
-    """Rows (e, C, D) through e experts: those whose rows of the four parameters are given.
+    """Rows (E, C, D) through their experts, at least one row each.
 
     All at once on a GPU; on a CPU so many that their weights and activations stay in its cache.
+
+    Args:
+        rows: (E, C, D).
+        parameters: Weight and bias of both layers, stacked.
+        backward: What is differentiated.
     """
-    return cast(Tensor, _ExpertMlp.apply(rows, in_weight, in_bias, out_weight, out_bias))
+    blocks = parameters if backward.blocks is None else backward.blocks
+    values = (each.detach() for each in parameters)
+    return cast(Tensor, _ExpertMlp.apply(rows, backward, *blocks, *values))
 
 
 class _ExpertMlp(torch.autograd.Function):
-    """See :func:`expert_mlp`: differentiated by autograd, batched products copy their gradients."""
+    """See :func:`expert_mlp`: differentiated by autograd, batched products copy their gradients.
+
+    Inputs: rows (E, C, D), what is differentiated, what gets the gradients of the four parameters,
+    their values.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, backward: Backward, *tensors: Tensor) -> Tensor:
+        blocks, parameters = tensors[:4], tensors[4:]
         outputs = torch.empty_like(rows)
-        count, hidden_width, width = parameters[0].shape
-        most = count if rows.is_cuda else max(1, CACHE_BYTES // (2 * width * hidden_width))
-        ctx.chunks = [slice(i, min(i + most, count)) for i in range(0, count, most)]
+        size = parameters[0][0].numel()
+        most = len(rows) if rows.is_cuda else max(1, CACHE_BYTES // (2 * size))
+        ctx.active = _runs(backward.active, len(rows), most)
+        frozen = _runs(backward.frozen, len(rows), most)
+        ctx.frozen = frozen if backward.exact else []
+        ctx.covers = backward.exact or not frozen  # every row gets a gradient
         kept: list[Tensor] = []
-        for chunk in ctx.chunks:
-            w_in, b_in, w_out, b_out = (each[chunk].to(rows.dtype) for each in parameters)
-            z = torch.bmm(rows[chunk], w_in.mT).add_(b_in[:, None])  # (c, C, F)
+        for at, run in enumerate(ctx.active + frozen):
+            w_in, b_in, w_out, b_out = (take(each, run, 0).to(rows.dtype) for each in parameters)
+            z = torch.bmm(take(rows, run, 0), w_in.mT).add_(b_in[:, None])  # (c, C, F)
             hidden = F.gelu(z)
-            outputs[chunk] = torch.bmm(hidden, w_out.mT).add_(b_out[:, None])
+            put(outputs, run, 0, torch.bmm(hidden, w_out.mT).add_(b_out[:, None]))
             if any(ctx.needs_input_grad):
-                kept += z, hidden, w_in, w_out
-        ctx.parameters = [(each.shape, each.dtype) for each in parameters]
-        ctx.save_for_backward(rows, *kept)
+                if at < len(ctx.active):
+                    kept += z, w_in, w_out, hidden
+                elif backward.exact:
+                    kept += z, w_in, w_out
+        ctx.blocks = [(each.shape, each.dtype) for each in blocks]
+        ctx.save_for_backward(rows if ctx.active else rows[:0], *kept)
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, *kept = ctx.saved_tensors
-        trains = any(ctx.needs_input_grad[1:])
-        d_rows = torch.empty_like(rows)
-        d_parameters = [rows.new_empty(s, dtype=d) for s, d in ctx.parameters if trains]
-        for i, chunk in enumerate(ctx.chunks):
-            z, hidden, w_in, w_out = kept[4 * i : 4 * i + 4]
-            g = gradient[chunk]  # (c, C, D)
+        saved = iter(kept)
+        trains = any(ctx.needs_input_grad[2:6])
+        d_blocks: list[Any] = [gradient.new_empty(s, dtype=d) for s, d in ctx.blocks if trains]
+        nothing = [None] * 4
+        if not kept:
+            return None, None, *(d_blocks or nothing), *nothing
+        d_rows = torch.empty_like(gradient) if ctx.covers else torch.zeros_like(gradient)
+        first = 0
+        for at, run in enumerate(ctx.active + ctx.frozen):
+            z, w_in, w_out = next(saved), next(saved), next(saved)
+            g = take(gradient, run, 0)  # (c, C, D)
             d_z = torch.ops.aten.gelu_backward(torch.bmm(g, w_out), z)
-            d_rows[chunk] = torch.bmm(d_z, w_in)
-            if trains:
-                d_in, d_out = torch.bmm(d_z.mT, rows[chunk]), torch.bmm(g.mT, hidden)
-                for whole, part in zip(
-                    d_parameters, (d_in, d_z.sum(1), d_out, g.sum(1)), strict=True
-                ):
-                    whole[chunk] = part
-        return d_rows, *(d_parameters or [None] * 4)
+            put(d_rows, run, 0, torch.bmm(d_z, w_in))
+            if at < len(ctx.active):
+                hidden, last = next(saved), first + len(z)
+                if trains:
+                    d_in, d_out = torch.bmm(d_z.mT, take(rows, run, 0)), torch.bmm(g.mT, hidden)
+                    found = d_in, d_z.sum(1), d_out, g.sum(1)
+                    for block, part in zip(d_blocks, found, strict=True):
+                        block[first:last] = part
+                first = last
+        return d_rows, None, *(d_blocks or nothing), *nothing
+
+
+def _runs(experts: Index, count: int, most: int) -> list[slice | Tensor]:
+    """Some of the experts, so many at a time; on a CPU as slices, which copy nothing."""
+    if isinstance(experts, Tensor) and experts.is_cuda:  # the host waits for no numbers
+        return [experts] if len(experts) else []
+    numbers = np.arange(count)
+    numbers = numbers[experts.numpy() if isinstance(experts, Tensor) else experts or slice(None)]
+    gaps = np.flatnonzero(np.diff(numbers) > 1) + 1
+    return [
+        slice(int(run[i]), int(run[min(i + most, len(run)) - 1]) + 1)
+        for run in np.split(numbers, gaps)
+        for i in range(0, len(run), most)
+    ]
 
 
 class _Dispatch(torch.autograd.Function):
@@ -208,7 +297,7 @@ class _Dispatch(torch.autograd.Function):
         return _gather(tokens.to(autocast or tokens.dtype), slots.token)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         slots: Slots = ctx.slots
         gradient = gradient.flatten(0, 1).index_select(0, slots.row)  # (N, D)
@@ -227,7 +316,7 @@ class _Combine(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         y, probability = ctx.saved_tensors
         slots: Slots = ctx.slots

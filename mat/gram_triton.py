@@ -1,8 +1,9 @@
-"""The ``gradients`` contraction of ``mat.suite.gram`` on CUDA, without writing a per-sample gradient (Triton).
+"""The ``gradients`` contraction of ``mat.gram`` on CUDA that writes no gradient (Triton).
 
-A program owns one unit and some tiles of its weight. For every tile it forms the gradients of all samples on chip, (N,
-P, Q) from bf16 factors in float32, and adds their products to an (N, N) accumulator in float32. Each program writes its
-own partial sum, added up afterwards in a fixed order: the same call gives the same bits.
+A program owns one unit and some tiles of its weight. For every tile it forms the gradients of all
+samples on chip, (N, P, Q) from bf16 factors in float32, and adds their products to an (N, N)
+accumulator in float32. Each program writes its own partial sum, added up afterwards in a fixed
+order: the same call gives the same bits.
 """
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SAMPLES = 64  # most samples whose tile of gradients fits on chip; with more, mat.suite.gram forms gradients in memory
+# Most samples whose tile of gradients fits on chip; with more, mat.gram forms gradients in memory.
+SAMPLES = 64
 PROGRAMS = 512  # enough to fill a device
 P, Q = 16, 16  # tile of the weight
 INTERPRETED = triton.knobs.runtime.interpret
@@ -27,9 +29,10 @@ def _dot(x, y, interpreted: tl.constexpr):
 @triton.jit
 def kernel(
     a, b, out, samples, tokens, p, q, tiles, a_n, a_t, a_u, b_n, b_t,
-    n_block: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, interpreted: tl.constexpr,
+    n_block: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, T: tl.constexpr,
+    interpreted: tl.constexpr,
 ):  # fmt: skip
-    """Factors a (N, T, U, p) and b (N, T, q), their last strides 1; out (programs per unit, U, N, N) contiguous."""
+    """Factors a (N, T, U, p) and b (N, T, q), their last strides 1; out (programs, U, N, N)."""
     part, unit = tl.program_id(0), tl.program_id(1)
     n = tl.arange(0, n_block).to(tl.int64)  # what it multiplies can be larger than 32 bits
     step = tl.arange(0, T)
@@ -94,7 +97,7 @@ def gram(per_unit: Tensor, shared: Tensor) -> Tensor:
     each, programs = schedule(triton.cdiv(p, P) * triton.cdiv(q, Q), units)
     out = torch.empty(programs, units, samples, samples, device=a.device)
     kernel[programs, units](
-        a, b, out, samples, tokens, p, q, each, a.stride(0), a.stride(1), a.stride(2), b.stride(0), b.stride(1),
+        a, b, out, samples, tokens, p, q, each, *a.stride()[:3], *b.stride()[:2],
         interpreted=INTERPRETED, **settings(samples),
     )  # fmt: skip
     return out.sum(0)
