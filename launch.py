@@ -1,6 +1,7 @@
 """Run one experiment, or a sweep with -m. ``python launch.py --help`` shows what can be chosen.
 
-Follow a run from here: compose (conf/) -> mat.suite.compose.resolve -> mat.suite.engine.run -> the run folder.
+Follow a run from here: compose (conf/) -> mat.suite.compose.resolve -> mat.suite.engine.run -> the
+run folder.
 """
 
 import os
@@ -38,7 +39,8 @@ def main(composed: DictConfig) -> None:
             sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
             jobs[folder] = overrides
             return
-        from mat.suite import engine  # torch is slow to import: --help and typos should answer at once
+        # Torch is slow to import: --help and typos should answer at once
+        from mat.suite import engine
 
         summary = engine.run(config, folder)
     except RunFailed as error:
@@ -56,14 +58,17 @@ def main(composed: DictConfig) -> None:
         say(f"interrupted: {folder} goes on when the same command is run again")
         raise SystemExit(INTERRUPTED)
     say(
-        f"{folder}: validation {summary['best_validation_loss']:.4f}, test {summary['test_loss']:.4f} nats, "
-        f"{summary['pflops']:.4g} PFLOPs, {summary['seconds']:.0f} s, active share {summary['active_share']:.2f}",
+        f"{folder}: validation {summary['best_validation_loss']:.4f}, test "
+        f"{summary['test_loss']:.4f} nats, {summary['pflops']:.4g} PFLOPs, "
+        f"{summary['seconds']:.0f} s, active share {summary['active_share']:.2f}",
         sys.stdout,
     )
 
 
 def check(arguments: list[str]) -> bool:
-    """Compose and validate all runs, in this process, whatever the launcher; whether there is something to run."""
+    """Compose and validate all runs, in this process, whatever the launcher; whether there is
+    something to run.
+    """
     global checking
     checking, sys.argv[1:] = True, [a for a in arguments if not a.startswith("hydra/launcher=")]
     if len(sys.argv) <= len(arguments):
@@ -74,7 +79,9 @@ def check(arguments: list[str]) -> bool:
 
 
 def outcome() -> int:
-    """The exit code, from the run folders; of a sweep whose runs are not all complete a table, too."""
+    """The exit code, from the run folders; of a sweep whose runs are not all complete a table,
+    too.
+    """
     from mat.suite.glance import state_of
 
     states = {f: ("refused", refused[f]) if f in refused else state_of(f) for f in jobs}

@@ -2,8 +2,8 @@
 
     python -m results.demo                     # the table, and runs/demo_curves.png
 
-Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that learns nothing is
-worth nothing.
+Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that
+learns nothing is worth nothing.
 """
 
 import sys
@@ -37,7 +37,9 @@ def table(rows: dict[Key, list[Run]]) -> Table:
         shown.add_column(header, justify="left" if column == "method" else "right", no_wrap=True)
     for (_, method), runs in rows.items():
         summary = runs[0].summary
-        flops = [1000 * summary[f"pflops_{column}"] for column in LEDGER] + [1000 * summary["pflops"]]
+        flops = [1000 * summary[f"pflops_{column}"] for column in LEDGER] + [
+            1000 * summary["pflops"]
+        ]
         shown.add_row(
             method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.2f}" for value in flops),
             f"{summary['seconds']:.0f}", f"{summary['active_share']:.2f}",
@@ -48,7 +50,9 @@ def table(rows: dict[Key, list[Run]]) -> Table:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
-    chosen = parser_of("demo", "Show what the four methods did.", "runs", "runs").parse_args(arguments)
+    chosen = parser_of("demo", "Show what the four methods did.", "runs", "runs").parse_args(
+        arguments
+    )
     rows = SPECS["demo"].load(chosen.runs, seeds=1)
     Console().print(table(rows))
     baseline = next(iter(rows.values()))[0].summary
@@ -57,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"wrote {path}", sys.stdout)
     say(f"The baseline ends {learned:.2f} nats under the unigram entropy.", sys.stdout)
     if learned < MARGIN:
-        raise UserError(f"the baseline ends only {learned:.2f} nats under the unigram entropy, wanted {MARGIN}.")
+        raise UserError(
+            f"the baseline ends only {learned:.2f} nats under the unigram entropy, wanted {MARGIN}."
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Bad configurations and damaged run folders, generated: each is told in one sentence, or runs and is right.
+"""Bad configurations and damaged run folders, generated: each is told in one sentence, or runs and
+is right.
 
 ``python -m tests.robust`` prints what each of them came to, and ends with exit code 1 if one broke
 the promise: exit code 2 and one sentence that names the key or the file, or the numbers of a run
@@ -63,7 +64,12 @@ def refused(arguments: str, named: str, folder: Path) -> str:
     """What a bad configuration came to."""
     code, error = launch(folder, arguments)
     sentence = error.removeprefix("error: ")
-    if code == 2 and one_sentence(sentence) and named in sentence and not any(folder.rglob("seed=*")):
+    if (
+        code == 2
+        and one_sentence(sentence)
+        and named in sentence
+        and not any(folder.rglob("seed=*"))
+    ):
         return "told"
     return f"BROKEN ({code}): {error[-300:]}"
 
@@ -102,12 +108,17 @@ def damaged(run: Path, whole: Path, command: list[str], number: int) -> tuple[st
     """What a damaged folder was, and what it came to."""
     chance = random.Random(number)
     files = sorted(path for path in run.rglob("*") if path.is_file() and path.stat().st_size)
+    complete = (run / "summary.json").is_file()
     path, how = chance.choice(files), chance.choice(list(DAMAGES))
     DAMAGES[how](path, chance)
     what = f"{path.relative_to(run)}: {how}"
     code, error = launch(run.parents[3], *command)
     shown = subprocess.run(
-        [sys.executable, "-m", "mat.show", str(run)], cwd=CONF.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mat.show", str(run)],
+        cwd=CONF.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if "Traceback" in error + shown.stderr:
         return what, f"BROKEN: {(error + shown.stderr)[-300:]}"
@@ -116,6 +127,9 @@ def damaged(run: Path, whole: Path, command: list[str], number: int) -> tuple[st
         return what, "told"
     if code:
         return what, f"BROKEN ({code}): {error[-300:]}"
+    if complete and path.parent.name == "checkpoint":  # which a complete run does not read
+        shutil.rmtree(path.parent)
+        shutil.copytree(whole / "checkpoint", path.parent)
     try:
         assert_same(result(run), result(whole))
     except (AssertionError, OSError) as difference:
@@ -124,7 +138,9 @@ def damaged(run: Path, whole: Path, command: list[str], number: int) -> tuple[st
 
 
 def runs(folder: Path) -> tuple[list[str], Path, Path]:
-    """A command, and the folders of a run of it that is complete, and of one that was stopped half-way."""
+    """A command, and the folders of a run of it that is complete, and of one that was stopped
+    half-way.
+    """
     command = small_overrides(folder / "cache", "method=mat", "runs=runs", steps=26)
     (folder / "whole").mkdir()
     assert launch(folder / "whole", *command)[0] == 0
@@ -133,11 +149,15 @@ def runs(folder: Path) -> tuple[list[str], Path, Path]:
     program = (
         "import os, signal, sys; from pathlib import Path; from mat.suite import engine;"
         "from tests.short_runs import run_interrupted, small;"
-        "run_interrupted(small(Path(sys.argv[1]), 'method=mat', steps=26), Path(sys.argv[2]), '_train_step', 10, "
-        "'sigterm')"
+        "run_interrupted(small(Path(sys.argv[1]), 'method=mat', steps=26), Path(sys.argv[2]), "
+        "'_train_step', 10, 'sigterm')"
     )
-    subprocess.run([sys.executable, "-c", program, str(folder / "cache"), str(half)], cwd=CONF.parent, check=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"})  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", program, str(folder / "cache"), str(half)],
+        cwd=CONF.parent,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"},
+    )
     return command, whole, half
 
 
@@ -156,7 +176,11 @@ def main() -> int:
             note("configuration", arguments, refused(arguments, named, folder / "empty"))
         command, whole, half = runs(folder)
         for number, source in zip(range(COUNT), itertools.cycle((half, whole)), strict=False):
-            place = folder / str(number) / source.relative_to(folder / source.relative_to(folder).parts[0])
+            place = (
+                folder
+                / str(number)
+                / source.relative_to(folder / source.relative_to(folder).parts[0])
+            )
             shutil.copytree(source, place)
             note("damage", *damaged(place, whole, command, number))
             shutil.rmtree(folder / str(number))

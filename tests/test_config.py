@@ -1,4 +1,6 @@
-"""Every file of conf/ composes, validates and trains; every senseless value is refused in one sentence."""
+"""Every file of conf/ composes, validates and trains; every senseless value is refused in one
+sentence.
+"""
 
 import copy
 import dataclasses
@@ -49,7 +51,9 @@ def test_every_experiment_takes_steps_with_every_method_it_sweeps(experiment, tm
 
 def test_every_method_is_in_an_experiment():
     """So that the test above takes steps with it."""
-    assert {m for e in options("experiment") for m in sweep_of(e)["method"].split(",")} == set(options("method"))
+    assert {m for e in options("experiment") for m in sweep_of(e)["method"].split(",")} == set(
+        options("method")
+    )
 
 
 FAMILIES = (  # a model with what suits it; these options suit no other
@@ -65,11 +69,16 @@ SUITS = {
 
 def beside(choice: str) -> list[str]:
     """What other groups must say for an option to make sense."""
-    return [other for other in SUITS.get(choice, ()) if other.partition("=")[0] != choice.partition("=")[0]]
+    return [
+        other
+        for other in SUITS.get(choice, ())
+        if other.partition("=")[0] != choice.partition("=")[0]
+    ]
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={name}" for group in GROUPS for name in options(group) if name != "rand_matched"]
+    "choice",
+    [f"{group}={name}" for group in GROUPS for name in options(group) if name != "rand_matched"],
 )
 def test_every_option_composes_to_its_dataclass_and_validates(choice):
     config = resolve(composed(*beside(choice), choice))
@@ -84,12 +93,14 @@ def test_experiments_set_the_folder_and_tables_sweep_three_seeds():
         if experiment.startswith("figure"):  # one run is enough, and figures share it
             assert config.name in options("experiment")
             continue
-        assert config.name == experiment.replace("_controls", "")  # controls stand beside the runs they read
+        # Controls stand beside the runs they read
+        assert config.name == experiment.replace("_controls", "")
         assert len(set(sweep_of(experiment)["seed"].split(","))) >= 3
 
 
 COMMITTED = {  # a run for every experiment: composing takes its time
-    path.parts[-3]: path for path in sorted((CONF.parent / "results" / "runs").glob("[tf]*_mini/*/seed=*"))
+    path.parts[-3]: path
+    for path in sorted((CONF.parent / "results" / "runs").glob("[tf]*_mini/*/seed=*"))
 }
 
 
@@ -100,27 +111,41 @@ def test_a_committed_run_is_what_its_command_makes_today(run):
     config = resolve(composed(*overrides))
     assert folder_of(config, overrides).parts[1:] == run.parts[-3:]
     other = differences(read_config(run), dataclasses.asdict(config))
-    assert not {key for key in other if not key.startswith("hardware.") or key == "hardware.precision"}
+    assert not {
+        key for key in other if not key.startswith("hardware.") or key == "hardware.precision"
+    }
 
 
 def test_paper_marks_follow_the_length():
     train = resolve(composed("train=full")).train
     assert train.marks == pytest.approx([10, 15, 20]) and train.pflops == 28.7
-    assert resolve(composed("train=full", "train.pflops=2.87")).train.marks == pytest.approx([1, 1.5, 2])
+    assert resolve(composed("train=full", "train.pflops=2.87")).train.marks == pytest.approx(
+        [1, 1.5, 2]
+    )
 
 
 def test_table_2_is_read_at_the_papers_shares_of_the_length():
     full, mini = (resolve(composed(f"+experiment=table2{suffix}")) for suffix in ("", "_mini"))
     assert full.train.marks == pytest.approx([200, 400, 600]) and full.dataset.name == "wikitext103"
-    assert mini.train.marks == pytest.approx([mini.train.pflops * mark / 1155.2 for mark in (200, 400, 600)])
+    assert mini.train.marks == pytest.approx(
+        [mini.train.pflops * mark / 1155.2 for mark in (200, 400, 600)]
+    )
     assert mini.dataset.name == "enwiki2015"
 
 
 def test_table_3_is_the_papers_setting():
     config = resolve(composed("+experiment=table3"))
     assert config.train.pflops == pytest.approx(182 * 0.0938, rel=1e-3)
-    assert (config.selection.mode, config.train.optimiser, config.train.schedule) == ("exact", "sgd", "step")
-    assert (config.train.momentum, config.train.weight_decay, config.train.batch) == (0.9, 5e-4, 128)
+    assert (config.selection.mode, config.train.optimiser, config.train.schedule) == (
+        "exact",
+        "sgd",
+        "step",
+    )
+    assert (config.train.momentum, config.train.weight_decay, config.train.batch) == (
+        0.9,
+        5e-4,
+        128,
+    )
 
 
 def test_data_root_comes_from_the_environment(monkeypatch, tmp_path):
@@ -197,7 +222,10 @@ REFUSED = [  # overrides, a part of the sentence
     ("train.log_steps=0", "train.log_steps=0"),
     ("train.checkpoint_steps=0", "train.checkpoint_steps=0"),
     ("selection.units=[heads,fnn]", "did you mean ffn?"),
-    ("selection.units=[heads,experts]", "selection.units=experts is none of model=bert_mini: add selection=mini"),
+    (
+        "selection.units=[heads,experts]",
+        "selection.units=experts is none of model=bert_mini: add selection=mini",
+    ),
     ("selection.units=[]", "method=baseline"),
     ("selection.interval=0.1", "selection.interval=0.1"),
     ("selection.mode=dense", "choose one of cut, exact"),
@@ -242,7 +270,10 @@ REFUSED_OF_IMAGES = [
     ("dataset.padding=-1", "dataset.padding=-1"),
     ("dataset.padding=33", "dataset.padding=33"),
     ("selection.units=[filter]", "did you mean filters?"),
-    ("selection.units=[heads]", "selection.units=heads is none of model=vgg16_mini: add selection=filters_mini train"),
+    (
+        "selection.units=[heads]",
+        "selection.units=heads is none of model=vgg16_mini: add selection=filters_mini train",
+    ),
     ("analysis=[descent]", "leave it out for model=vgg"),
     ("analysis=[attention]", "leave it out for model=vgg"),
     ("selection.reduction=online", "selection.reduction=online"),
@@ -261,10 +292,15 @@ def images() -> DictConfig:
 
 @pytest.mark.parametrize(
     ("family", "overrides", "part"),
-    [*(("default", *refused) for refused in REFUSED), *(("images", *refused) for refused in REFUSED_OF_IMAGES)],
+    [
+        *(("default", *refused) for refused in REFUSED),
+        *(("images", *refused) for refused in REFUSED_OF_IMAGES),
+    ],
 )
 def test_senseless_values_are_refused_in_one_sentence(family, overrides, part, request):
-    changed = OmegaConf.merge(copy.deepcopy(request.getfixturevalue(family)), OmegaConf.from_dotlist(overrides.split()))
+    changed = OmegaConf.merge(
+        copy.deepcopy(request.getfixturevalue(family)), OmegaConf.from_dotlist(overrides.split())
+    )
     with pytest.raises(UserError) as caught:
         resolve(changed)
     message = str(caught.value)
@@ -276,7 +312,11 @@ def test_senseless_values_are_refused_in_one_sentence(family, overrides, part, r
 def test_the_text_defaults_do_not_train_images():
     with pytest.raises(UserError, match="add selection=filters_mini train=images_mini"):
         resolve(composed("model=vgg16_mini", "dataset=digits"))
-    resolve(composed("model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"))
+    resolve(
+        composed(
+            "model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"
+        )
+    )
 
 
 def test_switch_without_a_gated_expert_is_refused():
@@ -289,7 +329,9 @@ def test_matched_without_a_run_to_match_is_refused():
         resolve(composed("method=rand_matched", "method.matched=null"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("name", "a\nb"), ("runs", "a\nb"), ("dataset.cache", "a\0b")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", "a\nb"), ("runs", "a\nb"), ("dataset.cache", "a\0b")]
+)
 def test_line_breaks_in_names_are_refused(key, value, default):
     changed = copy.deepcopy(default)
     OmegaConf.update(changed, key, value)
@@ -381,14 +423,35 @@ def test_other_errors_are_not_explained_away():
 
 NAMED = [
     ([], "default"),
-    (["seed=3", "runs=/x", "hardware=cuda", "hardware.threads=1", "tracking=wandb", "tracking.entity=e"], "default"),
-    (["dataset.root=/data", "dataset.cache=/c", "train.checkpoint_steps=5", "+experiment=table1"], "default"),
+    (
+        [
+            "seed=3",
+            "runs=/x",
+            "hardware=cuda",
+            "hardware.threads=1",
+            "tracking=wandb",
+            "tracking.entity=e",
+        ],
+        "default",
+    ),
+    (
+        [
+            "dataset.root=/data",
+            "dataset.cache=/c",
+            "train.checkpoint_steps=5",
+            "+experiment=table1",
+        ],
+        "default",
+    ),
     (["model=bert", "method=mat", "seed=1"], "method=mat,model=bert"),
-    (["method.matched='a/b/seed=7'", "hardware.precision=float32"], "hardware.precision=float32,method.matched=a_b"),
+    (
+        ["method.matched='a/b/seed=7'", "hardware.precision=float32"],
+        "hardware.precision=float32,method.matched=a_b",
+    ),
     (["hardware.precision=auto"], "default"),
     (["+dataset.name=a/b"], "dataset.name=a_b"),
     (["dataset=pydocs", "seedling=1"], "dataset=pydocs,seedling=1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("overrides", "name"), NAMED)

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mat.suite.flops import flop_counter
+from mat.suite.vgg import Vgg
 from omegaconf import OmegaConf
 from short_runs import (
     STEP,
@@ -30,13 +32,12 @@ from short_runs import (
 )  # fmt: skip
 
 from mat.suite import engine, methods, ntk
-from mat.suite.config import Config, validate
+from mat.suite.config import Config
 from mat.suite.engine import PFLOP, Training
 from mat.suite.errors import RunFailed, UserError
-from mat.suite.flops import flop_counter
 from mat.suite.interface import Flops
 from mat.suite.runs import RunFolder
-from mat.suite.vgg import Vgg
+from mat.suite.validation import validate
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
 EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",

@@ -1,4 +1,6 @@
-"""What machines and people do to run folders: no fault costs data, and each is told in one sentence."""
+"""What machines and people do to run folders: no fault costs data, and each is told in one
+sentence.
+"""
 
 import dataclasses
 import json
@@ -14,7 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from short_runs import assert_same, composed, events, one_sentence, result, run_interrupted, small, small_overrides
+from short_runs import (
+    assert_same,
+    composed,
+    events,
+    one_sentence,
+    result,
+    run_interrupted,
+    small,
+    small_overrides,
+)
 
 from mat.suite import engine
 from mat.suite.compose import resolve
@@ -23,6 +34,7 @@ from mat.suite.engine import Training
 from mat.suite.errors import UserError
 from mat.suite.glance import look, state_of
 from mat.suite.memory import check_memory
+from mat.suite.precision import machine_precision
 from mat.suite.runs import RunFolder
 
 Run = tuple[Config, Path]
@@ -32,7 +44,10 @@ STEPS = 26
 @pytest.fixture(scope="module")
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A complete run."""
-    config, folder = small(cache, "method=mat", steps=STEPS), tmp_path_factory.mktemp("whole") / "run"
+    config, folder = (
+        small(cache, "method=mat", steps=STEPS),
+        tmp_path_factory.mktemp("whole") / "run",
+    )
     assert engine.run(config, folder) is not None
     return config, folder
 
@@ -40,14 +55,19 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def half(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run, stopped at step 10, with the checkpoint of step 7 beside its latest one."""
-    config, folder = small(cache, "method=mat", steps=STEPS), tmp_path_factory.mktemp("half") / "run"
+    config, folder = (
+        small(cache, "method=mat", steps=STEPS),
+        tmp_path_factory.mktemp("half") / "run",
+    )
     run_interrupted(config, folder, "_train_step", 10, "sigterm")
     assert {path.stem for path in (folder / "checkpoint").iterdir()} > {"latest", "before"}
     return config, folder
 
 
 def goes_on_or_says(config: Config, folder: Path, reference: Path) -> str:
-    """Run it: empty if the numbers are those of the reference; else the one sentence that it was refused with."""
+    """Run it: empty if the numbers are those of the reference; else the one sentence that it was
+    refused with.
+    """
     try:
         assert engine.run(config, folder) is not None
     except UserError as error:
@@ -93,9 +113,12 @@ def test_damaged_begun_run_goes_on_or_is_refused(name, how, goes_on, half, whole
 
 
 WHOLE = [  # file, whether the run can be completed again
-    ("summary.json", True), ("environment.json", True), ("config.yaml", True), ("metrics.jsonl", False),
+    ("summary.json", True),
+    ("environment.json", True),
+    ("config.yaml", True),
+    ("metrics.jsonl", False),
     ("units.parquet", False),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("how", ["empty", "one bit"])
@@ -124,7 +147,9 @@ def test_random_bit_of_a_begun_run_changes_no_number(seed, half, whole, tmp_path
     config, folder = half
     shutil.copytree(folder, tmp_path / "run")
     chosen = random.Random(seed)
-    files = sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size)
+    files = sorted(
+        path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size
+    )
     flip(chosen.choice(files), chosen.random())
     goes_on_or_says(config, tmp_path / "run", whole[1])
 
@@ -170,11 +195,15 @@ def test_a_begun_run_keeps_its_threads_and_precision(half, whole, tmp_path, monk
     monkeypatch.setattr(engine, "THREADS", 2)
     monkeypatch.setattr(engine, "machine_precision", lambda device: "bfloat16")
     try:
-        assert goes_on_or_says(on(half[0], precision="auto", threads=2), tmp_path / "run", whole[1]) == ""
+        assert (
+            goes_on_or_says(on(half[0], precision="auto", threads=2), tmp_path / "run", whole[1])
+            == ""
+        )
         assert "hardware.threads=2" in capsys.readouterr().err and torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
-    assert engine.run(on(half[0], precision="auto"), tmp_path / "run") is not None  # a complete one stands
+    # A complete one stands
+    assert engine.run(on(half[0], precision="auto"), tmp_path / "run") is not None
 
 
 def test_automatic_precision_is_recorded_as_what_it_is(cache, tmp_path, monkeypatch):
@@ -185,9 +214,39 @@ def test_automatic_precision_is_recorded_as_what_it_is(cache, tmp_path, monkeypa
     assert run.config["hardware"]["precision"] == run.environment["precision"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("fma avx2 avx512f", "float32"),
+        ("avx512f avx512_bf16", "bfloat16"),
+        ("amx_bf16 amx_tile", "bfloat16"),
+    ],
+)
+def test_automatic_precision_follows_the_processor(flags, precision, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"model name\t: a CPU\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("mat.suite.precision.CPUINFO", str(tmp_path / "cpuinfo"))
+    assert machine_precision("cpu") == precision
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_automatic_precision_follows_the_device(capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert machine_precision("cuda") == precision
+
+
 def test_double_precision_is_of_model_and_images(cache, tmp_path):
-    config = small(cache, "method=mat", "model=vgg16_mini", "selection=filters_mini", "train=images_mini",
-                   "hardware.precision=float64", modality="image", steps=3)  # fmt: skip
+    config = small(
+        cache,
+        "method=mat",
+        "model=vgg16_mini",
+        "selection=filters_mini",
+        "train=images_mini",
+        "hardware.precision=float64",
+        modality="image",
+        steps=3,
+    )
     training = Training(config, RunFolder(tmp_path / "run", config))
     assert {p.dtype for p in training.model.parameters()} == {torch.float64}
     assert training._train_batch().inputs.dtype == training.probe.inputs.dtype == torch.float64
@@ -232,7 +291,10 @@ def test_a_matched_run_differs_in_its_method_alone(overrides, part, cache, tmp_p
 def test_a_run_goes_on_with_the_run_it_was_matched_to(cache, tmp_path):
     configs = []
     for seed in (0, 1):
-        engine.run(small(cache, "method=mat", "selection.scope=all", f"seed={seed}", steps=12), tmp_path / str(seed))
+        engine.run(
+            small(cache, "method=mat", "selection.scope=all", f"seed={seed}", steps=12),
+            tmp_path / str(seed),
+        )
         configs.append(small(cache, "method=rand_matched", "selection.scope=all",
                              f"method.matched={tmp_path / str(seed)}", steps=12))  # fmt: skip
     run_interrupted(configs[0], tmp_path / "run", "_train_step", 3, "sigterm")
@@ -298,7 +360,8 @@ def test_after_a_full_disk_the_run_goes_on(half, whole, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # less than a checkpoint takes
+        # Less than a checkpoint takes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
         with pytest.raises(OSError, match="File too large") as caught:
             engine.run(half[0], tmp_path / "run")
         assert str(tmp_path / "run") in str(caught.value.filename)

@@ -1,4 +1,6 @@
-"""Checkpoints: replaced as a whole, read with ``weights_only``, and checked by the checksum they end with."""
+"""Checkpoints: replaced as a whole, read with ``weights_only``, and checked by the checksum they
+end with.
+"""
 
 import errno
 import hashlib
@@ -56,12 +58,15 @@ def load(path: Path, device: torch.device, digest: str | None = None) -> dict[st
         digest: What ``save`` returned, where it is known: no other checkpoint will do.
 
     Raises:
-        Damaged: If the file is missing, damaged, of another version of this program, or not the one meant.
+        Damaged: If the file is missing, damaged, of another version of this program, or not the one
+            meant.
     """
     exists = path.is_file()
     content = _content(path) if exists else None
     if content is not None and digest in (None, hashlib.sha256(content).hexdigest()):
-        loaded: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        loaded: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location=device, weights_only=True
+        )
         return loaded
     state = "damaged, or of another run or version of this program" if exists else "missing"
     raise Damaged(f"{path} is {state}: remove {path.parent} to start the run again.")

@@ -1,4 +1,6 @@
-"""What a key of the configuration allows, kept beside the key; refusals name the key and the remedy."""
+"""What a key of the configuration allows, kept beside the key; refusals name the key and the
+remedy.
+"""
 
 import difflib
 import math
@@ -18,8 +20,12 @@ def number(low: float, high: float = INF, default: Any = MISSING, *, above: bool
     return field(default=default, metadata={"bounds": (low, high, above)})
 
 
-def numbers(low: float, high: float = INF, default: Sequence[float] = (), *, above: bool = False) -> Any:
-    """A key whose value is a list of numbers, each within [low, high], or (low, high] with ``above``."""
+def numbers(
+    low: float, high: float = INF, default: Sequence[float] = (), *, above: bool = False
+) -> Any:
+    """A key whose value is a list of numbers, each within [low, high], or (low, high] with
+    ``above``.
+    """
     return field(default_factory=lambda: list(default), metadata={"bounds": (low, high, above)})
 
 

@@ -1,4 +1,6 @@
-"""From the command line to a validated configuration; what Hydra or the system refuses becomes one sentence."""
+"""From the command line to a validated configuration; what Hydra or the system refuses becomes one
+sentence.
+"""
 
 import difflib
 import errno
@@ -19,9 +21,10 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from mat.suite.config import GROUPS, Config, validate
+from mat.suite.config import GROUPS, Config
 from mat.suite.errors import UserError
 from mat.suite.science import flatten
+from mat.suite.validation import validate
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PATHS = ("method.matched", "dataset.root", "dataset.cache", "runs")
@@ -30,8 +33,9 @@ PATHS = ("method.matched", "dataset.root", "dataset.cache", "runs")
 def register_schemas() -> None:
     """Give Hydra the schemas (``schema``, ``<group>/schema_<name>``) and the resolvers.
 
-    ``${data_root:}`` is the folder in MAT_DATA or null; ``${marks:p,20,5,10}`` scales the marks 5 and 10 of a run of
-    20 PFLOPs to a run of p; ``${groups:}`` is what ``--help`` says about the groups.
+    ``${data_root:}`` is the folder in MAT_DATA or null; ``${marks:p,20,5,10}`` scales the marks 5
+    and 10 of a run of 20 PFLOPs to a run of p; ``${groups:}`` is what ``--help`` says about the
+    groups.
     """
     resolvers: dict[str, Any] = {
         "data_root": lambda: os.environ.get("MAT_DATA") or None,
@@ -48,7 +52,9 @@ def register_schemas() -> None:
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line with quotes around the paths of run folders, whose ``=`` and ``,`` Hydra would split at."""
+    """The command line with quotes around the paths of run folders, whose ``=`` and ``,`` Hydra
+    would split at.
+    """
     quoted = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -83,7 +89,9 @@ def resolve(composed: DictConfig) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise UserError(f"{missing[0]} has no value: set it on the command line, as in {missing[0]}=...")
+            raise UserError(
+                f"{missing[0]} has no value: set it on the command line, as in {missing[0]}=..."
+            )
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} cannot be resolved: give it a plain value.") from error
@@ -105,7 +113,9 @@ def unknown_key(key: str) -> str:
     """The sentence for a key that does not exist, with the nearest that does."""
     known = list(keys())
     near = [k for k in known if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
-    return f"{key} is not a key: " + (f"did you mean {near[0]}?" if near else "python launch.py --help shows them.")
+    return f"{key} is not a key: " + (
+        f"did you mean {near[0]}?" if near else "python launch.py --help shows them."
+    )
 
 
 _TYPES: dict[Any, str] = {
@@ -137,10 +147,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
-        remedy = _REMEDIES.get(error.errno, "choose a place that can be written, or take away what is in the way")
+        remedy = _REMEDIES.get(
+            error.errno, "choose a place that can be written, or take away what is in the way"
+        )
         return f"{error.filename} cannot be used ({os.strerror(error.errno).lower()}): {remedy}."
-    if isinstance(error, MemoryError) or ("alloc" in text and "memory" in text):  # torch raises RuntimeError
-        return "the run needs more memory than there is: lower train.batch, dataset.length or the model's size."
+    # Torch raises RuntimeError
+    if isinstance(error, MemoryError) or ("alloc" in text and "memory" in text):
+        return "the run needs more memory than there is: lower train.batch or the model's size."
     if isinstance(error, UnicodeEncodeError):
         return f"the terminal cannot show {error.object[error.start]!a}: set PYTHONUTF8=1."
     quoted = (re.findall("'([^']*)'", text) or [""])[0]
@@ -148,23 +161,35 @@ def explain(error: BaseException) -> str | None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [o for o in error.options or () if not o.startswith("schema_")]
         near = difflib.get_close_matches(option, options, n=1)
-        remedy = f"did you mean {group}={near[0]}?" if near else f"choose one of {', '.join(options)}."
-        return f"{group}={option} is not known: {remedy if options else 'python launch.py --help lists the options.'}"
+        remedy = (
+            f"did you mean {group}={near[0]}?" if near else f"choose one of {', '.join(options)}."
+        )
+        remedy = remedy if options else "python launch.py --help lists the options."
+        return f"{group}={option} is not known: {remedy}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: write key=value, with quotes around special characters."
+        return f"{error.override} cannot be read: write key=value, special characters in quotes."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown_key(quoted if text.startswith("Could not override") else str(cause.full_key))
     if isinstance(cause, ValidationError):
         key = re.sub(r"\[\d+\]$", "", str(cause.full_key))
         wanted = keys().get(key)
         plain = next((t for t in getattr(wanted, "__args__", ()) if t in _TYPES), wanted)
-        kind = _TYPES.get(wanted) or (f"{_TYPES[plain]} or null" if plain in _TYPES else "a single value")
-        given = text.removeprefix("Error merging override ") if text.startswith("Error merging override") else key
+        kind = _TYPES.get(wanted) or (
+            f"{_TYPES[plain]} or null" if plain in _TYPES else "a single value"
+        )
+        given = (
+            text.removeprefix("Error merging override ")
+            if text.startswith("Error merging override")
+            else key
+        )
         return f"{given} has the wrong type: give {key} {kind}."
     if text.startswith(("Ambiguous value", "Sweep parameters")):
-        return f"{quoted} names several values: add -m to run them all, or write a list as key=[a,b]."
+        return (
+            f"{quoted} names several values: add -m to run them all, or write a list as key=[a,b]."
+        )
     if "use +" in text:
-        return f"{quoted} is not chosen yet: write {text[text.rindex('use +') + 4 :].split()[0]} with a plus sign."
+        wanted = text[text.rindex("use +") + 4 :].split()[0]
+        return f"{quoted} is not chosen yet: write {wanted} with a plus sign."
     if text.startswith(("Multiple values for", "Could not append")):
         key = quoted if "append" in text else text.split()[3].rstrip(".")
         return f"{key} has a value already: write {key}=... without a plus sign."

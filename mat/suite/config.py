@@ -1,20 +1,21 @@
-"""Typed configuration: one dataclass per group of ``conf/``, each with the checks of its own values.
+"""Typed configuration: one dataclass per group of ``conf/``, each with the checks of its own
+values.
 
-Hydra refuses unknown keys and wrong types through these schemas; ``validate`` refuses values out of range and senseless
-combinations, each in one sentence that names the key and the remedy. This file imports neither torch nor numpy, so
-that ``python launch.py --help`` answers at once.
+Hydra refuses unknown keys and wrong types through these schemas; ``validate`` refuses values out of
+range and senseless combinations, each in one sentence that names the key and the remedy. This file
+imports neither torch nor numpy, so that ``python launch.py --help`` answers at once.
 """
 
 import itertools
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from mat.suite.checks import between, choice, divides, number, numbers, one_line, one_of
+from mat.suite.checks import between, choice, divides, number, numbers, one_line
 from mat.suite.errors import UserError
 
 
@@ -23,7 +24,9 @@ class Group:
     """What all groups have: a check of their values."""
 
     def check(self) -> None:
-        """Refuse values that cannot work together, in one sentence that names the key and the remedy."""
+        """Refuse values that cannot work together, in one sentence that names the key and the
+        remedy.
+        """
 
 
 @dataclass
@@ -54,20 +57,25 @@ class BertConfig(ModelConfig):
         divides("model.ffn_groups", self.ffn_groups, "model.ffn_hidden", self.ffn_hidden)
         if self.positions == "rotary" and (self.width // self.heads) % 2:
             raise UserError(
-                f"model.heads={self.heads} gives heads of odd width, which rotary positions cannot rotate: "
-                "choose heads so that model.width / model.heads is even."
+                f"model.heads={self.heads} gives heads of odd width, which rotary positions cannot "
+                "rotate: choose heads so that model.width / model.heads is even."
             )
 
 
 @dataclass
 class SwitchConfig(BertConfig):
-    """Switch Transformer (``mat/suite/switch.py``). Units: heads, experts, groups of plain layers."""
+    """Switch Transformer (``mat/suite/switch.py``). Units: heads, experts, groups of plain
+    layers.
+    """
 
     family: str = "switch"
     experts: int = number(1, 2**12)  # per switch layer, each with ffn_hidden neurons
-    capacity_factor: float = 1.0  # an expert takes at most this many times its even share of a batch's tokens
-    switch_every: int = number(1, default=1)  # every so manieth feed-forward layer is a switch layer
-    balance_loss: float = number(0, default=0.01)  # coefficient of the load-balancing loss, summed over switch layers
+    # An expert takes at most this many times its even share of a batch's tokens
+    capacity_factor: float = 1.0
+    # Every so manieth feed-forward layer is a switch layer
+    switch_every: int = number(1, default=1)
+    # Coefficient of the load-balancing loss, summed over switch layers
+    balance_loss: float = number(0, default=0.01)
     z_loss: float = number(0, default=0.001)  # coefficient of the router z-loss, likewise
 
     def check(self) -> None:
@@ -82,13 +90,15 @@ class VggConfig(ModelConfig):
     """VGG with batch norm (``mat/suite/vgg.py``). Units: filters."""
 
     family: str = "vgg"
-    stages: list[list[int]] = MISSING  # filters of the layers of every stage; a max pool ends a stage
+    # Filters of the layers of every stage; a max pool ends a stage
+    stages: list[list[int]] = MISSING
 
     def check(self) -> None:
         """Every stage has a layer, every layer a filter."""
         if not self.stages or not all(self.stages):
             raise UserError(
-                f"model.stages={self.stages} has an empty stage: give the filters of at least one layer each."
+                f"model.stages={self.stages} has an empty stage: give the filters of at least one "
+                "layer each."
             )
         for filters in itertools.chain(*self.stages):
             between("model.stages", filters, 1, 2**14)
@@ -102,22 +112,29 @@ class DatasetConfig(Group):
     modality: str = MISSING
     hub_path: str | None = None  # datasets.load_dataset(hub_path, hub_name)
     hub_name: str | None = None
-    root: str | None = None  # folder that holds local_folder; its Parquet files are used instead of the hub
+    # Folder that holds local_folder; its Parquet files are used instead of the hub
+    root: str | None = None
     local_folder: str | None = None
     cache: str = ".cache/mat"  # what is made of the data once: tokenizer and tokens, decoded images
 
     def check(self) -> None:
         """The folders can be meant, and that of the data is there."""
         one_line("dataset.cache", self.cache)
+        if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name):  # it begins the name of a folder
+            raise UserError(
+                f"dataset.name={self.name!r} is no name: give up to 64 letters, digits, - and _."
+            )
         if self.root is None:
             return
         if self.hub_path is not None and self.local_folder is None:
-            raise UserError("dataset.local_folder=null names no folder below dataset.root: set one of the two.")
+            raise UserError(
+                "dataset.local_folder=null names no folder below dataset.root: set one of the two."
+            )
         if not Path(self.root).expanduser().is_dir():
             hub = f" to load {self.name} from the hub" if self.hub_path else ""
             raise UserError(
-                f"dataset.root={self.root} is not a folder: point it (or MAT_DATA) at the folder that holds "
-                f"{self.local_folder}/, or set it to null{hub}."
+                f"dataset.root={self.root} is not a folder: point it (or MAT_DATA) at the folder "
+                f"that holds {self.local_folder}/, or set it to null{hub}."
             )
 
 
@@ -128,7 +145,8 @@ class TextConfig(DatasetConfig):
     modality: str = "text"
     vocabulary: int = number(64, 2**16)  # word pieces; tokens are stored in 16 bits
     length: int = number(2, 2**16)  # tokens per sequence
-    train_sequences: int | None = number(1, default=None)  # only so many, drawn by the seed; all when null
+    # Only so many, drawn by the seed; all when null
+    train_sequences: int | None = number(1, default=None)
     mask_share: float = number(0, 0.9, 0.15, above=True)  # share of the tokens that are predicted
 
 
@@ -138,19 +156,25 @@ class ImageConfig(DatasetConfig):
 
     modality: str = "image"
     source_size: int = number(1, 2**12)  # pixels a side in the data
-    size: int = number(1, 2**12)  # pixels a side that the model reads: resized (bilinear) when the cache is made
+    # Pixels a side that the model reads: resized (bilinear) when the cache is made
+    size: int = number(1, 2**12)
     channels: int = 3  # 3, or 1 for grey; what is stored otherwise is converted
     classes: int = number(2, 2**20)
     validation: int = number(1)  # images held out of the training split, the same for all seeds
-    padding: int = number(0, default=4)  # training images move up to so many pixels each way, black coming in
+    # Training images move up to so many pixels each way, black coming in
+    padding: int = number(0, default=4)
     flip: bool = True  # every other training image is mirrored
 
     def check(self) -> None:
-        """Besides the folders: an image may move out of the picture, not beyond; it is grey or coloured."""
+        """Besides the folders: an image may move out of the picture, not beyond; it is grey or
+        coloured.
+        """
         super().check()
         between("dataset.padding", self.padding, 0, self.size)
         if self.channels not in (1, 3):
-            raise UserError(f"dataset.channels={self.channels} is no kind of image: set 3, or 1 for grey.")
+            raise UserError(
+                f"dataset.channels={self.channels} is no kind of image: set 3, or 1 for grey."
+            )
 
 
 @dataclass
@@ -158,29 +182,39 @@ class MethodConfig(Group):
     """Which units train, and what is done with the others (paper section 5)."""
 
     name: str = MISSING
-    score: str = choice("lambda_max", "gradnorm", "none", default="lambda_max")  # what the policy ranks by
+    # What the policy ranks by
+    score: str = choice("lambda_max", "gradnorm", "none", default="lambda_max")
     policy: str = choice(
         "all", "random", "multirate", "threshold", "lowest", "shuffled", "static", default="all"
     )  # fmt: skip
     temporal: bool = False  # eqs. (6)-(7): units whose eigenvalue has settled stop for good
     budget: float = number(0, 1, 1.0, above=True)  # share of train.pflops that the run spends
     slow_share: float = number(0, 1, 0.5)  # multirate: share of slow units
-    slow_steps: int = number(1, default=5)  # multirate: a slow unit's gradient is computed every so many steps
+    # Multirate: a slow unit's gradient is computed every so many steps
+    slow_steps: int = number(1, default=5)
     matched: str | None = None  # rand: run folder whose active counts per kind and layer are taken
 
     def check(self) -> None:
         """The policy has what it reads: a run to match, or scores."""
         if self.matched is not None and self.policy != "random":
-            raise UserError(f"method.matched={self.matched} is for method=rand only: remove it or choose method=rand.")
+            raise UserError(
+                f"method.matched={self.matched} is for method=rand only: remove it or choose "
+                "method=rand."
+            )
         if self.matched is None and self.name == "rand_matched":
-            raise UserError("method.matched=null leaves method=rand_matched no run to match: name its folder.")
+            raise UserError(
+                "method.matched=null leaves method=rand_matched no run to match: name its folder."
+            )
         if self.policy in ("threshold", "lowest", "shuffled", "static") and self.score == "none":
             raise UserError(
-                f"method.score=none gives method.policy={self.policy} nothing to rank by: choose lambda_max or "
-                "gradnorm."
+                f"method.score=none gives method.policy={self.policy} nothing to rank by: choose "
+                "lambda_max or gradnorm."
             )
         if self.temporal and self.score != "lambda_max":
-            raise UserError(f"method.temporal=true needs eigenvalues: set method.score=lambda_max, not {self.score}.")
+            raise UserError(
+                "method.temporal=true needs eigenvalues: set method.score=lambda_max, not "
+                f"{self.score}."
+            )
 
 
 @dataclass
@@ -192,11 +226,13 @@ class SelectionConfig(Group):
     mode: str = choice("cut", "exact")  # backward mode
     share: float | None = number(0, 1, None)  # wanted share of active units; alpha follows from it
     alpha: float | None = number(0, 1, None)  # eq. (4), instead of share
-    scope: str = choice("kind", "layer", "all", default="kind")  # units compared with each other in eq. (4)
+    # Units compared with each other in eq. (4)
+    scope: str = choice("kind", "layer", "all", default="kind")
     beta: float = number(0, 1, 1e-3)  # eq. (7)
     samples: int = number(1, default=32)  # probe sequences n
-    # random, sum, full: of the probe's outputs. online: loss gradients off a training step on its own batch, without
-    # the probe, samples or projections; its samples change with t, so Delta of eqs. (6)-(7) has their noise in it.
+    # random, sum, full: of the probe's outputs. online: loss gradients off a training step on its
+    # own batch, without the probe, samples or projections; its samples change with t, so Delta of
+    # eqs. (6)-(7) has their noise in it.
     reduction: str = choice("random", "sum", "full", "online", default="random")
     projections: int = number(1, 2**10, 1)  # random: number m of stacked +-1 projections
 
@@ -204,14 +240,17 @@ class SelectionConfig(Group):
         """Every kind once; a share or an alpha."""
         if not self.units:
             raise UserError(
-                "selection.units=[] leaves nothing to gate: name at least one kind, or use method=baseline."
+                "selection.units=[] leaves nothing to gate: name at least one kind, or use "
+                "method=baseline."
             )
         if len(set(self.units)) < len(self.units):
-            raise UserError(f"selection.units=[{','.join(self.units)}] names a kind twice: name each once.")
+            raise UserError(
+                f"selection.units=[{','.join(self.units)}] names a kind twice: name each once."
+            )
         if (self.share is None) == (self.alpha is None):
             raise UserError(
-                f"selection.share={self.share} and selection.alpha={self.alpha} contradict each other: "
-                "set exactly one of them and the other to null."
+                f"selection.share={self.share} and selection.alpha={self.alpha} contradict each "
+                "other: set exactly one of them and the other to null."
             )
 
 
@@ -220,26 +259,36 @@ class HardwareConfig(Group):
     """Where the run computes, and how precisely. Changes speed, not the science."""
 
     device: str = choice("cpu", "cuda")
-    # bfloat16: autocast. auto: bfloat16 where the machine has it in hardware, else float32. float64: for tests
+    # bfloat16: autocast. auto: bfloat16 where the machine has it in hardware, else float32.
+    # float64: for tests
     precision: str = choice("auto", "float32", "bfloat16", "float64", default="auto")
     threads: int | None = number(1, os.cpu_count() or 1, None)  # CPU threads; all when null
-    graphs: bool = False  # CUDA: training steps are captured as graphs and replayed while the gates stand
-    gather_block: int = number(1, default=16)  # convolutions: gathered channels are padded to multiples of this
-    gather_share: float = number(0, 1, 0.75)  # and are gathered up to this share of a layer's; else all are used
-    estimator_bytes: int = number(2**20, default=512 * 2**20)  # bound on the estimator's working memory
-    exclusive: bool = True  # false: the machine is shared with other work, so tables leave this run's seconds out
+    # CUDA: training steps are captured as graphs and replayed while the gates stand
+    graphs: bool = False
+    # Convolutions: gathered channels are padded to multiples of this
+    gather_block: int = number(1, default=16)
+    # And are gathered up to this share of a layer's; else all are used
+    gather_share: float = number(0, 1, 0.75)
+    # Bound on the estimator's working memory
+    estimator_bytes: int = number(2**20, default=512 * 2**20)
+    # False: the machine is shared with other work, so tables leave this run's seconds out
+    exclusive: bool = True
 
     def check(self) -> None:
         """Graphs are CUDA's."""
         if self.graphs and self.device != "cuda":
-            raise UserError("hardware.graphs=true captures CUDA graphs: set it to false, or choose hardware=cuda.")
+            raise UserError(
+                "hardware.graphs=true captures CUDA graphs: set it to false, or choose "
+                "hardware=cuda."
+            )
 
 
 @dataclass
 class TrainConfig(Group):
     """The recipe and the length of training."""
 
-    pflops: float = number(0, above=True)  # planned length: what a dense run spends, without embeddings and vocabulary
+    # Planned length: what a dense run spends, without embeddings and vocabulary
+    pflops: float = number(0, above=True)
     batch: int = number(1, 2**20)  # sequences or images per step
     accumulation: int = number(1, default=1)  # micro-batches a step is computed in
     lr: float = number(0, above=True)
@@ -250,8 +299,10 @@ class TrainConfig(Group):
     weight_decay: float = number(0, default=0.01)
     schedule: str = choice("linear", "step", "onecycle", default="linear")  # mat/suite/schedule.py
     warmup: float = number(0, 0.9, 0.05)  # share of the run's FLOPs with rising learning rate
-    drops: list[float] = numbers(0, 1, default=(0.5, 0.75))  # step: shares of the run's FLOPs, rising
-    clip: float | None = number(0, default=1.0, above=True)  # largest gradient norm; no clipping when null
+    # Step: shares of the run's FLOPs, rising
+    drops: list[float] = numbers(0, 1, default=(0.5, 0.75))
+    # Largest gradient norm; no clipping when null
+    clip: float | None = number(0, default=1.0, above=True)
     eval_interval: float = number(1e-4, 0.025, 0.025)  # share of train.pflops between evaluations
     eval_samples: int | None = number(1, default=None)  # validation samples; all when null
     eval_batch: int = number(1, 2**20, 128)
@@ -264,12 +315,17 @@ class TrainConfig(Group):
         """Micro-batches are equal; the betas are two; the learning rate drops later and later."""
         divides("train.accumulation", self.accumulation, "train.batch", self.batch)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"train.betas={self.betas} is not usable: give two numbers within [0, 1).")
+            raise UserError(
+                f"train.betas={self.betas} is not usable: give two numbers within [0, 1)."
+            )
         if self.schedule == "step":
             for drop in self.drops:
                 between("train.drops", drop, self.warmup, 1)
         if any(b <= a for a, b in itertools.pairwise(self.drops)):
-            raise UserError(f"train.drops={self.drops} does not rise: give every share once, the smallest first.")
+            raise UserError(
+                f"train.drops={self.drops} does not rise: give every share once, the smallest "
+                "first."
+            )
 
 
 @dataclass
@@ -289,7 +345,8 @@ class Config(Group):
     name: str = "smoke"  # first folder below ``runs``; experiments set it
     seed: int = number(0, 2**31 - 1, 0)
     runs: str = "runs"
-    analysis: list[str] = field(default_factory=list)  # observers of a record: attention | kernels | descent
+    # Observers of a record: attention | kernels | descent
+    analysis: list[str] = field(default_factory=list)
     model: Any = MISSING
     dataset: Any = MISSING
     method: MethodConfig = MISSING
@@ -298,75 +355,7 @@ class Config(Group):
     train: TrainConfig = MISSING
     tracking: TrackingConfig = MISSING
 
-    def check(self) -> None:
-        """Names, and what groups mean for each other."""
-        one_line("runs", self.runs)
-        if not re.fullmatch(r"\w[\w.,=+@-]{0,99}", self.name):
-            raise UserError(
-                f"name={self.name!r} is no name of one folder: give up to 100 letters, digits and . , = + @ - _."
-            )
-        self._check_model()
-        self._check_units()
-        budget, pflops = self.method.budget, self.train.pflops
-        for mark in self.train.marks:
-            if mark > budget * pflops * (1 + 1e-9):
-                raise UserError(
-                    f"train.marks={mark} is beyond the run's end (method.budget={budget} of train.pflops={pflops}): "
-                    "lower it, or set train.marks=[]."
-                )
 
-    def _check_model(self) -> None:
-        model, dataset = self.model, self.dataset
-        for key, value, own, group in (
-            ("model.family", model.family, type(model).family, "model"),
-            ("dataset.modality", dataset.modality, type(dataset).modality, "dataset"),
-        ):
-            if value != own:
-                given = getattr(self, group).name
-                raise UserError(f"{key}={value} contradicts {group}={given}: choose another {group}.")
-        if MODALITY[model.family] != dataset.modality:
-            wanted = "a text dataset" if MODALITY[model.family] == "text" else "a dataset of images"
-            raise UserError(f"model={model.family} cannot read dataset={dataset.name}: choose {wanted}.")
-        if isinstance(model, VggConfig) and 2 ** len(model.stages) > dataset.size:
-            raise UserError(
-                f"model.stages={model.stages} halves an image {len(model.stages)} times, but dataset.size="
-                f"{dataset.size} has too few pixels: give fewer stages or larger images."
-            )
-        for name in self.analysis:
-            one_of("analysis", name, ANALYSES)
-            if isinstance(model, VggConfig) and name in UNFIT_FOR_IMAGES:
-                raise UserError(f"analysis=[{name}] {UNFIT_FOR_IMAGES[name]}: leave it out for model={model.family}.")
-
-    def _check_units(self) -> None:
-        model, selection, method = self.model, self.selection, self.method
-        kinds = KINDS[model.family]
-        if isinstance(model, SwitchConfig) and model.switch_every == 1:
-            kinds = tuple(kind for kind in kinds if kind != "ffn")  # every such layer has experts instead
-        for kind in selection.units:
-            if kind not in kinds and kind in itertools.chain(*KINDS.values()):
-                raise UserError(f"selection.units={kind} is none of model={model.name}: add {SUITS[model.family]}.")
-            one_of("selection.units", kind, kinds)
-        if selection.reduction == "online" and model.family != "bert":  # batch norm, capacity: samples are coupled
-            raise UserError(
-                "selection.reduction=online cannot tell apart the samples of a training step of "
-                f"model={model.family}, which its forward pass couples: choose random."
-            )
-        if method.policy == "random" and selection.share is None:
-            raise UserError(
-                f"method={method.name} draws a share of the units: set selection.share to it and selection.alpha=null."
-            )
-
-
-ANALYSES = ("attention", "kernels", "descent")  # mat/suite/analysis.py
-UNFIT_FOR_IMAGES = {
-    "attention": "needs a model with heads",
-    "descent": "compares kernels under the probe's batch statistics with steps under running ones",
-}
-KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
-MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
-SUITS = {  # what to choose beside a model
-    "bert": "selection=mini", "switch": "selection=experts_mini", "vgg": "selection=filters_mini train=images_mini",
-}  # fmt: skip
 GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
     "model": (("bert", BertConfig), ("switch", SwitchConfig), ("vgg", VggConfig)),
     "dataset": (("text", TextConfig), ("image", ImageConfig)),
@@ -376,22 +365,3 @@ GROUPS: dict[str, tuple[tuple[str, type], ...]] = {
     "train": (("train", TrainConfig),),
     "tracking": (("tracking", TrackingConfig),),
 }
-
-
-def validate(config: Config) -> None:
-    """Refuse what cannot work, before any work: first each value alone, then each group, then all together.
-
-    Raises:
-        UserError: In one sentence, naming the key and the remedy.
-    """
-    groups = {"": config, **{f"{group}.": getattr(config, group) for group in GROUPS}}
-    for prefix, node in groups.items():
-        for f in fields(node):
-            given = getattr(node, f.name)
-            for value in given if isinstance(given, list) else [given]:
-                if value is not None and "bounds" in f.metadata:
-                    between(f"{prefix}{f.name}", value, *f.metadata["bounds"])
-                elif value is not None and "options" in f.metadata:
-                    one_of(f"{prefix}{f.name}", value, f.metadata["options"])
-    for node in (*list(groups.values())[1:], config):
-        node.check()

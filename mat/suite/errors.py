@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence naming the key or path and the remedy."""
+    """Something the user can mend. The message is one sentence naming the key or path and the
+    remedy.
+    """
 
 
 class Damaged(UserError):
@@ -10,7 +12,9 @@ class Damaged(UserError):
 
 
 class RunFailed(Exception):
-    """Training had to stop at numbers that are not finite. The message is one sentence; the run folder keeps it."""
+    """Training had to stop at numbers that are not finite. The message is one sentence; the run
+    folder keeps it.
+    """
 
 
 class Interrupted(Exception):

@@ -23,7 +23,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in the place of another: there is the old one or the new one, never half of it."""
+    """A file to write in the place of another: there is the old one or the new one, never half of
+    it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with naming(temporary):
         with open(temporary, "wb") as file:
@@ -73,8 +75,8 @@ def hush(stream: TextIO) -> None:
 def keep_streams() -> None:
     """Make the standard streams safe to write to, before anything else is opened.
 
-    The number of one that is closed would go to the next file of the run, and what libraries print with it; what the
-    locale cannot encode is shown as a question mark.
+    The number of one that is closed would go to the next file of the run, and what libraries print
+    with it; what the locale cannot encode is shown as a question mark.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

@@ -34,8 +34,9 @@ def check_memory(config: Config, outputs: int) -> None:
     if needed > there:
         what = "the model" if COPIES * parameters > values else "a batch"
         raise UserError(
-            f"model={model.name} with train.batch={train.batch} needs at least {needed / 2**30:.3g} GiB of memory, "
-            f"most of it for {what}, and there are {there / 2**30:.3g}: choose smaller values."
+            f"model={model.name} with train.batch={train.batch} needs at least "
+            f"{needed / 2**30:.3g} GiB of memory, most of it for {what}, and there are "
+            f"{there / 2**30:.3g}: choose smaller values."
         )
 
 

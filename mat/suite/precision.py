@@ -1,4 +1,6 @@
-"""How precisely a run computes: what ``hardware.precision=auto`` means on this machine, and what it changes."""
+"""How precisely a run computes: what ``hardware.precision=auto`` means on this machine, and what it
+changes.
+"""
 
 from dataclasses import replace
 
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from mat.suite.interface import Batch
 
+CPUINFO = "/proc/cpuinfo"
 CAPABILITY = 8  # of the first CUDA devices that multiply bfloat16 (Ampere)
 
 
@@ -18,9 +21,11 @@ def machine_precision(device: str) -> str:
 
 
 def _processor_has_bfloat16() -> bool:
-    """AVX512-BF16 or AMX, as the system lists the processor's instructions; False where it lists none."""
+    """AVX512-BF16 or AMX, as the system lists the processor's instructions; False where it lists
+    none.
+    """
     try:
-        with open("/proc/cpuinfo") as file:
+        with open(CPUINFO) as file:
             flags = next((line for line in file if line.startswith("flags")), "").split()
     except OSError:
         return False
@@ -36,5 +41,7 @@ def batch_in(batch: Batch, precision: str) -> Batch:
     """The batch with real numbers of a precision: doubles for float64, else as they are."""
     if precision != "float64":
         return batch
-    real: dict[str, Tensor] = {k: v.double() for k, v in vars(batch).items() if v.is_floating_point()}
+    real: dict[str, Tensor] = {
+        k: v.double() for k, v in vars(batch).items() if v.is_floating_point()
+    }
     return replace(batch, **real)

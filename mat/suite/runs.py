@@ -1,8 +1,10 @@
-"""The run folder: the contract between the engine and ``results/`` (what each file holds: README, "Run folder").
+"""The run folder: the contract between the engine and ``results/`` (what each file holds: README,
+"Run folder").
 
-``units.parquet`` and the observers' tables grow by a record of all units per selection interval, whether the method
-selects or not. A checkpoint holds all that a run needs to go on, the configuration and checksums of its records
-among it; ``summary.json`` is written last, with the checksums of all other files: the run is complete.
+``units.parquet`` and the observers' tables grow by a record of all units per selection interval,
+whether the method selects or not. A checkpoint holds all that a run needs to go on, the
+configuration and checksums of its records among it; ``summary.json`` is written last, with the
+checksums of all other files: the run is complete.
 """
 
 import hashlib
@@ -61,7 +63,8 @@ class RunFolder:
         """The summary of a complete run, all of whose files are as they were written; else None.
 
         Raises:
-            UserError: If the folder holds another run, or a complete one that is damaged beyond repair.
+            UserError: If the folder holds another run, or a complete one that is damaged beyond
+                repair.
         """
         try:
             summary = read_summary(self.path)
@@ -78,10 +81,12 @@ class RunFolder:
         return summary or None
 
     def restore(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest checkpoint whose best weights and records are whole, too; None where there is none.
+        """The newest checkpoint whose best weights and records are whole, too; None where there is
+        none.
 
         Raises:
-            UserError: If another process trains the run, if it is another one, or if nothing of it is whole.
+            UserError: If another process trains the run, if it is another one, or if nothing of it
+                is whole.
         """
         if not self.path.is_dir():
             return None
@@ -94,13 +99,18 @@ class RunFolder:
                 state = checkpoint.load(path, device)
                 self._require_same(state["config"])
                 if state["best"].get("sha256"):
-                    checkpoint.load(self.best_weights(state["best"]), device, state["best"]["sha256"])
+                    checkpoint.load(
+                        self.best_weights(state["best"]), device, state["best"]["sha256"]
+                    )
                 self._rewind(state["lines"], state["records"], state["digests"])
             except Damaged as error:
                 damaged = damaged or error
                 continue
             if damaged is not None:
-                say(f"{str(damaged).partition(':')[0]}: the run goes on from the checkpoint before it.")
+                say(
+                    f"{str(damaged).partition(':')[0]}: the run goes on from the checkpoint before "
+                    "it."
+                )
             if path == self.before:
                 move(self.before, self.latest)
             self._needed = state["best"].get("step")
@@ -127,8 +137,8 @@ class RunFolder:
         differing = differences(recorded, asdict(self.config)).keys() - {*but, *auto}
         if differing:
             raise UserError(
-                f"{self.path} holds a run with another {min(differing)}: remove that folder, or give this run another "
-                "name=..."
+                f"{self.path} holds a run with another {min(differing)}: remove that folder, or "
+                "give this run another name=..."
             )
 
     # --- what is written
@@ -170,7 +180,9 @@ class RunFolder:
             file.write(json.dumps(event) + "\n")
 
     def recorded(self) -> dict[str, Any]:
-        """How many events there are, and checksums of them and of the tables: a part of a checkpoint."""
+        """How many events there are, and checksums of them and of the tables: a part of a
+        checkpoint.
+        """
         events = self.path / "metrics.jsonl"
         with naming(events), open(events, "rb") as file:
             written = file.read()
@@ -214,7 +226,8 @@ class RunFolder:
         self._digests[path.stem] = _digest(frame)
 
     def _rewind(self, lines: int, records: int, digests: dict[str, str] | None) -> None:
-        """Forget what was written after a checkpoint: events beyond a number, records from a number on.
+        """Forget what was written after a checkpoint: events beyond a number, records from a number
+        on.
 
         Args:
             lines: Number of events.
@@ -231,11 +244,18 @@ class RunFolder:
         frames = {}
         try:
             for name in names - {"metrics"}:
-                frame = pd.read_parquet(self.path / f"{name}.parquet") if records else pd.DataFrame({"t": []})
+                frame = (
+                    pd.read_parquet(self.path / f"{name}.parquet")
+                    if records
+                    else pd.DataFrame({"t": []})
+                )
                 frames[name] = frame[frame["t"] < records]
         except (OSError, ValueError, KeyError) as error:
             raise self._damage(f"{name}.parquet") from error
-        found = {"metrics": hashlib.sha256(kept).hexdigest(), **{n: _digest(f) for n, f in frames.items() if len(f)}}
+        found = {
+            "metrics": hashlib.sha256(kept).hexdigest(),
+            **{n: _digest(f) for n, f in frames.items() if len(f)},
+        }
         for name in found.keys() | (digests or found).keys():
             if digests is not None and found.get(name) != digests.get(name):
                 raise self._damage("metrics.jsonl" if name == "metrics" else f"{name}.parquet")
@@ -249,7 +269,9 @@ class RunFolder:
                 (self.path / f"{name}.parquet").unlink(missing_ok=True)
 
     def _damage(self, name: str) -> Damaged:
-        return Damaged(f"{self.path / name} is damaged: remove {self.checkpoints} to start the run again.")
+        return Damaged(
+            f"{self.path / name} is damaged: remove {self.checkpoints} to start the run again."
+        )
 
 
 def check_matched(config: Config) -> None:
@@ -264,14 +286,20 @@ def check_matched(config: Config) -> None:
     try:
         recorded = read_config(run) if read_summary(run) else None
     except (ValueError, OSError) as error:
-        raise UserError(f"{key} is damaged ({error}): train that run again, or name another.") from error
+        raise UserError(
+            f"{key} is damaged ({error}): train that run again, or name another."
+        ) from error
     if recorded is None:
         raise UserError(f"{key} is not a finished run: run it first, or name another run folder.")
     if recorded["method"].get("policy") == "all":
-        raise UserError(f"{key} is a run that selects no units: name one that does, such as one of method=mat.")
+        raise UserError(
+            f"{key} is a run that selects no units: name one that does, such as one of method=mat."
+        )
     for other in differences(recorded, asdict(config)):
         if not other.startswith(("method.", "hardware.")):
-            raise UserError(f"{key} is a run with another {other}: name one that differs in its method alone.")
+            raise UserError(
+                f"{key} is a run with another {other}: name one that differs in its method alone."
+            )
 
 
 def _digest(frame: pd.DataFrame) -> str:
@@ -281,12 +309,16 @@ def _digest(frame: pd.DataFrame) -> str:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Command, commit, versions, device, threads, precision of this process; None for what git does not tell."""
+    """Command, commit, versions, device, threads, precision of this process; None for what git does
+    not tell.
+    """
 
     def git(*arguments: str) -> str | None:
         root = Path(__file__).resolve().parents[2]
         try:
-            return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
+            return subprocess.check_output(
+                ["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True
+            ).strip()
         except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return None
 
@@ -298,7 +330,8 @@ def environment(config: Config) -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),
-            "torch": str(torch.__version__),  # with its build, such as +cu126, which the metadata lack
+            # With its build, such as +cu126, which the metadata lack
+            "torch": str(torch.__version__),
             **{name: version(name) for name in ("datasets", "tokenizers")},
         },
         "device": device,
@@ -310,7 +343,9 @@ def environment(config: Config) -> dict[str, Any]:
 
 
 def _command() -> str | None:
-    """The command that makes this run alone, also of a run that is part of a sweep; None outside the launcher."""
+    """The command that makes this run alone, also of a run that is part of a sweep; None outside
+    the launcher.
+    """
     if not HydraConfig.initialized():
         return None
     return shlex.join(["python", "launch.py", *HydraConfig.get().overrides.task])

@@ -1,4 +1,6 @@
-"""What a run computes, apart from where and how fast: the names of run folders, and what two runs differ in."""
+"""What a run computes, apart from where and how fast: the names of run folders, and what two runs
+differ in.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +12,8 @@ from omegaconf import MISSING
 
 from mat.suite.config import GROUPS, Config
 
-# Keys that recorded runs have and configurations no longer do, at the value that says what is computed now.
+# Keys that recorded runs have and configurations no longer do, at the value that says what is
+# computed now.
 RETIRED = {"selection.cut_last": 0}
 # Keys that say where and how a run was made, not what was computed.
 INCIDENTAL = (
@@ -57,7 +60,9 @@ def science(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Both values of every dotted key in which two recorded configurations compute something else."""
+    """Both values of every dotted key in which two recorded configurations compute something
+    else.
+    """
     here, there = science(one), science(other)
     pairs = {key: (here.get(key), there.get(key)) for key in sorted(here.keys() | there.keys())}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
@@ -71,8 +76,8 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
         overrides: The command line's overrides, as Hydra gives them.
 
     Returns:
-        ``<runs>/<name>/<overrides without seed>/seed=<n>``, a value always written in one way; very long overrides
-        end in a hash of them all.
+        ``<runs>/<name>/<overrides without seed>/seed=<n>``, a value always written in one way; very
+        long overrides end in a hash of them all.
     """
     values, named = flatten(asdict(config)), []
     for override in overrides:
@@ -81,7 +86,11 @@ def folder_of(config: Config, overrides: list[str]) -> Path:
         text = _text(values[key]) if "." in key and key in values else given
         if key == "method.matched":
             text = text.removesuffix(f"/seed={config.seed}")  # so that seeds stand side by side
-        elif key in ("experiment", "hardware") or _is_incidental(key) or (key, given) == ("hardware.precision", "auto"):
+        elif (
+            key in ("experiment", "hardware")
+            or _is_incidental(key)
+            or (key, given) == ("hardware.precision", "auto")
+        ):
             continue
         named.append(f"{key}={text}".replace("/", "_"))
     leaf = ",".join(sorted(set(named))) or "default"

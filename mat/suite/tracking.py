@@ -1,4 +1,6 @@
-"""Mirrors of the run folder: wandb, and the progress bar. Neither can stop a run, and nothing reads them back."""
+"""Mirrors of the run folder: wandb, and the progress bar. Neither can stop a run, and nothing reads
+them back.
+"""
 
 import logging
 import netrc
@@ -21,19 +23,25 @@ MODES = ("online", "offline", "disabled")  # of WANDB_MODE
 
 
 class Mirror:
-    """wandb as a view of the run folder. The first failure is reported in one line and ends the mirroring.
+    """wandb as a view of the run folder. The first failure is reported in one line and ends the
+    mirroring.
 
     Args:
-        run: An initialised wandb run (or a stand-in that records); None for a mirror that shows nothing.
+        run: An initialised wandb run (or a stand-in that records); None for a mirror that shows
+            nothing.
     """
 
     def __init__(self, run: Any) -> None:
         self._run = run
 
     def log(self, event: dict[str, Any]) -> None:
-        """Send one event of ``metrics.jsonl``, its numbers named by kind of event; the x axis is the step."""
+        """Send one event of ``metrics.jsonl``, its numbers named by kind of event; the x axis is
+        the step.
+        """
         kind = event["event"]
-        numbers = {f"{kind}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
+        numbers = {
+            f"{kind}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"
+        }
         self._attempt(lambda: self._run.log(numbers, step=event["step"]))
 
     def finish(self, summary: dict[str, Any] | None) -> None:
@@ -64,7 +72,9 @@ def open_mirror(config: Config, folder: Path) -> Mirror:
     """
     asked = os.environ.get("WANDB_MODE") or "online"
     if asked not in MODES:
-        log.warning("WANDB_MODE=%s is none of %s; the run folder goes on alone", asked, ", ".join(MODES))
+        log.warning(
+            "WANDB_MODE=%s is none of %s; the run folder goes on alone", asked, ", ".join(MODES)
+        )
     if not config.tracking.wandb or asked not in MODES[:2]:
         return Mirror(None)
     try:
@@ -97,7 +107,9 @@ def open_mirror(config: Config, folder: Path) -> Mirror:
 
 
 def _has_key() -> bool:
-    """Whether wandb would find a key without asking: in the environment, or where ``wandb login`` puts it."""
+    """Whether wandb would find a key without asking: in the environment, or where ``wandb login``
+    puts it.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -126,11 +138,17 @@ class Progress:
 
     def _begin(self, done: float, label: str) -> None:
         self._bar = tqdm(
-            total=100.0, initial=done, desc=label, mininterval=1.0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
-        )  # fmt: skip
+            total=100.0,
+            initial=done,
+            desc=label,
+            mininterval=1.0,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            dynamic_ncols=True,
+        )
 
-    def update(self, pflops: float, loss: float, active_share: float, validation: float | None) -> None:
+    def update(
+        self, pflops: float, loss: float, active_share: float, validation: float | None
+    ) -> None:
         """Show the present state."""
         if (bar := self._bar) is None:
             return
