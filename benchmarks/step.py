@@ -20,7 +20,8 @@ from benchmarks.harness import DEVICE, Row, Subject, autocast, medians, row, set
 from benchmarks.switch import their_layer
 from mat.suite import flops, ntk
 from mat.suite.bert import Bert, MaskedEncoder
-from mat.suite.config import CONF, BertConfig, TrainConfig, register_schemas, resolve
+from mat.suite.compose import CONF, register_schemas, resolve
+from mat.suite.config import BertConfig, TrainConfig
 from mat.suite.data.masking import MaskedBatch, mask
 from mat.suite.models import build
 from mat.suite.switch import Experts

@@ -18,8 +18,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mat.suite.errors import UserError
+from mat.suite.files import say
 from mat.suite.glance import Glance
-from results.cli import add_seeds, parser_of
+from results.cli import add_seeds, command, parser_of, save_figure
 from results.frame import Key, Run
 from results.measures import LOSS, Array, Score
 from results.specs import SPECS, Row, TableSpec
@@ -161,25 +162,18 @@ def draw(spec: TableSpec, root: Path, out: Path, seeds: int) -> list[Path]:
                   xlabel="seconds of training, selection and estimator")  # fmt: skip
         figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6)
-        out.mkdir(parents=True, exist_ok=True)
-        files = [out / f"{spec.name}_curves.{suffix}" for suffix in ("png", "svg")]
-        figure.savefig(files[0], dpi=200)
-        figure.savefig(files[1], metadata={"Date": None})  # the same runs make the same file
-    return files
+        return save_figure(figure, out / f"{spec.name}_curves", dpi=200)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when the curves could not be drawn."""
     parser = parser_of("curves", "Draw a table's learning curves.", "results/figures")
     parser.add_argument("table", choices=list(SPECS), help="whose rows to draw")
     add_seeds(parser)
     chosen = parser.parse_args(arguments)
-    try:
-        for path in draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds):
-            print(f"wrote {path}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for path in draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds):
+        say(f"wrote {path}", sys.stdout)
     return 0
 
 

@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mat.suite.errors import UserError
-from results.cli import parser_of
+from mat.suite.files import say
+from results.cli import command, parser_of, save_figure
 from results.curves import LINES, STATES, STYLE, draw_band, layer_colours
 from results.measures import LOSS
 from results.observed import Source, border, gap_opens, losses, rank_correlation, read_table, separability, spectrum
@@ -346,6 +347,7 @@ FIGURES: dict[str, Callable[[Source], tuple[Figure, str]]] = {
 }  # fmt: skip
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when a figure could not be made (the others still are)."""
     parser = parser_of("figures", "Draw the paper's figures from runs.", "results/figures")
@@ -357,17 +359,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with matplotlib.rc_context(STYLE):
                 figure, said = FIGURES[name](source)
-                chosen.out.mkdir(parents=True, exist_ok=True)
                 _tidy(figure)
                 stem = chosen.out / f"{name}{chosen.suffix}"
-                figure.savefig(f"{stem}.png", dpi=160)
-                figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same runs make the same file
-            print(f"wrote {stem}.png and .svg: {said}.")
+                save_figure(figure, stem, dpi=160)
+            say(f"wrote {stem}.png and .svg: {said}.", sys.stdout)
         except UserError as error:
-            print(f"error: no {name}: {error}", file=sys.stderr)
+            say(f"error: no {name}: {error}")
             code = 2
     for sentence in source.damaged:
-        print(f"left out: {sentence}", file=sys.stderr)
+        say(f"left out: {sentence}")
     return code
 
 

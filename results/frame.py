@@ -6,14 +6,16 @@ incomplete or failed, a NaN, a wrong number of seeds) raises and names the run: 
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mat.suite.config import differences
 from mat.suite.errors import UserError
 from mat.suite.glance import Glance, look, row_of
+from mat.suite.schedule import evaluation_points
+from mat.suite.science import differences
 
 Key = tuple[str, str]  # (model.name, method.name): one row of a table
 
@@ -59,6 +61,31 @@ class Run(Glance):
             raise UserError(f"{metrics} holds no evaluation: delete that run folder and train it again.")
         if not metrics.read_bytes().endswith(b"\n"):
             raise UserError(f"{metrics} ends within a line: delete that run folder and train it again.")
+        self._hold_together()
+
+    def _hold_together(self) -> None:
+        """Refuse a summary that the configuration or the events contradict, and events twice or not at all."""
+        again = "delete that run folder and train it again."
+        once = Counter((e["event"], e.get("step")) for e in self.events if e["event"] != "evaluation")
+        for (event, step), times in once.items():
+            if times > 1:
+                raise UserError(f"{self.path / 'metrics.jsonl'} has {times} {event} events at step {step}: {again}")
+        train, method = self.config["train"], self.config["method"]
+        if "eval_interval" in train and not train.get("stop_when_settled"):
+            points = evaluation_points(train["pflops"], method["budget"], train["eval_interval"], train["marks"])
+            made = sum(e["event"] == "evaluation" for e in self.events)
+            if made != len(points):
+                raise UserError(f"{self.path / 'metrics.jsonl'} has {made} evaluations of {len(points)}: {again}")
+        known = {"seed": self.seed, "method": self.method, "model": self.model}
+        known |= {key: max(e[key] for e in self.events) for key in ("pflops", "seconds")}
+        known |= {f"test_{key}": self.last(key, "test") for key in ("loss", "accuracy")}
+        for key, value in known.items():
+            told = self.summary.get(key)
+            comparable = isinstance(told, str if isinstance(value, str) else int | float) and told == told
+            if value is not None and comparable and told != value:  # NaN is told where it is read
+                raise UserError(
+                    f"{self.path} contradicts itself ({key} is {told} in summary.json, but {value}): {again}"
+                )
 
     def number(self, key: str) -> float:
         """A number of the summary.

@@ -65,7 +65,10 @@ def read_table(run: Glance, name: str) -> pd.DataFrame:
     path = run.path / f"{name}.parquet"
     if not path.is_file():
         raise UserError(f"{path} is missing: remove that run folder and run make figures again.")
-    table = pd.read_parquet(path)
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise UserError(f"{path} is damaged: remove that run folder and run make figures again.") from error
     if table["t"].min() > 0:
         raise UserError(f"{path} begins at t={table['t'].min()}: remove that run folder and run make figures again.")
     return table

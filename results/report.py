@@ -17,10 +17,11 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from mat.suite.errors import UserError
+from mat.suite.files import say, write_text
 from mat.suite.glance import Glance, look_below
 from mat.suite.show import clock, number
 from results import charts
-from results.cli import add_seeds, parser_of
+from results.cli import add_seeds, command, parser_of
 from results.curves import LINES
 from results.measures import summarise
 from results.render import Column, Section, to_html
@@ -204,9 +205,12 @@ def build(root: Path, seeds: int = 3) -> str:
     found, damaged = look_below(root)
     for run in found:
         parts = run.path.relative_to(root).parts
-        if len(parts) != DEPTH:
-            raise UserError(f"{run.path} is not {DEPTH} folders below {root}: point --runs at the folder of all runs.")
-        experiments.setdefault(parts[0], []).append(run)
+        if len(parts) == DEPTH:
+            experiments.setdefault(parts[0], []).append(run)
+        else:
+            damaged.append(
+                f"{run.path} is not {DEPTH} folders below {root}: move it, or point --runs at the folder of all runs."
+            )
     if not experiments:
         raise UserError(next(iter(damaged), f"{root} holds no runs: train some first, or point --runs at them."))
     states = [run.status for runs in experiments.values() for run in runs]
@@ -225,19 +229,16 @@ def build(root: Path, seeds: int = 3) -> str:
     ])  # fmt: skip
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if there is nothing to report."""
     parser = parser_of("report", "Run folders to one HTML page.", "results/report.html")
     add_seeds(parser)
     chosen = parser.parse_args(arguments)
-    try:
-        page = build(chosen.runs, chosen.seeds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    page = build(chosen.runs, chosen.seeds)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(page)
-    print(f"wrote {chosen.out}")
+    write_text(chosen.out, page)
+    say(f"wrote {chosen.out}", sys.stdout)
     return 0
 
 

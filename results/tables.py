@@ -15,7 +15,8 @@ import pandas as pd
 from rich.console import Console
 
 from mat.suite.errors import UserError
-from results.cli import add_seeds, parser_of
+from mat.suite.files import say, write_text
+from results.cli import add_seeds, command, parser_of
 from results.frame import Key, MissingRow, Run
 from results.measures import Level, Mark, Until, mean_column, summarise
 from results.render import EMPTY, Column, Section, cell, decimals, show, to_latex, to_markdown
@@ -182,10 +183,11 @@ def make(spec: TableSpec, root: Path, out: Path, seeds: int, console: Console) -
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{spec.name}.{suffix}" for suffix in texts]
     for path, text in zip(files, texts.values(), strict=True):
-        path.write_text(text)
+        write_text(path, text)
     return files
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when a table could not be made (the others still are)."""
     parser = parser_of("tables", "Make the paper's tables from runs.", "results")
@@ -196,20 +198,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     specs = every if chosen.table == "all" else [SPECS[chosen.table]]
     if not specs:
         sentence = f"{chosen.runs} holds the runs of no table: train some first, or point --runs at them."
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
+        raise UserError(sentence)
     # Into a pipe or a log the tables take the width they need.
     console, code = Console(width=None if sys.stdout.isatty() else 240), 0
     for spec in specs:
         try:
             for path in make(spec, chosen.runs, chosen.out, chosen.seeds, console):
-                print(f"wrote {path}")
+                say(f"wrote {path}", sys.stdout)
         except MissingRow as error:
             among_others = chosen.table == "all"
-            print(f"{'' if among_others else 'error: '}no {spec.name}: {error}", file=sys.stderr)
+            say(f"{'' if among_others else 'error: '}no {spec.name}: {error}")
             code = code if among_others else 2
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             code = 2
     return code
 

@@ -1,16 +1,22 @@
 """Configurations composed as the command line composes them, small enough to train in a blink."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mat.suite.config import CONF, Config, register_schemas, resolve
+from mat.suite import engine
+from mat.suite.compose import CONF, register_schemas, resolve
+from mat.suite.config import Config
+from mat.suite.engine import Training
 
 register_schemas()
 STEP = {"text": 2e-9, "image": 15e-9}  # PFLOPs of a dense training step of a small model, rounded up
@@ -61,8 +67,17 @@ def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def without_seconds(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Everything but what a clock has measured."""
-    return {k: v for k, v in numbers.items() if not k.startswith("seconds")}
+    """Everything but what a clock has measured, checksums of that, and what says where it was."""
+    clocked = ("seconds", "sha256", "digests", "environment")
+    return {k: v for k, v in numbers.items() if not k.startswith(clocked)}
+
+
+def unseal(folder: Path) -> None:
+    """Make a complete run one that was made before summaries had checksums."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary.pop("sha256", None)
+    path.write_text(json.dumps(summary))
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -96,3 +111,40 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     else:
         assert a == b or (a != a and b != b), f"{where}: {a} and {b}"
+
+
+class Killed(BaseException):
+    """kill -9: no checkpoint, no goodbye."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, call: int, how: str) -> None:
+    """End the run at the n-th call of a verb: killed before or after it, or asked to stop during it."""
+    original = getattr(Training, verb)
+    count = 0
+
+    def patched(self: Training, *arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and how == "before":
+            raise Killed
+        if count == call and how == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        answer = original(self, *arguments, **named)
+        if count == call and how == "after":
+            raise Killed
+        return answer
+
+    monkeypatch.setattr(Training, verb, patched)
+
+
+def run_interrupted(config: Config, folder: Path, verb: str, call: int, how: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, verb, call, how)
+        if how == "sigterm":
+            assert engine.run(config, folder) is None
+        else:
+            with pytest.raises(Killed):
+                engine.run(config, folder)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write('{"event": "tra')  # a line torn by the kill
+    assert not (folder / "summary.json").exists() and not (folder / "failure.json").exists()

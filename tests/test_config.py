@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from short_runs import composed, one_sentence, small_overrides
 
 from mat.suite import engine
-from mat.suite.config import CONF, GROUPS, Config, describe_groups, resolve
+from mat.suite.compose import CONF, describe_groups, explain, quote_paths, resolve
+from mat.suite.config import GROUPS, Config, MethodConfig
 from mat.suite.errors import UserError
-from mat.suite.explain import explain
-from mat.suite.runs import folder_of
+from mat.suite.glance import read_config
+from mat.suite.science import differences, folder_of
 
 
 def options(group: str) -> list[str]:
@@ -83,6 +86,21 @@ def test_experiments_set_the_folder_and_tables_sweep_three_seeds():
             continue
         assert config.name == experiment.replace("_controls", "")  # controls stand beside the runs they read
         assert len(set(sweep_of(experiment)["seed"].split(","))) >= 3
+
+
+COMMITTED = {  # a run for every experiment: composing takes its time
+    path.parts[-3]: path for path in sorted((CONF.parent / "results" / "runs").glob("[tf]*_mini/*/seed=*"))
+}
+
+
+@pytest.mark.parametrize("run", COMMITTED.values(), ids=COMMITTED.keys())
+def test_a_committed_run_is_what_its_command_makes_today(run):
+    overrides = shlex.split(json.loads((run / "environment.json").read_text())["command"])[2:]
+    overrides = [o for o in overrides if not o.startswith(("runs=", "dataset.root="))]
+    config = resolve(composed(*overrides))
+    assert folder_of(config, overrides).parts[1:] == run.parts[-3:]
+    other = differences(read_config(run), dataclasses.asdict(config))
+    assert not {key for key in other if not key.startswith("hardware.") or key == "hardware.precision"}
 
 
 def test_paper_marks_follow_the_length():
@@ -160,6 +178,22 @@ REFUSED = [  # overrides, a part of the sentence
     ("train.eval_samples=0", "train.eval_samples=0"),
     ("train.eval_batch=0", "train.eval_batch=0"),
     ("train.marks=[1.0]", "train.marks=1.0"),
+    ("method.budget=0.5", "method.budget=0.5 of train.pflops=0.003"),
+    ("train.eval_interval=1e-9", "train.eval_interval=1e-09"),
+    ("selection.interval=1e-9", "selection.interval=1e-09"),
+    ("selection.units=[heads,heads]", "names a kind twice"),
+    ("train.drops=[0.75,0.5]", "does not rise"),
+    ("model.width=100000000", "model.width=100000000"),
+    ("model.layers=100000000", "model.layers=100000000"),
+    ("train.batch=100000000", "train.batch=100000000"),
+    ("name=../up", "name='../up'"),
+    ("name=/tmp/x", "name='/tmp/x'"),
+    ("name=a/b", "name='a/b'"),
+    ("name=''", "name=''"),
+    ("name=..", "name='..'"),
+    (f"name={'x' * 101}", "up to 100"),
+    ("runs=''", "runs=''"),
+    ("dataset.cache=''", "dataset.cache=''"),
     ("train.log_steps=0", "train.log_steps=0"),
     ("train.checkpoint_steps=0", "train.checkpoint_steps=0"),
     ("selection.units=[heads,fnn]", "did you mean ffn?"),
@@ -199,6 +233,7 @@ REFUSED_OF_IMAGES = [
     ("model.stages=[]", "model.stages=[]"),
     ("model.stages=[[8],[]]", "model.stages=[[8], []]"),
     ("model.stages=[[8],[0]]", "model.stages=0"),
+    ("dataset.size=16", "too few pixels"),
     ("dataset.source_size=0", "dataset.source_size=0"),
     ("dataset.size=0", "dataset.size=0"),
     ("dataset.channels=4", "set 3, or 1 for grey"),
@@ -242,6 +277,37 @@ def test_the_text_defaults_do_not_train_images():
     with pytest.raises(UserError, match="add selection=filters_mini train=images_mini"):
         resolve(composed("model=vgg16_mini", "dataset=digits"))
     resolve(composed("model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"))
+
+
+def test_switch_without_a_gated_expert_is_refused():
+    with pytest.raises(UserError, match="add selection=experts_mini"):
+        resolve(composed("model=switch_mini"))
+
+
+def test_matched_without_a_run_to_match_is_refused():
+    with pytest.raises(UserError, match="no run to match"):
+        resolve(composed("method=rand_matched", "method.matched=null"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "a\nb"), ("runs", "a\nb"), ("dataset.cache", "a\0b")])
+def test_line_breaks_in_names_are_refused(key, value, default):
+    changed = copy.deepcopy(default)
+    OmegaConf.update(changed, key, value)
+    with pytest.raises(UserError, match=key) as caught:
+        resolve(changed)
+    assert one_sentence(str(caught.value))
+
+
+PASTED = "runs/table1_mini/method=mat,model=bert/seed=0"
+
+
+@pytest.mark.parametrize(("argument", "quoted"), [
+    (f"method.matched={PASTED}", f"method.matched='{PASTED}'"),
+    (f"method.matched='{PASTED}'", f"method.matched='{PASTED}'"),
+    ("runs=a,b", "runs=a,b"), ("method.matched=${runs}/a=b", "method.matched=${runs}/a=b"),
+])  # fmt: skip
+def test_a_pasted_path_is_quoted(argument, quoted):
+    assert quote_paths([argument]) == [quoted]
 
 
 def test_every_number_has_bounds():
@@ -318,7 +384,8 @@ NAMED = [
     (["seed=3", "runs=/x", "hardware=cuda", "hardware.threads=1", "tracking=wandb", "tracking.entity=e"], "default"),
     (["dataset.root=/data", "dataset.cache=/c", "train.checkpoint_steps=5", "+experiment=table1"], "default"),
     (["model=bert", "method=mat", "seed=1"], "method=mat,model=bert"),
-    (["method.matched=a/b", "hardware.precision=float32"], "hardware.precision=float32"),
+    (["method.matched='a/b/seed=7'", "hardware.precision=float32"], "hardware.precision=float32,method.matched=a_b"),
+    (["hardware.precision=auto"], "default"),
     (["+dataset.name=a/b"], "dataset.name=a_b"),
     (["dataset=pydocs", "seedling=1"], "dataset=pydocs,seedling=1"),
 ]  # fmt: skip
@@ -326,8 +393,15 @@ NAMED = [
 
 @pytest.mark.parametrize(("overrides", "name"), NAMED)
 def test_a_folder_is_named_by_what_changes_the_science(overrides, name):
-    config = Config(name="n", seed=7, runs="r")
+    config = Config(name="n", seed=7, runs="r", method=MethodConfig(matched="a/b/seed=7"))
     assert folder_of(config, overrides) == Path("r") / "n" / name / "seed=7"
+
+
+@pytest.mark.parametrize("written", ["train.lr=2e-3", "train.lr=0.002", "train.lr=0.20e-2"])
+def test_a_value_names_the_same_folder_however_it_is_written(written):
+    config = resolve(composed(written, "selection.units=[heads, ffn]"))
+    folder = folder_of(config, [written, "selection.units=[heads, ffn]"])
+    assert folder.parent.name == "selection.units=[heads,ffn],train.lr=0.002"
 
 
 def test_long_names_stay_distinct_and_within_the_file_system():

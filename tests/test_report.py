@@ -244,10 +244,12 @@ def test_a_folder_within_that_of_all_runs_gives_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "runs", "mat", 0, [9, 8])
+    deep = write_run(tmp_path / "runs", "mat", 0, [9, 8], name="a/b")  # named so before names were checked
     for within in (run, *run.parents[:2]):
         assert report.main(["--runs", str(within), "--out", str(tmp_path / "x.html")]) == 2
         assert one_sentence(capsys.readouterr().err.removeprefix("error: ")) and not (tmp_path / "x.html").exists()
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x.html")]) == 0
+    assert f"{deep} is not 3 folders below" in (tmp_path / "x.html").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -70,7 +71,8 @@ def write_run(
         lines.append(common | {"event": "selection", "split": None, "loss": None})
         lines.append(common | {"event": "evaluation", "split": "validation", "loss": loss})
     best = min(range(len(losses)), key=losses.__getitem__)
-    lines.append(lines[3 * best + 2] | {"event": "test", "split": "test", "loss": losses[best] + 1})
+    test = {"event": "test", "split": "test", "loss": losses[best] + 1, "accuracy": 1 - (losses[best] + 1) / 10}
+    lines.append(lines[3 * best + 2] | test)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {
         "method": method, "seed": seed, "pflops": len(losses) * speed, "pflops_overhead": len(losses) * speed / 10,
@@ -361,6 +363,29 @@ def test_damaged_summary(root: Path) -> None:
 def test_configuration_without_a_needed_key(root: Path) -> None:
     (root / RUN / "config.yaml").write_text("seed: 1\n")
     broken(root, rf"{RUN} is damaged \(config.yaml has no model.name\)")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 7), ("method", "baseline"), ("test_loss", 1.5), ("pflops", 1.0), ("seconds", 1.0),
+])  # fmt: skip
+def test_an_edited_summary_is_told(key: str, value: object, root: Path) -> None:
+    edit(root / "t/method=mat,model=bert_mini/seed=1/summary.json", lambda summary: summary.update({key: value}))
+    with pytest.raises(UserError, match=rf"seed=1 contradicts itself \({key} is ") as caught:
+        made(root)
+    assert one_sentence(str(caught.value))
+
+
+def test_events_written_twice_or_not_at_all_are_told(root: Path) -> None:
+    path = root / "t/method=mat,model=bert_mini/seed=1/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:1], *lines]))
+    with pytest.raises(UserError, match="2 train events at step 1"):
+        made(root)
+    interval = {"train__eval_interval": 0.25, "train__stop_when_settled": False}
+    for seed in range(3):
+        write_run(root, "mat", seed, [9, 8, 2, 1], name="gap", speed=0.5, **interval)  # one for a mark is missing
+    with pytest.raises(UserError, match=r"4 evaluations of 7"):
+        read_runs(root, "gap")
 
 
 def test_summary_against_metrics(root: Path) -> None:
@@ -663,6 +688,32 @@ def test_curves_are_drawn_the_same_twice(mini: Path) -> None:
     assert png.stat().st_size > 10_000 and b"unigram entropy" in first
     assert curves.main(arguments(mini)) == 0
     assert svg.read_bytes() == first
+
+
+def test_a_picture_is_drawn_whatever_backend_a_notebook_set(mini: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend"}
+    command = [sys.executable, "-m", "results.curves", "table1_mini", "--runs", str(mini), "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "table1_mini_curves.png").is_file(), done.stderr
+
+
+@pytest.mark.parametrize("module", ["curves", "tables"])
+def test_what_cannot_be_written_is_one_sentence(
+    module: str, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    made = {"curves": curves, "tables": tables}[module]
+    assert made.main(["table1_mini", "--runs", str(mini), "--out", str(tmp_path / "file" / "out")]) == 2
+    error = capsys.readouterr().err
+    assert one_sentence(error.removeprefix("error: ")) and str(tmp_path / "file") in error
+
+
+def test_a_locale_without_our_signs_costs_no_table(mini: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "results.tables", "table1_mini", "--runs", str(mini), "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "±" in (tmp_path / "table1_mini.md").read_text(encoding="utf-8")
 
 
 def test_single_numbers(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Learning rates over the run's own budget: a progress of 0 is its first FLOP, 1 its last."""
 
 import math
+from collections.abc import Sequence
 
 from mat.suite.config import TrainConfig
 
@@ -29,3 +30,24 @@ def learning_rate(train: TrainConfig, progress: float) -> float:
     if train.schedule == "linear":
         return train.lr * max(0.0, 1 - part)
     return train.lr * DROP ** sum(progress >= drop for drop in train.drops)
+
+
+def evaluation_points(pflops: float, budget: float, interval: float, marks: Sequence[float]) -> list[float]:
+    """PFLOPs at which a run is evaluated: every mark, its end, and every interval of the planned length.
+
+    Args:
+        pflops: The planned length.
+        budget: Share of it that the run spends.
+        interval: Share of it between evaluations.
+        marks: PFLOPs.
+
+    Returns:
+        The points in rising order; those equal but for rounding are one.
+    """
+    end = pflops * budget
+    regular = [i * interval * pflops for i in range(1, math.ceil(1 / interval) + 1)]
+    points: list[float] = []
+    for point in (*marks, end, *regular):
+        if point <= end * (1 + 1e-9) and not any(math.isclose(point, p) for p in points):
+            points.append(point)
+    return sorted(points)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mat.suite.files import keep_streams, say
 from mat.suite.glance import LEDGER, Glance, look_below
 
 LEVELS = "·▁▂▃▄▅▆▇█"  # shares 0 to 1; the first is for 0 alone
@@ -86,7 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if there is nothing to show; damaged runs among others are told and left out."""
     parser = argparse.ArgumentParser(prog="python -m mat.show", description="Show a run folder, or all below one.")
     parser.add_argument("path", type=Path, help="a run folder, or a folder above some")
-    path, console = parser.parse_args(arguments).path, Console()
+    path = parser.parse_args(arguments).path
+    keep_streams()
+    console = Console()
     runs, damaged = look_below(path)
     if [run.path for run in runs] == [path]:
         show_run(runs[0], console)
@@ -95,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif not damaged:
         damaged = [f"{path} is no run folder (it has no config.yaml): name one, or a folder above some."]
     for sentence in damaged:
-        print(f"error: {sentence}", file=sys.stderr)
+        say(f"error: {sentence}")
     return 0 if runs else 2
 
 

@@ -1,6 +1,8 @@
 """What all kinds of data share: which samples a batch holds, reproducible from the seed, the epoch and the step."""
 
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +46,16 @@ class Data:
     def facts(self) -> dict[str, float]:
         """What is worth knowing beside every result, such as the unigram entropy."""
         raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the samples of all splits: a run goes on with the data it was begun with."""
+        digest = hashlib.sha256()
+        for splits in (v for _, v in sorted(vars(self).items()) if isinstance(v, dict)):
+            for split, samples in sorted(splits.items()):
+                digest.update(f"{split} {samples.shape} {samples.dtype}".encode())
+                digest.update(np.ascontiguousarray(samples).data)
+        return digest.hexdigest()
 
     def _train_rows(self, step: int, batch: int) -> tuple[Rows, list[int], int]:
         """The samples of a step, sorted; a key of its own for what else is drawn for them; the epoch."""
