@@ -15,7 +15,7 @@ CONTROLS := method=fitted$(comma)mat_equal
 ON := $(if $(HARDWARE),hardware=$(HARDWARE))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench gpu-check clean
+.PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench gpu-check lowest robust clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -79,6 +79,15 @@ bench: $(VENV)/installed ## time the dense step, the gates and the estimator aga
 
 gpu-check: $(VENV)/installed ## every test and benchmark that needs a CUDA device, and a report of them
 	$(RUN) -m benchmarks.gpu_check
+
+lowest: ## the lowest declared versions together, in an environment of their own: a short run
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m tests.lowest | xargs .venv-lowest/bin/python -m pip install --quiet
+	.venv-lowest/bin/python launch.py runs=.venv-lowest/runs train.pflops=2e-4 train.marks=[]
+	.venv-lowest/bin/python -m mat.show .venv-lowest/runs
+
+robust: $(VENV)/installed ## 60 bad configurations and 60 damaged run folders: told in one sentence, or right
+	$(RUN) -m tests.robust
 
 clean: ## remove smoke runs and caches; results stay
 	rm -rf runs .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

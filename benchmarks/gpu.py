@@ -19,7 +19,6 @@ checkpoints, is packed into OUT, in at most 8 files of 16 MiB.
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import runpy
@@ -28,9 +27,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,16 @@ CODE = ("mat/**/*.py", "benchmarks/*.py", "tests/test_gpu*.py", "conf/**/*.yaml"
 CUDA_TESTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_gpu*.py"))
 # A run that a CPU makes in seconds, of the same experiment.
 TOY_RUN = (
-    "selection.samples=4", "selection.interval=0.25", "hardware=cpu", "hardware.precision=float32",
+    "selection.samples=4", "selection.interval=0.05", "hardware=cpu", "hardware.precision=float32",
     "train.eval_samples=16", "train.eval_batch=256",
 )  # fmt: skip
 TOY_TEXT = (
     "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32",
     "model.ffn_groups=4", "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
-    "train.batch=8", "train.pflops=1e-8", *TOY_RUN,
+    "train.batch=8", "train.pflops=2e-8", *TOY_RUN,
 )  # fmt: skip
 TOY_IMAGES = (
-    "model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8", "train.pflops=6e-8", *TOY_RUN,
+    "model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8", "train.pflops=2e-7", *TOY_RUN,
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ class Step:
     toy: tuple[str, ...]
     least: float
     needs: str | None = None
-    runs: tuple[str, ...] = field(default=())
+    runs: tuple[str, ...] = ()
 
 
 def tests() -> Step:
@@ -93,19 +93,22 @@ def benchmark(name: str, *arguments: str, least: float = 45) -> Step:
 
 
 def runs(
-    experiment: str, methods: str, seeds: str, data: str, model: str = "", toy: Sequence[str] = ()
+    experiment: str, methods: str, seeds: str, data: str, toy: Sequence[str], model: str = ""
 ) -> Step:
-    """A sweep of an experiment."""
-    sweep = ("launch.py", "-m", f"+experiment={experiment}", f"method={methods}", f"seed={seeds}")
-    sweep += (f"model={model}",) if model else ()
-    sweep += (f"runs={WORK / 'runs'}", "tracking.progress=false")
-    folders = [
-        f"{experiment}/method={method}{f',model={model}' if model else ''}/seed={seed}"
-        for seed in seeds.split(",")
-        for method in methods.split(",")
-    ]
-    name = f"{experiment}: {methods} {model} seed {seeds}".replace("  ", " ")
-    return Step(name, sweep, (*sweep, *toy), 75, data, tuple(folders))
+    """A sweep of an experiment; at toy size of two methods and a seed."""
+    options = (f"model={model}",) if model else ()
+    options += (f"runs={WORK / 'runs'}", "tracking.progress=false")
+
+    def sweep(methods: Sequence[str], seeds: Sequence[str]) -> tuple[str, ...]:
+        what = f"method={','.join(methods)}", f"seed={','.join(seeds)}"
+        return "launch.py", "-m", f"+experiment={experiment}", *what, *options
+
+    every, each = methods.split(","), seeds.split(",")
+    of_model = f",model={model}" if model else ""
+    folders = [f"{experiment}/method={m}{of_model}/seed={seed}" for seed in each for m in every]
+    name = f"{experiment}: {methods}{of_model} seed {seeds}"
+    small = (*sweep(every[:2], each[:1]), *toy)
+    return Step(name, sweep(every, each), small, 75, data, tuple(folders))
 
 
 def fine_tuning(data: str, *arguments: str) -> Step:
@@ -132,11 +135,11 @@ def steps() -> list[Step]:
         runs("table1", "baseline", "2,3", **shallow),
         runs("table3", every, "1", **table3),
     ]
-    if importlib.util.find_spec("examples") and importlib.util.find_spec("examples.finetune_text"):
+    if (ROOT / "examples" / "finetune_text.py").is_file():
         wanted.append(fine_tuning("reuters-r8", "--alone"))
         wanted.append(fine_tuning("20newsgroups", "--seeds", "1", "2", "3"))
-    if importlib.util.find_spec("benchmarks.attach"):
-        wanted.append(benchmark("attach"))
+    if (ROOT / "benchmarks" / "attach.py").is_file():
+        wanted.append(replace(benchmark("attach"), toy=("-m", "benchmarks.attach", "--help")))
     wanted += [benchmark(name) for name in ("switch", "vgg", "scaling", "compiled", "fidelity")]
     return wanted
 
@@ -231,6 +234,10 @@ def here(command: Sequence[str], log: Path) -> int:
                 runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        with open(log, "a") as file:
+            traceback.print_exc(file=file)
+        return 1
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
@@ -330,17 +337,20 @@ def dry(out: Path) -> int:
     os.environ |= {"BENCHMARK_RESULTS": str(WORK / "benchmarks"), "BENCHMARK_TOY": "1"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     warnings.filterwarnings("ignore")
-    record, code, failed = Record(WORK), code_digest(), 0
+    record, code, failed, complete = Record(WORK), code_digest(), 0, 0
     for number, step in enumerate(steps()):
         start = time.monotonic()
         log = WORK / "logs" / f"{number}.log"
         status = here(step.toy, log)
-        record.add(step, code, status, time.monotonic() - start, log.read_text())
-        print(f"{step.name}: {record.done[step.name]['verdict']}", flush=True)
-        missing = bool(step.runs) and not record.has(step, code)
-        failed += status != 0 or missing
-        if status != 0 or missing:
+        before, complete = complete, len(list((WORK / "runs").rglob("summary.json")))
+        if step.runs and status == 0 and complete == before:
+            status = 1  # nothing was trained
+        spent = time.monotonic() - start
+        record.add(step, code, status, spent, log.read_text())
+        print(f"{step.name}: {record.done[step.name]['verdict']}, {spent:.1f} s", flush=True)
+        if status:
             print(log.read_text(), flush=True)
+        failed += status != 0
     without_checkpoints()
     keep(record, out)
     return failed

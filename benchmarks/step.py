@@ -25,7 +25,8 @@ from benchmarks.subjects import (
     tokens,
 )
 from mat import flops, ntk
-from mat.suite.config import CONF, BertConfig, Config, TextConfig, register_schemas, resolve
+from mat.suite.compose import CONF, register_schemas, resolve
+from mat.suite.config import BertConfig, Config, TextConfig
 from mat.suite.data.masking import MaskedBatch
 from mat.suite.models import build
 from mat.suite.models.bert import MaskedEncoder

@@ -294,6 +294,8 @@ class Gates:
 
     def detach(self) -> None:
         """Give every module its own forward back."""
+        if self._online is not None:
+            self._online.__exit__(None, None, None)
         for site in reversed(self.sites):
             site.detach()
         for part in self.parts():

@@ -275,7 +275,7 @@ class Online:
     ) -> Mntk:
         """What the step showed; ``outputs`` is 1, a sample's loss. See :func:`estimate`."""
         total = Kernels(self.units, memory_bytes)
-        for taps in self._batches:
+        for taps in filter(None, self._batches):  # none of a pass without gradients
             if not all(tap.gradients for tap in taps):
                 raise ValueError(
                     "an online estimate needs the backward pass of every forward pass within it"

@@ -1,1 +1,5 @@
-"""From run folders to the paper's tables and figures: files in, frame, table out. Nothing here trains or guesses."""
+"""From run folders to tables, figures and one page."""
+
+import os
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's may need a package that is not installed here

@@ -2,8 +2,8 @@
 
     python -m results.demo                     # the table, and runs/demo_curves.png
 
-Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that learns nothing is
-worth nothing.
+Fails when the baseline ends less than ``MARGIN`` nats under the unigram entropy: a smoke run that
+learns nothing is worth nothing.
 """
 
 import sys
@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mat.suite.errors import UserError
+from mat.suite.files import say
 from mat.suite.glance import LEDGER
-from results.cli import parser_of
+from results.cli import command, parser_of
 from results.curves import draw
 from results.frame import Key, Run
 from results.specs import SPECS
@@ -36,7 +37,9 @@ def table(rows: dict[Key, list[Run]]) -> Table:
         shown.add_column(header, justify="left" if column == "method" else "right", no_wrap=True)
     for (_, method), runs in rows.items():
         summary = runs[0].summary
-        flops = [1000 * summary[f"pflops_{column}"] for column in LEDGER] + [1000 * summary["pflops"]]
+        flops = [1000 * summary[f"pflops_{column}"] for column in LEDGER] + [
+            1000 * summary["pflops"]
+        ]
         shown.add_row(
             method, f"{summary['best_validation_loss']:.3f}", *(f"{value:.2f}" for value in flops),
             f"{summary['seconds']:.0f}", f"{summary['active_share']:.2f}",
@@ -44,22 +47,23 @@ def table(rows: dict[Key, list[Run]]) -> Table:
     return shown
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if runs are missing or the baseline has learned too little."""
-    chosen = parser_of("demo", "Show what the four methods did.", "runs", "runs").parse_args(arguments)
-    try:
-        rows = SPECS["demo"].load(chosen.runs, seeds=1)
-        Console().print(table(rows))
-        for path in draw(SPECS["demo"], chosen.runs, chosen.out, seeds=1):
-            print(f"wrote {path}")
-        baseline = next(iter(rows.values()))[0].summary
-        learned = baseline["unigram_entropy"] - baseline["best_validation_loss"]
-        print(f"The baseline ends {learned:.2f} nats under the unigram entropy.")
-        if learned < MARGIN:
-            raise UserError(f"the baseline ends only {learned:.2f} nats under the unigram entropy, wanted {MARGIN}.")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    chosen = parser_of("demo", "Show what the four methods did.", "runs", "runs").parse_args(
+        arguments
+    )
+    rows = SPECS["demo"].load(chosen.runs, seeds=1)
+    Console().print(table(rows))
+    baseline = next(iter(rows.values()))[0].summary
+    learned = baseline["unigram_entropy"] - baseline["best_validation_loss"]
+    for path in draw(SPECS["demo"], chosen.runs, chosen.out, seeds=1):
+        say(f"wrote {path}", sys.stdout)
+    say(f"The baseline ends {learned:.2f} nats under the unigram entropy.", sys.stdout)
+    if learned < MARGIN:
+        raise UserError(
+            f"the baseline ends only {learned:.2f} nats under the unigram entropy, wanted {MARGIN}."
+        )
     return 0
 
 

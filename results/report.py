@@ -1,9 +1,11 @@
-"""One self-contained HTML page from run folders: tables, curves, active sets, eigenvalues, ledger, commands.
+"""One self-contained HTML page from run folders: tables, curves, active sets, eigenvalues, ledger,
+commands.
 
     python -m results.report --runs results/runs --out results/report.html
 
-Opens without a network: the plotting library is in the file, and the page's own policy forbids every request. Works on
-a sweep that is still running or partly failed: it shows what there is and says what is missing.
+Opens without a network: the plotting library is in the file, and the page's own policy forbids
+every request. Works on a sweep that is still running or partly failed: it shows what there is and
+says what is missing.
 """
 
 import sys
@@ -17,17 +19,20 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from mat.suite.errors import UserError
+from mat.suite.files import say, write_text
 from mat.suite.glance import Glance, look_below
 from mat.suite.show import clock, number
 from results import charts
-from results.cli import add_seeds, parser_of
+from results.cli import add_seeds, command, parser_of
 from results.curves import LINES
 from results.measures import summarise
 from results.render import Column, Section, to_html
 from results.specs import SPECS
 from results.tables import notes, sections
 
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+)
 DEPTH = 3  # of a run below the folder of all runs: experiment, overrides, seed
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 0 24px 60px; }
@@ -76,7 +81,9 @@ class Page:
     def missing(self, sentences: Sequence[str]) -> None:
         """Say what there is not."""
         if sentences:
-            self.add("<div class='missing'>", *(f"<div>{escape(s)}</div>" for s in sentences), "</div>")
+            self.add(
+                "<div class='missing'>", *(f"<div>{escape(s)}</div>" for s in sentences), "</div>"
+            )
 
     def chart(self, figure: go.Figure, later: bool = False) -> None:
         """Add a chart; ``later``: drawn when it is chosen."""
@@ -85,19 +92,27 @@ class Page:
         data = plotly.io.to_json(figure, validate=False).replace("</", "<\\/")
         height = figure.layout.height
         self.add(f"<script type='application/json' id='{name}'>{data}</script>",
-                 f"<div class='chart'{' data-later=1' if later else ''} data-figure='{name}' style='height:{height}px'>"
+                 f"<div class='chart'{' data-later=1' if later else ''} data-figure='{name}' "
+                 f"style='height:{height}px'>"
                  "</div>")  # fmt: skip
 
 
-def incomplete(runs: Sequence[Glance], rows: Mapping[str, Sequence[Glance]], root: Path) -> list[str]:
-    """Sentences about what is missing in an experiment: runs not complete, and seeds that other rows have."""
+def incomplete(
+    runs: Sequence[Glance], rows: Mapping[str, Sequence[Glance]], root: Path
+) -> list[str]:
+    """Sentences about what is missing in an experiment: runs not complete, and seeds that other
+    rows have.
+    """
     found = []
     for run in runs:
         where, done = run.path.relative_to(root), f"{run.progress:.0%} done"
         if run.status == "failed":
             found.append(f"{where} failed at {done}: {run.failure}")
         elif run.status != "complete":
-            found.append(f"{where} is {run.status}, {done}" + (f", ETA {clock(run.eta)}." if run.eta else "."))
+            found.append(
+                f"{where} is {run.status}, {done}"
+                + (f", ETA {clock(run.eta)}." if run.eta else ".")
+            )
     seeds = {run.seed for run in runs}
     for name, members in rows.items():
         if absent := seeds - {run.seed for run in members}:
@@ -111,7 +126,9 @@ def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, see
         page.add(f"<h3>{escape(spec.title)}</h3>")
         absent = [row for row in spec.rows if row.key not in keys]
         if absent:
-            named = "; ".join(f"{row.label} (method={row.method}, model={row.model})" for row in absent)
+            named = "; ".join(
+                f"{row.label} (method={row.method}, model={row.model})" for row in absent
+            )
             page.missing([f"No {spec.name}: there is no run of {named}."])
             continue
         try:
@@ -121,8 +138,11 @@ def _tables(page: Page, experiment: str, runs: Sequence[Glance], root: Path, see
             page.missing([f"No {spec.name}: {error}"])
             continue
         page.add(*map(to_html, blocks))
-        page.add("<details class='note'><summary>How to read it</summary><ul>",
-                 *(f"<li>{escape(note)}</li>" for note in notes(spec, rows)), "</ul></details>")  # fmt: skip
+        page.add(
+            "<details class='note'><summary>How to read it</summary><ul>",
+            *(f"<li>{escape(note)}</li>" for note in notes(spec, rows)),
+            "</ul></details>",
+        )
 
 
 def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
@@ -141,24 +161,36 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
     page.add(to_html(Section("Runs", [Column(header, texts) for header, texts in columns.items()])))
     where: dict[str, list[str]] = {}
     for run in runs:
-        versions = ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items())
-        text = (f"{run.machine}; {versions}; commit {run.commit}; machine {'its own' if run.timed else 'shared'}"
-                f"{', resumed' if run.environment.get('resumed') else ''}")  # fmt: skip
+        versions = ", ".join(
+            f"{name} {version}" for name, version in run.environment.get("versions", {}).items()
+        )
+        text = (
+            f"{run.machine}; {versions}; commit {run.commit}; machine {'its own' if run.timed else 'shared'}"
+            f"{', resumed' if run.environment.get('resumed') else ''}"
+        )
         where.setdefault(text, []).append(str(run.path.relative_to(root)))
     paths = ["; ".join(names) for names in where.values()]
-    page.add(to_html(Section("Environment", [Column("environment", list(where)), Column("runs", paths)])))
+    page.add(
+        to_html(Section("Environment", [Column("environment", list(where)), Column("runs", paths)]))
+    )
     commands = (run.environment.get("command") or "–" for run in runs)
     lines = (f"<tr><td><code>{escape(command)}</code></td></tr>" for command in commands)
-    page.add("<h4>Commands</h4><div class='scroll'><table><tbody>", *lines, "</tbody></table></div>")
+    page.add(
+        "<h4>Commands</h4><div class='scroll'><table><tbody>", *lines, "</tbody></table></div>"
+    )
 
 
 def base_model(runs: Sequence[Glance]) -> str:
-    """The model of most runs, whose rows are in colour; of several that with the shortest name, which others vary."""
+    """The model of most runs, whose rows are in colour; of several that with the shortest name,
+    which others vary.
+    """
     counts = Counter(run.model for run in runs)
     return max(counts, key=lambda name: (counts[name], -len(name), name))
 
 
-def experiment_section(page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int) -> None:
+def experiment_section(
+    page: Page, experiment: str, runs: Sequence[Glance], root: Path, seeds: int
+) -> None:
     """Everything about the runs below one name."""
     rows: dict[str, list[Glance]] = {}
     for run in sorted(runs, key=lambda r: [*LINES, r.method].index(r.method)):
@@ -170,14 +202,21 @@ def experiment_section(page: Page, experiment: str, runs: Sequence[Glance], root
     page.add("<h3>Curves and ledger</h3>")
     page.chart(charts.curves(rows, base))
     page.chart(charts.ledger(rows))
-    selecting = [run for run in runs if run.units is not None and run.config["method"]["policy"] != "all"]
+    selecting = [
+        run for run in runs if run.units is not None and run.config["method"]["policy"] != "all"
+    ]
     if selecting:
         select = f"choice-{escape(experiment)}"
         names = [str(run.path.relative_to(root / experiment)) for run in selecting]
         first = next((i for i, run in enumerate(selecting) if run.method == "mat"), 0)
-        page.add(f"<h3>Inside a run</h3><label>Run: <select id='{select}'>",
-                 *(f"<option{' selected' if i == first else ''}>{escape(n)}</option>" for i, n in enumerate(names)),
-                 "</select></label>")  # fmt: skip
+        page.add(
+            f"<h3>Inside a run</h3><label>Run: <select id='{select}'>",
+            *(
+                f"<option{' selected' if i == first else ''}>{escape(n)}</option>"
+                for i, n in enumerate(names)
+            ),
+            "</select></label>",
+        )
         for name, run in zip(names, selecting, strict=True):
             page.add(f"<div data-select='{select}' data-run='{escape(name)}' hidden>")
             page.chart(charts.active_set(run), later=True)
@@ -198,21 +237,35 @@ def build(root: Path, seeds: int = 3) -> str:
         seeds: Least number of seeds per row of a table.
 
     Raises:
-        UserError: If there is no run that can be read, or ``root`` is a folder within that of all runs.
+        UserError: If there is no run that can be read, or ``root`` is a folder within that of all
+            runs.
     """
     page, experiments = Page(), dict[str, list[Glance]]()
     found, damaged = look_below(root)
     for run in found:
         parts = run.path.relative_to(root).parts
-        if len(parts) != DEPTH:
-            raise UserError(f"{run.path} is not {DEPTH} folders below {root}: point --runs at the folder of all runs.")
-        experiments.setdefault(parts[0], []).append(run)
+        if len(parts) == DEPTH:
+            experiments.setdefault(parts[0], []).append(run)
+        else:
+            damaged.append(
+                f"{run.path} is not {DEPTH} folders below {root}: move it, or point --runs at the "
+                "folder of all runs."
+            )
     if not experiments:
-        raise UserError(next(iter(damaged), f"{root} holds no runs: train some first, or point --runs at them."))
+        raise UserError(
+            next(iter(damaged), f"{root} holds no runs: train some first, or point --runs at them.")
+        )
     states = [run.status for runs in experiments.values() for run in runs]
-    counts = ", ".join(f"<span class='{s}'>{states.count(s)} {s}</span>" for s in dict.fromkeys(sorted(states)))
-    page.add("<h1>Modular Adaptive Training: runs</h1>", f"<p>{len(states)} runs: {counts}.</p>",
-             "<nav>", *(f"<a href='#{escape(name)}'>{escape(name)}</a>" for name in experiments), "</nav>")  # fmt: skip
+    counts = ", ".join(
+        f"<span class='{s}'>{states.count(s)} {s}</span>" for s in dict.fromkeys(sorted(states))
+    )
+    page.add(
+        "<h1>Modular Adaptive Training: runs</h1>",
+        f"<p>{len(states)} runs: {counts}.</p>",
+        "<nav>",
+        *(f"<a href='#{escape(name)}'>{escape(name)}</a>" for name in experiments),
+        "</nav>",
+    )
     page.missing(damaged)
     for name, runs in experiments.items():
         experiment_section(page, name, runs, root, seeds)
@@ -225,19 +278,16 @@ def build(root: Path, seeds: int = 3) -> str:
     ])  # fmt: skip
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 if there is nothing to report."""
     parser = parser_of("report", "Run folders to one HTML page.", "results/report.html")
     add_seeds(parser)
     chosen = parser.parse_args(arguments)
-    try:
-        page = build(chosen.runs, chosen.seeds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    page = build(chosen.runs, chosen.seeds)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(page)
-    print(f"wrote {chosen.out}")
+    write_text(chosen.out, page)
+    say(f"wrote {chosen.out}", sys.stdout)
     return 0
 
 

@@ -1,29 +1,48 @@
 """Configurations composed as the command line composes them, small enough to train in a blink."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mat.suite.config import CONF, Config, register_schemas, resolve
+from mat.suite import engine
+from mat.suite.compose import CONF, register_schemas, resolve
+from mat.suite.config import Config
+from mat.suite.engine import Training
 
 register_schemas()
-STEP = {"text": 2e-9, "image": 15e-9}  # PFLOPs of a dense training step of a small model, rounded up
+# PFLOPs of a dense training step of a small model, rounded up
+STEP = {"text": 2e-9, "image": 15e-9}
 SMALL = {
     "text": (
-        "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32", "model.ffn_groups=4",
-        "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16", "train.batch=8",
+        "model.layers=1",
+        "model.width=16",
+        "model.heads=2",
+        "model.ffn_hidden=32",
+        "model.ffn_groups=4",
+        "dataset=pydocs",
+        "dataset.vocabulary=256",
+        "dataset.length=16",
+        "train.batch=8",
     ),
     # An epoch has nine steps, the last of which is a short one.
     "image": ("model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8", "train.batch=128"),
-}  # fmt: skip
+}
 VGG = ("model=vgg16_mini", "selection=filters_mini", "train=images_mini")
-SWITCH = ("model=switch_mini", "model.experts=4", "model.capacity_factor=1.1", "selection=experts_mini")
+SWITCH = (
+    "model=switch_mini",
+    "model.experts=4",
+    "model.capacity_factor=1.1",
+    "selection=experts_mini",
+)
 SHORT = (
     "selection.samples=4", "selection.projections=1", "selection.interval=0.05",
     "hardware=cpu", "hardware.precision=float32",
@@ -38,9 +57,17 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", list(overrides))
 
 
-def small_overrides(cache: Path, *overrides: str, steps: int = 40, modality: str = "text") -> list[str]:
+def small_overrides(
+    cache: Path, *overrides: str, steps: int = 40, modality: str = "text"
+) -> list[str]:
     """Overrides of a run as long as so many dense steps."""
-    return [f"dataset.cache={cache}", *SMALL[modality], *SHORT, f"train.pflops={steps * STEP[modality]}", *overrides]
+    return [
+        f"dataset.cache={cache}",
+        *SMALL[modality],
+        *SHORT,
+        f"train.pflops={steps * STEP[modality]}",
+        *overrides,
+    ]
 
 
 def small(cache: Path, *overrides: str, steps: int = 40, modality: str = "text") -> Config:
@@ -51,7 +78,12 @@ def small(cache: Path, *overrides: str, steps: int = 40, modality: str = "text")
 def one_sentence(message: str) -> bool:
     """Whether a message is one sentence on one line, with a remedy behind its colon."""
     ends = re.findall(r"[.?!](?=\s+[A-Z]|\s*$)", message.strip())
-    return len(ends) == 1 and "\n" not in message.strip() and ": " in message and "Traceback" not in message
+    return (
+        len(ends) == 1
+        and "\n" not in message.strip()
+        and ": " in message
+        and "Traceback" not in message
+    )
 
 
 def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -61,8 +93,17 @@ def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def without_seconds(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Everything but what a clock has measured."""
-    return {k: v for k, v in numbers.items() if not k.startswith("seconds")}
+    """Everything but what a clock has measured, checksums of that, and what says where it was."""
+    clocked = ("seconds", "sha256", "digests", "environment")
+    return {k: v for k, v in numbers.items() if not k.startswith(clocked)}
+
+
+def unseal(folder: Path) -> None:
+    """Make a complete run one that was made before summaries had checksums."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary.pop("sha256", None)
+    path.write_text(json.dumps(summary))
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -75,7 +116,9 @@ def result(folder: Path) -> dict[str, Any]:
         "summary": without_seconds(json.loads((folder / "summary.json").read_text())),
         "units": pd.read_parquet(units) if units.is_file() else None,
         "latest": without_seconds(latest),
-        "best": {p.name: torch.load(p, weights_only=True) for p in folder.glob("checkpoint/best-*.pt")},
+        "best": {
+            p.name: torch.load(p, weights_only=True) for p in folder.glob("checkpoint/best-*.pt")
+        },
     }
 
 
@@ -96,3 +139,42 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     else:
         assert a == b or (a != a and b != b), f"{where}: {a} and {b}"
+
+
+class Killed(BaseException):
+    """kill -9: no checkpoint, no goodbye."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, call: int, how: str) -> None:
+    """End the run at the n-th call of a verb: killed before or after it, or asked to stop during
+    it.
+    """
+    original = getattr(Training, verb)
+    count = 0
+
+    def patched(self: Training, *arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and how == "before":
+            raise Killed
+        if count == call and how == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        answer = original(self, *arguments, **named)
+        if count == call and how == "after":
+            raise Killed
+        return answer
+
+    monkeypatch.setattr(Training, verb, patched)
+
+
+def run_interrupted(config: Config, folder: Path, verb: str, call: int, how: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, verb, call, how)
+        if how == "sigterm":
+            assert engine.run(config, folder) is None
+        else:
+            with pytest.raises(Killed):
+                engine.run(config, folder)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write('{"event": "tra')  # a line torn by the kill
+    assert not (folder / "summary.json").exists() and not (folder / "failure.json").exists()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mat.suite.units import UnitIndex, unit_layers
 
 from mat.suite import analysis, engine, ntk
 from mat.suite.analysis import OBSERVERS, Scene, effective_rank, layers_of, scene
-from mat.suite.config import ANALYSES
 from mat.suite.data import load
 from mat.suite.data.tokens import MaskedText
 from mat.suite.errors import UserError
-from mat.suite.units import UnitIndex, unit_layers
+from mat.suite.validation import ANALYSES
 from tests.naive import gradients, jacobian, rotate, unit_jacobian
 from tests.short_runs import assert_same, one_sentence, result, small
 from tests.tiny import tiny_batch, tiny_bert

@@ -1,7 +1,11 @@
-"""Every file of conf/ composes, validates and trains; every senseless value is refused in one sentence."""
+"""Every file of conf/ composes, validates and trains; every senseless value is refused in one
+sentence.
+"""
 
 import copy
 import dataclasses
+import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from short_runs import composed, one_sentence, small_overrides
 
 from mat.suite import engine
-from mat.suite.config import CONF, GROUPS, Config, describe_groups, resolve
+from mat.suite.compose import CONF, describe_groups, explain, quote_paths, resolve
+from mat.suite.config import GROUPS, Config, MethodConfig
 from mat.suite.errors import UserError
-from mat.suite.explain import explain
-from mat.suite.runs import folder_of
+from mat.suite.glance import read_config
+from mat.suite.science import differences, folder_of
 
 
 def options(group: str) -> list[str]:
@@ -46,7 +51,9 @@ def test_every_experiment_takes_steps_with_every_method_it_sweeps(experiment, tm
 
 def test_every_method_is_in_an_experiment():
     """So that the test above takes steps with it."""
-    assert {m for e in options("experiment") for m in sweep_of(e)["method"].split(",")} == set(options("method"))
+    assert {m for e in options("experiment") for m in sweep_of(e)["method"].split(",")} == set(
+        options("method")
+    )
 
 
 FAMILIES = (  # a model with what suits it; these options suit no other
@@ -62,11 +69,16 @@ SUITS = {
 
 def beside(choice: str) -> list[str]:
     """What other groups must say for an option to make sense."""
-    return [other for other in SUITS.get(choice, ()) if other.partition("=")[0] != choice.partition("=")[0]]
+    return [
+        other
+        for other in SUITS.get(choice, ())
+        if other.partition("=")[0] != choice.partition("=")[0]
+    ]
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={name}" for group in GROUPS for name in options(group) if name != "rand_matched"]
+    "choice",
+    [f"{group}={name}" for group in GROUPS for name in options(group) if name != "rand_matched"],
 )
 def test_every_option_composes_to_its_dataclass_and_validates(choice):
     config = resolve(composed(*beside(choice), choice))
@@ -81,28 +93,59 @@ def test_experiments_set_the_folder_and_tables_sweep_three_seeds():
         if experiment.startswith("figure"):  # one run is enough, and figures share it
             assert config.name in options("experiment")
             continue
-        assert config.name == experiment.replace("_controls", "")  # controls stand beside the runs they read
+        # Controls stand beside the runs they read
+        assert config.name == experiment.replace("_controls", "")
         assert len(set(sweep_of(experiment)["seed"].split(","))) >= 3
+
+
+COMMITTED = {  # a run for every experiment: composing takes its time
+    path.parts[-3]: path
+    for path in sorted((CONF.parent / "results" / "runs").glob("[tf]*_mini/*/seed=*"))
+}
+
+
+@pytest.mark.parametrize("run", COMMITTED.values(), ids=COMMITTED.keys())
+def test_a_committed_run_is_what_its_command_makes_today(run):
+    overrides = shlex.split(json.loads((run / "environment.json").read_text())["command"])[2:]
+    overrides = [o for o in overrides if not o.startswith(("runs=", "dataset.root="))]
+    config = resolve(composed(*overrides))
+    assert folder_of(config, overrides).parts[1:] == run.parts[-3:]
+    other = differences(read_config(run), dataclasses.asdict(config))
+    assert not {
+        key for key in other if not key.startswith("hardware.") or key == "hardware.precision"
+    }
 
 
 def test_paper_marks_follow_the_length():
     train = resolve(composed("train=full")).train
     assert train.marks == pytest.approx([10, 15, 20]) and train.pflops == 28.7
-    assert resolve(composed("train=full", "train.pflops=2.87")).train.marks == pytest.approx([1, 1.5, 2])
+    assert resolve(composed("train=full", "train.pflops=2.87")).train.marks == pytest.approx(
+        [1, 1.5, 2]
+    )
 
 
 def test_table_2_is_read_at_the_papers_shares_of_the_length():
     full, mini = (resolve(composed(f"+experiment=table2{suffix}")) for suffix in ("", "_mini"))
     assert full.train.marks == pytest.approx([200, 400, 600]) and full.dataset.name == "wikitext103"
-    assert mini.train.marks == pytest.approx([mini.train.pflops * mark / 1155.2 for mark in (200, 400, 600)])
+    assert mini.train.marks == pytest.approx(
+        [mini.train.pflops * mark / 1155.2 for mark in (200, 400, 600)]
+    )
     assert mini.dataset.name == "enwiki2015"
 
 
 def test_table_3_is_the_papers_setting():
     config = resolve(composed("+experiment=table3"))
     assert config.train.pflops == pytest.approx(182 * 0.0938, rel=1e-3)
-    assert (config.selection.mode, config.train.optimiser, config.train.schedule) == ("exact", "sgd", "step")
-    assert (config.train.momentum, config.train.weight_decay, config.train.batch) == (0.9, 5e-4, 128)
+    assert (config.selection.mode, config.train.optimiser, config.train.schedule) == (
+        "exact",
+        "sgd",
+        "step",
+    )
+    assert (config.train.momentum, config.train.weight_decay, config.train.batch) == (
+        0.9,
+        5e-4,
+        128,
+    )
 
 
 def test_data_root_comes_from_the_environment(monkeypatch, tmp_path):
@@ -160,10 +203,29 @@ REFUSED = [  # overrides, a part of the sentence
     ("train.eval_samples=0", "train.eval_samples=0"),
     ("train.eval_batch=0", "train.eval_batch=0"),
     ("train.marks=[1.0]", "train.marks=1.0"),
+    ("method.budget=0.5", "method.budget=0.5 of train.pflops=0.003"),
+    ("train.eval_interval=1e-9", "train.eval_interval=1e-09"),
+    ("selection.interval=1e-9", "selection.interval=1e-09"),
+    ("selection.units=[heads,heads]", "names a kind twice"),
+    ("train.drops=[0.75,0.5]", "does not rise"),
+    ("model.width=100000000", "model.width=100000000"),
+    ("model.layers=100000000", "model.layers=100000000"),
+    ("train.batch=100000000", "train.batch=100000000"),
+    ("name=../up", "name='../up'"),
+    ("name=/tmp/x", "name='/tmp/x'"),
+    ("name=a/b", "name='a/b'"),
+    ("name=''", "name=''"),
+    ("name=..", "name='..'"),
+    (f"name={'x' * 101}", "up to 100"),
+    ("runs=''", "runs=''"),
+    ("dataset.cache=''", "dataset.cache=''"),
     ("train.log_steps=0", "train.log_steps=0"),
     ("train.checkpoint_steps=0", "train.checkpoint_steps=0"),
     ("selection.units=[heads,fnn]", "did you mean ffn?"),
-    ("selection.units=[heads,experts]", "selection.units=experts is none of model=bert_mini: add selection=mini"),
+    (
+        "selection.units=[heads,experts]",
+        "selection.units=experts is none of model=bert_mini: add selection=mini",
+    ),
     ("selection.units=[]", "method=baseline"),
     ("selection.interval=0.1", "selection.interval=0.1"),
     ("selection.mode=dense", "choose one of cut, exact"),
@@ -202,6 +264,7 @@ REFUSED_OF_IMAGES = [
     ("model.stages=[]", "model.stages=[]"),
     ("model.stages=[[8],[]]", "model.stages=[[8], []]"),
     ("model.stages=[[8],[0]]", "model.stages=0"),
+    ("dataset.size=16", "too few pixels"),
     ("dataset.source_size=0", "dataset.source_size=0"),
     ("dataset.size=0", "dataset.size=0"),
     ("dataset.channels=4", "set 3, or 1 for grey"),
@@ -212,7 +275,10 @@ REFUSED_OF_IMAGES = [
     ("dataset.padding=-1", "dataset.padding=-1"),
     ("dataset.padding=33", "dataset.padding=33"),
     ("selection.units=[filter]", "did you mean filters?"),
-    ("selection.units=[heads]", "selection.units=heads is none of model=vgg16_mini: add selection=filters_mini train"),
+    (
+        "selection.units=[heads]",
+        "selection.units=heads is none of model=vgg16_mini: add selection=filters_mini train",
+    ),
     ("analysis=[descent]", "leave it out for model=vgg"),
     ("analysis=[attention]", "leave it out for model=vgg"),
     ("selection.reduction=online", "selection.reduction=online"),
@@ -231,10 +297,15 @@ def images() -> DictConfig:
 
 @pytest.mark.parametrize(
     ("family", "overrides", "part"),
-    [*(("default", *refused) for refused in REFUSED), *(("images", *refused) for refused in REFUSED_OF_IMAGES)],
+    [
+        *(("default", *refused) for refused in REFUSED),
+        *(("images", *refused) for refused in REFUSED_OF_IMAGES),
+    ],
 )
 def test_senseless_values_are_refused_in_one_sentence(family, overrides, part, request):
-    changed = OmegaConf.merge(copy.deepcopy(request.getfixturevalue(family)), OmegaConf.from_dotlist(overrides.split()))
+    changed = OmegaConf.merge(
+        copy.deepcopy(request.getfixturevalue(family)), OmegaConf.from_dotlist(overrides.split())
+    )
     with pytest.raises(UserError) as caught:
         resolve(changed)
     message = str(caught.value)
@@ -246,7 +317,44 @@ def test_senseless_values_are_refused_in_one_sentence(family, overrides, part, r
 def test_the_text_defaults_do_not_train_images():
     with pytest.raises(UserError, match="add selection=filters_mini train=images_mini"):
         resolve(composed("model=vgg16_mini", "dataset=digits"))
-    resolve(composed("model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"))
+    resolve(
+        composed(
+            "model=vgg16_mini", "dataset=digits", "selection=filters_mini", "train=images_mini"
+        )
+    )
+
+
+def test_switch_without_a_gated_expert_is_refused():
+    with pytest.raises(UserError, match="add selection=experts_mini"):
+        resolve(composed("model=switch_mini"))
+
+
+def test_matched_without_a_run_to_match_is_refused():
+    with pytest.raises(UserError, match="no run to match"):
+        resolve(composed("method=rand_matched", "method.matched=null"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", "a\nb"), ("runs", "a\nb"), ("dataset.cache", "a\0b")]
+)
+def test_line_breaks_in_names_are_refused(key, value, default):
+    changed = copy.deepcopy(default)
+    OmegaConf.update(changed, key, value)
+    with pytest.raises(UserError, match=key) as caught:
+        resolve(changed)
+    assert one_sentence(str(caught.value))
+
+
+PASTED = "runs/table1_mini/method=mat,model=bert/seed=0"
+
+
+@pytest.mark.parametrize(("argument", "quoted"), [
+    (f"method.matched={PASTED}", f"method.matched='{PASTED}'"),
+    (f"method.matched='{PASTED}'", f"method.matched='{PASTED}'"),
+    ("runs=a,b", "runs=a,b"), ("method.matched=${runs}/a=b", "method.matched=${runs}/a=b"),
+])  # fmt: skip
+def test_a_pasted_path_is_quoted(argument, quoted):
+    assert quote_paths([argument]) == [quoted]
 
 
 def test_every_number_has_bounds():
@@ -320,19 +428,48 @@ def test_other_errors_are_not_explained_away():
 
 NAMED = [
     ([], "default"),
-    (["seed=3", "runs=/x", "hardware=cuda", "hardware.threads=1", "tracking=wandb", "tracking.entity=e"], "default"),
-    (["dataset.root=/data", "dataset.cache=/c", "train.checkpoint_steps=5", "+experiment=table1"], "default"),
+    (
+        [
+            "seed=3",
+            "runs=/x",
+            "hardware=cuda",
+            "hardware.threads=1",
+            "tracking=wandb",
+            "tracking.entity=e",
+        ],
+        "default",
+    ),
+    (
+        [
+            "dataset.root=/data",
+            "dataset.cache=/c",
+            "train.checkpoint_steps=5",
+            "+experiment=table1",
+        ],
+        "default",
+    ),
     (["model=bert", "method=mat", "seed=1"], "method=mat,model=bert"),
-    (["method.matched=a/b", "hardware.precision=float32"], "hardware.precision=float32"),
+    (
+        ["method.matched='a/b/seed=7'", "hardware.precision=float32"],
+        "hardware.precision=float32,method.matched=a_b",
+    ),
+    (["hardware.precision=auto"], "default"),
     (["+dataset.name=a/b"], "dataset.name=a_b"),
     (["dataset=pydocs", "seedling=1"], "dataset=pydocs,seedling=1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("overrides", "name"), NAMED)
 def test_a_folder_is_named_by_what_changes_the_science(overrides, name):
-    config = Config(name="n", seed=7, runs="r")
+    config = Config(name="n", seed=7, runs="r", method=MethodConfig(matched="a/b/seed=7"))
     assert folder_of(config, overrides) == Path("r") / "n" / name / "seed=7"
+
+
+@pytest.mark.parametrize("written", ["train.lr=2e-3", "train.lr=0.002", "train.lr=0.20e-2"])
+def test_a_value_names_the_same_folder_however_it_is_written(written):
+    config = resolve(composed(written, "selection.units=[heads, ffn]"))
+    folder = folder_of(config, [written, "selection.units=[heads, ffn]"])
+    assert folder.parent.name == "selection.units=[heads,ffn],train.lr=0.002"
 
 
 def test_long_names_stay_distinct_and_within_the_file_system():

@@ -24,7 +24,8 @@ import torch
 from short_runs import composed, one_sentence
 from tokenizers import Tokenizer
 
-from mat.suite.config import TextConfig, resolve
+from mat.suite.compose import resolve
+from mat.suite.config import TextConfig
 from mat.suite.data import source, tokens
 from mat.suite.data.masking import MaskedBatch, mask, masked_per_sequence
 from mat.suite.data.tokens import SPECIAL, SPLITS, MaskedText, lines

@@ -11,7 +11,7 @@ import pytest
 from short_runs import composed
 
 from mat.suite import data
-from mat.suite.config import resolve
+from mat.suite.compose import resolve
 from mat.suite.interface import Batch
 
 TOPICS = "37d06970fc926e60"  # the prose that came with the Python of the pins

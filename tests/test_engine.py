@@ -15,17 +15,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mat.suite.flops import flop_counter
+from mat.suite.vgg import Vgg
 from omegaconf import OmegaConf
-from short_runs import STEP, SWITCH, VGG, assert_same, events, one_sentence, result, small
+from short_runs import (
+    STEP,
+    SWITCH,
+    VGG,
+    assert_same,
+    events,
+    one_sentence,
+    result,
+    run_interrupted,
+    small,
+    unseal,
+)  # fmt: skip
 
 from mat.suite import engine, methods, ntk
-from mat.suite.config import Config, validate
+from mat.suite.config import Config
 from mat.suite.engine import PFLOP, Training
 from mat.suite.errors import RunFailed, UserError
-from mat.suite.flops import flop_counter
 from mat.suite.interface import Flops
 from mat.suite.runs import RunFolder
-from mat.suite.vgg import Vgg
+from mat.suite.validation import validate
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
 EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",
@@ -58,19 +70,9 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def test_threads_are_the_runs_own(cache, tmp_path, monkeypatch):
-    """All again in the next run of a sweep that asks for no number; nothing is set when nothing changes."""
-    config, asked = small(cache, "method=baseline", steps=2), []
-    monkeypatch.setattr(engine, "THREADS", 3)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1] if asked else 3)
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    for number, threads in enumerate((None, 1, 1, None)):
-        hardware = dataclasses.replace(config.hardware, threads=threads)
-        engine.run(dataclasses.replace(config, hardware=hardware), tmp_path / str(number))
-    assert asked == [1, 3]
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    assert set(summary.pop("sha256")) >= {"summary.json", "metrics.jsonl", "config.yaml", "environment.json"}
+    return summary
 
 
 # --- the run folder
@@ -79,7 +81,7 @@ def test_threads_are_the_runs_own(cache, tmp_path, monkeypatch):
 def test_run_folder_is_complete(finished):
     config, folder = finished("method=mat")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == {"config.yaml", "environment.json", "metrics.jsonl", "units.parquet", "summary.json",
+    assert files - {".lock"} == {"config.yaml", "environment.json", "metrics.jsonl", "units.parquet", "summary.json",
                      "checkpoint/latest.pt", f"checkpoint/best-{summary_of(folder)['best_step']}.pt"}  # fmt: skip
     assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == dataclasses.asdict(config)
     environment = json.loads((folder / "environment.json").read_text())
@@ -103,8 +105,8 @@ def test_run_folder_is_complete(finished):
 def test_a_run_goes_on_where_git_says_nothing(name, cache, tmp_path, monkeypatch):
     monkeypatch.setenv(name, str(tmp_path))
     config = small(cache)
-    RunFolder(tmp_path / "run", config).write_environment(config)
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    environment = RunFolder(tmp_path / "run", config).begin(config, None)
+    assert environment == json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["commit"] is None and environment["dirty"] is None
 
 
@@ -181,6 +183,7 @@ def test_folder_of_another_run_is_refused_by_name(finished, key, value):
 def test_a_run_made_before_a_key_existed_had_its_default(cache, tmp_path):
     config = small(cache, "method=baseline", steps=6)
     summary, known = engine.run(config, tmp_path / "run"), tmp_path / "run" / "config.yaml"
+    unseal(tmp_path / "run")
     recorded = OmegaConf.load(known)
     del recorded.selection.beta
     OmegaConf.save(recorded, known)
@@ -193,6 +196,7 @@ def test_a_run_made_before_a_key_existed_had_its_default(cache, tmp_path):
 def test_a_run_made_when_a_key_still_existed_stands_at_the_value_that_is_left_of_it(cache, tmp_path):
     config = small(cache, "method=baseline", steps=6)
     summary, known = engine.run(config, tmp_path / "run"), tmp_path / "run" / "config.yaml"
+    unseal(tmp_path / "run")
     recorded = OmegaConf.load(known)
     for value, same in ((0, True), (2, False)):
         recorded.selection.cut_last = value
@@ -477,43 +481,6 @@ def test_accumulation_is_the_same_step(finished, precision):
 # --- interruption
 
 
-class Killed(BaseException):
-    """kill -9: no checkpoint, no goodbye."""
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, call: int, how: str) -> None:
-    """End the run at the n-th call of a verb: killed before or after it, or asked to stop during it."""
-    original = getattr(Training, verb)
-    count = 0
-
-    def patched(self: Training, *arguments: Any, **named: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call and how == "before":
-            raise Killed
-        if count == call and how == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
-        answer = original(self, *arguments, **named)
-        if count == call and how == "after":
-            raise Killed
-        return answer
-
-    monkeypatch.setattr(Training, verb, patched)
-
-
-def run_interrupted(config: Config, folder: Path, verb: str, call: int, how: str) -> None:
-    with pytest.MonkeyPatch.context() as patched:
-        interrupt(patched, verb, call, how)
-        if how == "sigterm":
-            assert engine.run(config, folder) is None
-        else:
-            with pytest.raises(Killed):
-                engine.run(config, folder)
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write('{"event": "tra')  # a line torn by the kill
-    assert not (folder / "summary.json").exists() and not (folder / "failure.json").exists()
-
-
 DROPOUT = ("model.dropout=0.2", "hardware.precision=bfloat16")
 INTERRUPTIONS = [  # overrides, verb, call, how
     (("method=mat",), "_train_step", 4, "after"),  # before the first checkpoint
@@ -561,7 +528,8 @@ def test_interrupted_run_gives_the_same_numbers(modality, overrides, verb, call,
     run_interrupted(config, tmp_path / "run", verb, call, how)
     assert engine.run(config, tmp_path / "run") is not None
     assert_same(result(tmp_path / "run"), result(reference))
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"][0]["device"] == "cpu"
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [e["device"] for e in environment.get("resumed", [])] in (["cpu"], [])  # nothing to go on from
 
 
 def test_checkpoint_right_at_a_selection(finished, tmp_path):
@@ -601,41 +569,6 @@ def test_signal_handlers_are_put_back(cache, tmp_path):
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-@pytest.mark.parametrize("name", ["latest.pt", "best-*.pt"])
-def test_damaged_checkpoint_is_one_sentence(name, cache, tmp_path):
-    config = small(cache, "method=baseline")
-    run_interrupted(config, tmp_path / "run", "_train_step", 9, "sigterm")
-    (path,) = (tmp_path / "run" / "checkpoint").glob(name)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="is damaged: remove") as caught:
-        engine.run(config, tmp_path / "run")
-    assert one_sentence(str(caught.value)) and str(path) in str(caught.value)
-    if name == "best-*.pt":
-        path.unlink()
-        with pytest.raises(UserError, match="is missing: remove") as caught:
-            engine.run(config, tmp_path / "run")
-        assert one_sentence(str(caught.value)) and str(path) in str(caught.value)
-    shutil.rmtree(path.parent)  # the remedy
-    assert engine.run(config, tmp_path / "run") is not None
-
-
-def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
-    """The configuration does not tell other text below the same dataset.root; the probe does."""
-    config = small(cache, "method=mat", steps=12)
-    run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
-    load = engine.datasets.load
-
-    def other(dataset: Any, seed: int) -> Any:
-        text = load(dataset, seed)
-        text.sequences["train"] = text.sequences["train"][::-1]
-        return text
-
-    monkeypatch.setattr(engine.datasets, "load", other)
-    with pytest.raises(UserError, match=r"was begun on other data: .*dataset.root") as caught:
-        engine.run(config, tmp_path / "run")
-    assert one_sentence(str(caught.value)) and str(tmp_path) in str(caught.value)
-
-
 def test_checkpoint_is_old_or_new_never_half(cache, tmp_path, monkeypatch):
     config = small(cache, "method=baseline")
     run_interrupted(config, tmp_path / "run", "_train_step", 9, "sigterm")
@@ -660,18 +593,15 @@ def poison(self: Training) -> None:
         self.model.get_parameter("transform_weight").fill_(math.nan)
 
 
-FAILURES = [  # what goes wrong, before which call, a part of the sentence
-    ("NaN", "_train_step", 11, "training diverged at step 10 (loss nan"),
-    ("NaN", "_evaluate", 17, "the validation loss is nan"),
-    ("NaN", "_select", 9, "has diverged"),
-    ("large loss", "_train_step", 11, "training diverged at step 10 (loss"),
+FAILURES = [  # before which call of what numbers go bad, a part of the sentence
+    ("_train_step", 11, "training diverged at step 10 (loss nan"),
+    ("_evaluate", 17, "the validation loss is nan"),
+    ("_select", 9, "has diverged"),
 ]
 
 
-@pytest.mark.parametrize(("what", "verb", "call", "part"), FAILURES)
-def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(
-    what, verb, call, part, finished, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize(("verb", "call", "part"), FAILURES)
+def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(verb, call, part, finished, tmp_path, monkeypatch):
     config, reference = finished("method=mat")
     folder = tmp_path / "run"
     original, count = getattr(Training, verb), 0
@@ -679,10 +609,8 @@ def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(
     def broken(self: Training, *arguments: Any) -> Any:
         nonlocal count
         count += 1
-        if count == call and what == "NaN":
+        if count == call:
             poison(self)
-        elif count == call:
-            self.first_loss = 0.1
         return original(self, *arguments)
 
     with monkeypatch.context() as patched, pytest.raises(RunFailed) as caught:
@@ -700,24 +628,10 @@ def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(
 
 
 def test_too_high_a_learning_rate_fails_by_itself(cache, tmp_path):
-    config = small(cache, "method=baseline", "train.lr=1e4")
-    with pytest.raises(RunFailed, match=r"diverged at step \d+ .*lower train.lr"):
+    config = small(cache, "method=baseline", "train.lr=1e30")
+    with pytest.raises(RunFailed, match=r"loss .*nan.* at step \d+.*: lower train.lr"):
         engine.run(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["reason"].startswith(str(tmp_path))
-
-
-def test_bad_data_marks_the_run_failed_until_a_new_try(cache, tmp_path, monkeypatch):
-    config = small(cache, "method=baseline", steps=3)
-
-    def refuse(*arguments: Any) -> None:
-        raise UserError("the data: get them again.")
-
-    with monkeypatch.context() as patched, pytest.raises(UserError):
-        patched.setattr(engine.datasets, "load", refuse)
-        engine.run(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "failure.json").read_text()) == {"reason": "the data: get them again."}
-    engine.run(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "failure.json").exists()
 
 
 def test_missing_cuda_device_is_one_sentence(cache, tmp_path, monkeypatch):
@@ -743,18 +657,7 @@ def test_interrupted_run_on_a_gpu_gives_the_same_numbers(method, cache, tmp_path
 def test_run_that_was_refused_leaves_its_folder_to_another(cache, tmp_path):
     with pytest.raises(UserError, match="choose hardware=cpu"):
         engine.run(small(cache, "method=baseline", "hardware.device=cuda", steps=3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     summary = engine.run(small(cache, "method=baseline", steps=3), tmp_path / "run")
-    assert summary is not None
+    assert summary is not None and not (tmp_path / "run" / "failure.json").exists()
     assert "device: cpu" in (tmp_path / "run" / "config.yaml").read_text()
-
-
-@pytest.mark.parametrize("change", [{"needed": None}, {"recent": [{"accuracy": 0.5}]}])
-def test_checkpoint_of_another_version_is_refused_with_the_remedy(change, cache, tmp_path):
-    config = small(cache, "method=mat", steps=12)
-    run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
-    latest = tmp_path / "run" / "checkpoint" / "latest.pt"
-    state = torch.load(latest, weights_only=True) | change
-    torch.save({key: value for key, value in state.items() if value is not None or key not in change}, latest)
-    with pytest.raises(UserError, match="another version") as caught:
-        engine.run(config, tmp_path / "run")
-    assert one_sentence(str(caught.value))

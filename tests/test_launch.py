@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from short_runs import events, one_sentence, small_overrides
+from short_runs import events, one_sentence, small_overrides, unseal
 
-from mat.suite.config import CONF, GROUPS
+from mat.suite.compose import CONF
+from mat.suite.config import GROUPS
 
 LAUNCH = CONF.parent / "launch.py"
 Outcome = tuple[int, str, str]  # exit code, output, errors
@@ -61,7 +63,9 @@ def launch(
 
 def spawn(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Start launch.py as a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "MAT_DATA"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "MAT_DATA"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     return subprocess.Popen(
         [sys.executable, str(LAUNCH), *arguments], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -92,15 +96,21 @@ def test_help_answers_at_once_and_names_every_group(tmp_path):
 
 def test_help_needs_neither_torch_nor_numpy():
     code = (
-        "import sys, mat.suite.config, mat.suite.explain\n"
+        "import sys, mat.suite.compose, mat.suite.science\n"
         "sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=LAUNCH.parent, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=LAUNCH.parent, check=False).returncode == 0
+    )
 
 
 def test_mistyped_key_ends_the_process_with_one_sentence(tmp_path):
     code, out, err = outcome(spawn(tmp_path, "model.widht=64"))
-    assert (code, out, err) == (2, "", "error: model.widht is not a key: did you mean model.width?\n")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: model.widht is not a key: did you mean model.width?\n",
+    )
 
 
 MISTAKES = [  # arguments, what the sentence names
@@ -128,15 +138,14 @@ def test_missing_data_are_named_before_anything_is_trained(launch, tmp_path):
     (tmp_path / "data").mkdir()
     code, _, err = launch("dataset=wikitext2", f"dataset.root={tmp_path / 'data'}", "seed=4")
     assert code == 2 and str(tmp_path / "data" / "wikitext-2") in err
-    assert one_sentence(err.removeprefix("error: "))
-    assert [path.name for path in tmp_path.rglob("failure.json")] == ["failure.json"]
+    assert one_sentence(err.removeprefix("error: ")) and not (tmp_path / "runs").exists()
 
 
 def test_bugs_keep_their_traceback(launch, monkeypatch):
     def bug(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("mat.suite.runs.folder_of", bug)
+    monkeypatch.setattr("mat.suite.engine.run", bug)
     with pytest.raises(ZeroDivisionError):
         launch()
 
@@ -164,7 +173,13 @@ def test_sigterm_stops_a_run_with_a_checkpoint(sweep):
     names = {Path(name).name for name in sweep.files_then}
     assert "latest.pt" in names and not {"summary.json", "failure.json"} & names
     assert not any("seed=1" in name for name in sweep.files_then)
-    assert err.startswith("interrupted: runs/pair/") and err.count("\n") == 1 and "same command is run again" in err
+    first, *table, command = err.splitlines()
+    assert first.startswith("interrupted: runs/pair/") and "same command is run again" in first
+    assert [line.partition(": ")[0].split() for line in table] == [
+        ["interrupted", "seed=0"],
+        ["not", "begun", "seed=1"],
+    ]
+    assert command.startswith("To go on: python launch.py -m seed=0,1 ")
 
 
 def test_same_command_goes_on_and_finishes_the_sweep(sweep):
@@ -172,8 +187,13 @@ def test_same_command_goes_on_and_finishes_the_sweep(sweep):
     assert (code, err) == (0, "")
     folders = sorted(path.parent for path in sweep.folder.rglob("summary.json"))
     assert [path.name for path in folders] == ["seed=0", "seed=1"]  # side by side
-    assert folders[0].parent == folders[1].parent and folders[0].parent.parent == sweep.folder / "runs" / "pair"
-    assert [line.partition(": ")[0] for line in out.splitlines()] == [str(f.relative_to(sweep.folder)) for f in folders]
+    assert (
+        folders[0].parent == folders[1].parent
+        and folders[0].parent.parent == sweep.folder / "runs" / "pair"
+    )
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [
+        str(f.relative_to(sweep.folder)) for f in folders
+    ]
     assert all("nats" in line and "PFLOPs" in line for line in out.splitlines())
     assert len(json.loads((folders[0] / "environment.json").read_text())["resumed"]) == 1
     assert events(folders[0], "test")[0]["loss"] != events(folders[1], "test")[0]["loss"]
@@ -182,7 +202,12 @@ def test_same_command_goes_on_and_finishes_the_sweep(sweep):
 def test_complete_runs_are_skipped_whatever_does_not_name_them(sweep, launch, monkeypatch):
     monkeypatch.chdir(sweep.folder)
     times = {path: path.stat().st_mtime_ns for path in sweep.folder.rglob("*.json*")}
-    unnamed = ["tracking.project=other", "hardware.exclusive=false", "dataset.root=/", "train.checkpoint_steps=9"]
+    unnamed = [
+        "tracking.project=other",
+        "hardware.exclusive=false",
+        "dataset.root=/",
+        "train.checkpoint_steps=9",
+    ]
     code, out, err = launch(*sweep.command, *unnamed)
     assert (code, err) == (0, "") and out == sweep.again[1]
     assert {path: path.stat().st_mtime_ns for path in sweep.folder.rglob("*.json*")} == times
@@ -199,7 +224,14 @@ def test_other_science_gets_another_folder(sweep, launch, monkeypatch):
 def test_failed_run_does_not_end_the_sweep(cache, launch, tmp_path):
     command = small_overrides(cache, "method=baseline", steps=6)
     code, out, err = launch("-m", *command, "train.lr=1e5,1e-2")
-    assert code == 1 and err.startswith("failed: ") and one_sentence(err.removeprefix("failed: ")), err
+    sentence, *table, _ = err.splitlines()
+    assert (
+        code == 1
+        and sentence.startswith("failed: ")
+        and one_sentence(sentence.removeprefix("failed: "))
+    ), err
+    assert table[0] == f"failed      train.lr=100000.0: {sentence.removeprefix('failed: ')}"
+    assert table[1].startswith("complete    train.lr=0.01: runs/smoke/")
     assert len(out.splitlines()) == 1
     failed, done = (next(tmp_path.rglob(name)).parent for name in ("failure.json", "summary.json"))
     assert failed != done and failed.parent.parent == done.parent.parent
@@ -215,15 +247,99 @@ def test_sweep_with_a_senseless_run_is_refused_before_its_first_run(cache, launc
     ]
     assert all(one_sentence(sentence.removeprefix("error: ")) for sentence in sentences)
     assert out == "" and not list(tmp_path.rglob("config.yaml"))
-    assert len(launch("-m", *command, "model.heads=3", "seed=1,2,3")[2].splitlines()) == 1  # said once
+    # Said once
+    assert len(launch("-m", *command, "model.heads=3", "seed=1,2,3")[2].splitlines()) == 1
+
+
+@pytest.mark.parametrize("sweep", ["--multirun", "--multi", "-m", "hydra.mode=MULTIRUN"])
+def test_a_sweep_is_what_hydra_takes_for_one(sweep, cache, launch, tmp_path):
+    code, out, err = launch(
+        sweep, *small_overrides(cache, "method=baseline", steps=6), "model.heads=2,3"
+    )
+    assert (
+        (code, out) == (2, "") and err.startswith("error: model.heads=3") and err.count("\n") == 1
+    )
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_launcher_that_is_missing_is_told_before_anything_is_trained(cache, launch, tmp_path):
+    code, _, err = launch("-m", *small_overrides(cache, steps=6), "hydra/launcher=joblib")
+    assert (
+        code == 2
+        and one_sentence(err.removeprefix("error: "))
+        and not (tmp_path / "runs" / "smoke").exists()
+    )
+
+
+def test_the_same_value_written_otherwise_is_the_same_run(cache, launch, tmp_path):
+    command = small_overrides(cache, "method=baseline", steps=6)
+    first = launch(*command, "train.lr=2e-3")
+    assert (
+        first[0] == 0
+        and launch(*command, "train.lr=0.002") == launch("-m", *command, "train.lr=0.0020") == first
+    )
+    assert len(list(tmp_path.rglob("summary.json"))) == 1
+
+
+def test_a_path_pasted_from_the_output_works(cache, launch, tmp_path):
+    command = small_overrides(cache, steps=8)
+    folder = launch(*command, "method=mat")[1].partition(": ")[0]
+    assert "=" in folder
+    code, _, err = launch(*command, "method=rand_matched", f"method.matched={folder}")
+    assert (code, err) == (0, "") and len(list(tmp_path.rglob("summary.json"))) == 2
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(cache, launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = small_overrides(cache, "method=baseline", steps=6)
+    for place in ("runs=file", f"runs={'x' * 300}", "dataset.cache=file"):
+        code, out, err = launch(*command, place)
+        assert (code, out) == (2, "") and one_sentence(err.removeprefix("error: ")), err
+        assert "file" in err or "xxx" in err
+
+
+def test_ctrl_c_while_it_starts_leaves_no_traceback(cache, launch, monkeypatch):
+    def pressed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mat.suite.engine.datasets.load", pressed)
+    code, out, err = launch(*small_overrides(cache, steps=6))
+    assert (code, out) == (130, "") and err.count("\n") == 1 and err.startswith("interrupted: ")
+
+
+@pytest.mark.parametrize("how", ["closed", "reader gone"])
+def test_a_run_outlives_its_standard_error(how, cache, tmp_path):
+    command = [*small_overrides(cache, "method=baseline", steps=6), "tracking.progress=true"]
+    redirect = "2>&-" if how == "closed" else "2> >(true)"
+    line = shlex.join([sys.executable, str(LAUNCH), *command])
+    done = subprocess.run(
+        ["bash", "-c", f"{line} {redirect}"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 0 and b"nats" in done.stdout
+    assert all(
+        json.loads(event)
+        for event in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
+    )
+
+
+def test_a_failed_run_is_tried_again_aloud(cache, launch, tmp_path):
+    command = small_overrides(cache, "method=baseline", "train.lr=1e30", steps=6)
+    assert launch(*command)[0] == 1
+    code, _, err = launch(*command)
+    assert code == 1 and err.splitlines()[0].endswith("failed before: it is tried again.")
 
 
 def test_run_that_its_folder_refuses_does_not_end_the_sweep(cache, launch, tmp_path):
     command = small_overrides(cache, "method=baseline", steps=6)
     assert launch("-m", *command, "train.lr=1e-2")[0] == 0
     (config,) = tmp_path.rglob("config.yaml")
+    unseal(config.parent)
     config.write_text(config.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
-    (config.parent / "summary.json").unlink()
     code, out, err = launch("-m", *command, "train.lr=1e-2,2e-2")
-    assert code == 2 and one_sentence(err.removeprefix("error: ")) and "train.weight_decay" in err, err
-    assert len(out.splitlines()) == len(list(tmp_path.rglob("summary.json"))) == 1
+    sentence, *_ = err.splitlines()
+    assert (
+        code == 2
+        and one_sentence(sentence.removeprefix("error: "))
+        and "train.weight_decay" in sentence
+    ), err
+    assert len(out.splitlines()) == 1 and len(list(tmp_path.rglob("summary.json"))) == 2

@@ -14,7 +14,8 @@ from short_runs import composed
 from small_models import randomised, shapes, tiny_batch, tiny_switch
 from torch import Tensor
 
-from mat.suite.config import SwitchConfig, resolve
+from mat.suite.compose import resolve
+from mat.suite.config import SwitchConfig
 from mat.suite.models import switch
 from mat.suite.models.bert import FeedForward
 from mat.suite.models.switch import Experts, Switch, fill_slots

@@ -8,7 +8,7 @@ from small_models import tiny_images, tiny_vgg
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from mat.suite.config import resolve
+from mat.suite.compose import resolve
 from mat.suite.models.vgg import Vgg
 
 MEAN, VAR = "running_mean", "running_var"

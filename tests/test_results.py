@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -26,16 +27,32 @@ from tests.short_runs import one_sentence
 
 BASELINE, MAT = ("bert_mini", "baseline"), ("bert_mini", "mat")
 SPEC = TableSpec(
-    "pair", "A pair", "t", "wikitext2", (Row(*BASELINE, "BERT"), Row(*MAT, "MAT")), (Mark(1), Mark(2), Mark(3)),
+    "pair",
+    "A pair",
+    "t",
+    "wikitext2",
+    (Row(*BASELINE, "BERT"), Row(*MAT, "MAT")),
+    (Mark(1), Mark(2), Mark(3)),
     PAPER_TABLE_1,
-)  # fmt: skip
+)
 
 
 def write_run(
-    root: Path, method: str, seed: int, losses: Sequence[float], *, model: str = "bert_mini", name: str = "t",
-    dataset: str = "wikitext2", speed: float = 1.0, exclusive: bool = True, folder: str | None = None, **overrides: Any,
-) -> Path:  # fmt: skip
-    """Write one run: evaluation i (from 1) at i * speed PFLOPs and 10 i * speed seconds, plan 4, marks 1.5, 2.5, 3.5.
+    root: Path,
+    method: str,
+    seed: int,
+    losses: Sequence[float],
+    *,
+    model: str = "bert_mini",
+    name: str = "t",
+    dataset: str = "wikitext2",
+    speed: float = 1.0,
+    exclusive: bool = True,
+    folder: str | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write one run: evaluation i (from 1) at i * speed PFLOPs and 10 i * speed seconds, plan 4,
+    marks 1.5, 2.5, 3.5.
 
     Args:
         root: Folder of all runs.
@@ -60,32 +77,61 @@ def write_run(
     for key, value in overrides.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     OmegaConf.save(config, path / "config.yaml")
-    environment = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.9"}, "device": "a CPU",
-                   "threads": 2, "precision": "bfloat16", "exclusive": exclusive}  # fmt: skip
+    environment = {
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "versions": {"torch": "2.9"},
+        "device": "a CPU",
+        "threads": 2,
+        "precision": "bfloat16",
+        "exclusive": exclusive,
+    }
     (path / "environment.json").write_text(json.dumps(environment))
     lines: list[dict[str, Any]] = []
     for i, loss in enumerate(losses, start=1):
-        common = {"step": i, "epoch": 0, "pflops": i * speed, "seconds": 10 * i * speed, "accuracy": 1 - loss / 10}
+        common = {
+            "step": i,
+            "epoch": 0,
+            "pflops": i * speed,
+            "seconds": 10 * i * speed,
+            "accuracy": 1 - loss / 10,
+        }
         lines.append(common | {"event": "train", "split": "train", "loss": loss + 0.5})
         lines.append(common | {"event": "selection", "split": None, "loss": None})
         lines.append(common | {"event": "evaluation", "split": "validation", "loss": loss})
     best = min(range(len(losses)), key=losses.__getitem__)
-    lines.append(lines[3 * best + 2] | {"event": "test", "split": "test", "loss": losses[best] + 1})
+    test = {
+        "event": "test",
+        "split": "test",
+        "loss": losses[best] + 1,
+        "accuracy": 1 - (losses[best] + 1) / 10,
+    }
+    lines.append(lines[3 * best + 2] | test)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {
-        "method": method, "seed": seed, "pflops": len(losses) * speed, "pflops_overhead": len(losses) * speed / 10,
-        "seconds": 10 * len(losses) * speed, "best_validation_loss": losses[best], "pflops_to_best": (best + 1) * speed,
-        "seconds_to_best": 10 * (best + 1) * speed, "test_loss": losses[best] + 1, "active_share": 0.5,
-        "unigram_entropy": 6.0, "best_validation_accuracy": 1 - losses[best] / 10,
+        "method": method,
+        "seed": seed,
+        "pflops": len(losses) * speed,
+        "pflops_overhead": len(losses) * speed / 10,
+        "seconds": 10 * len(losses) * speed,
+        "best_validation_loss": losses[best],
+        "pflops_to_best": (best + 1) * speed,
+        "seconds_to_best": 10 * (best + 1) * speed,
+        "test_loss": losses[best] + 1,
+        "active_share": 0.5,
+        "unigram_entropy": 6.0,
+        "best_validation_accuracy": 1 - losses[best] / 10,
         "test_accuracy": 1 - (losses[best] + 1) / 10,
-    }  # fmt: skip
+    }
     (path / "summary.json").write_text(json.dumps(summary))
     return path
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three paired seeds. The baseline's best is 2, 3, 4, at 4 PFLOPs; MAT gets there at 1.5, 2 and 1 PFLOPs."""
+    """Three paired seeds. The baseline's best is 2, 3, 4, at 4 PFLOPs; MAT gets there at 1.5, 2 and
+    1 PFLOPs.
+    """
     runs = tmp_path / "runs"
     for seed in range(3):
         write_run(runs, "baseline", seed, [9, 8, 5, 2 + seed])
@@ -118,12 +164,16 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_means_and_sample_standard_deviations(root: Path) -> None:
     frame = made(root)
     baseline, mat = line(frame, "baseline"), line(frame, "mat")
-    assert (baseline["best_validation_loss_mean"], baseline["best_validation_loss_sd"]) == (3, 1)  # of 2, 3, 4
+    # Of 2, 3, 4
+    assert (baseline["best_validation_loss_mean"], baseline["best_validation_loss_sd"]) == (3, 1)
     assert (mat["test_loss_mean"], mat["test_loss_sd"]) == (3, 1)  # of 2, 3, 4
     assert mat["pflops_total_mean"] == 2 and mat["seconds_total_mean"] == 20
-    assert mat["pflops_to_best_mean"] == pytest.approx((2 + 2 + 1.5) / 3)  # the first of two equal bests
+    # The first of two equal bests
+    assert mat["pflops_to_best_mean"] == pytest.approx((2 + 2 + 1.5) / 3)
     assert mat["overhead_share_mean"] == pytest.approx(0.1)
-    assert mat["active_share_mean"] == 0.5 and mat["mode"] == "cut" and mat["n"] == mat["n_timed"] == 3
+    assert (
+        mat["active_share_mean"] == 0.5 and mat["mode"] == "cut" and mat["n"] == mat["n_timed"] == 3
+    )
 
 
 def test_comparisons_are_paired_by_seed(root: Path) -> None:
@@ -135,7 +185,10 @@ def test_comparisons_are_paired_by_seed(root: Path) -> None:
     assert mat["pflops_ratio_sd"] == pytest.approx(0.125)  # of 0.375, 0.5, 0.25
     assert mat["test_loss_ratio"] == pytest.approx((2 / 3 + 3 / 4 + 4 / 5) / 3)
     baseline = line(made(root), "baseline")
-    assert baseline["pflops_ratio"] == baseline["seconds_ratio"] == 1 and baseline["pflops_ratio_sd"] == 0
+    assert (
+        baseline["pflops_ratio"] == baseline["seconds_ratio"] == 1
+        and baseline["pflops_ratio_sd"] == 0
+    )
 
 
 def test_a_cell_is_empty_unless_all_seeds_reach(tmp_path: Path) -> None:
@@ -144,7 +197,12 @@ def test_a_cell_is_empty_unless_all_seeds_reach(tmp_path: Path) -> None:
         write_run(tmp_path, "mat", seed, [2, 1] if seed else [3, 2.5], exclusive=bool(seed))
     mat = line(made(tmp_path), "mat")
     assert mat["n_reached"] == 2
-    for empty in ("pflops_to_baseline_best_mean", "seconds_to_baseline_best_mean", "pflops_ratio", "seconds_ratio"):
+    for empty in (
+        "pflops_to_baseline_best_mean",
+        "seconds_to_baseline_best_mean",
+        "pflops_ratio",
+        "seconds_ratio",
+    ):
         assert mat[empty] is None
     assert mat["best_validation_loss_mean"] == 1.5
 
@@ -166,10 +224,15 @@ def test_no_timed_run_leaves_the_seconds_empty(tmp_path: Path) -> None:
     for seed in range(3):
         write_run(tmp_path, "baseline", seed, [3, 2], exclusive=False)
         write_run(tmp_path, "mat", seed, [2, 1])
-        edit(tmp_path / f"t/method=mat,model=bert_mini/seed={seed}/environment.json", lambda e: e.pop("exclusive"))
+        edit(
+            tmp_path / f"t/method=mat,model=bert_mini/seed={seed}/environment.json",
+            lambda e: e.pop("exclusive"),
+        )
     mat = line(made(tmp_path), "mat")
     assert mat["n_timed"] == 0 and mat["pflops_ratio"] == 0.5
-    assert all(mat[f"seconds_{column}"] is None for column in ("total_mean", "to_best_mean", "ratio"))
+    assert all(
+        mat[f"seconds_{column}"] is None for column in ("total_mean", "to_best_mean", "ratio")
+    )
 
 
 def test_seconds_of_different_machines_are_not_compared(root: Path) -> None:
@@ -182,9 +245,11 @@ def test_seconds_of_different_machines_are_not_compared(root: Path) -> None:
 def test_marks_take_the_last_evaluation_before_them(root: Path) -> None:
     frame = made(root)
     baseline, mat = line(frame, "baseline"), line(frame, "mat")
-    assert [baseline[f"val_loss_mark{i}_mean"] for i in (1, 2, 3)] == [9, 8, 5]  # marks 1.5, 2.5, 3.5
+    # Marks 1.5, 2.5, 3.5
+    assert [baseline[f"val_loss_mark{i}_mean"] for i in (1, 2, 3)] == [9, 8, 5]
     assert mat["val_loss_mark1_mean"] == (2 + 7 + 3) / 3  # an evaluation at 1.5 PFLOPs counts
-    assert mat["val_loss_mark2_mean"] is None and mat["val_loss_mark3_ratio"] is None  # the runs ended at 2 PFLOPs
+    # The runs ended at 2 PFLOPs
+    assert mat["val_loss_mark2_mean"] is None and mat["val_loss_mark3_ratio"] is None
 
 
 def test_a_level_of_accuracy_is_read_where_it_is_first_reached(root: Path) -> None:
@@ -196,21 +261,36 @@ def test_a_level_of_accuracy_is_read_where_it_is_first_reached(root: Path) -> No
 
 
 SPEC_3 = TableSpec(
-    "three", "By accuracy", "t", "wikitext2", SPEC.rows, (Until(0.5), Until(0.8)), PAPER_TABLE_3, ACCURACY
-)  # fmt: skip
+    "three",
+    "By accuracy",
+    "t",
+    "wikitext2",
+    SPEC.rows,
+    (Until(0.5), Until(0.8)),
+    PAPER_TABLE_3,
+    ACCURACY,
+)
 
 
 def test_accuracy_is_judged_the_other_way_round(root: Path) -> None:
-    """The baseline's best accuracies are 0.8, 0.7, 0.6 at 4 PFLOPs; MAT gets there at 1.5, 2 and 1 PFLOPs."""
+    """The baseline's best accuracies are 0.8, 0.7, 0.6 at 4 PFLOPs; MAT gets there at 1.5, 2 and 1
+    PFLOPs.
+    """
     frame = made(root, SPEC_3)
     baseline, mat = line(frame, "baseline"), line(frame, "mat")
     assert baseline["best_validation_accuracy_mean"] == pytest.approx(0.7)
     assert mat["test_accuracy_mean"] == pytest.approx((0.8 + 0.7 + 0.6) / 3)
     assert mat["test_accuracy_sd"] == pytest.approx(0.1)
     assert mat["test_accuracy_ratio"] == pytest.approx((0.8 / 0.7 + 0.7 / 0.6 + 0.6 / 0.5) / 3)
-    assert mat["pflops_to_baseline_best_mean"] == pytest.approx((1.5 + 2 + 1) / 3) and mat["n_reached"] == 3
+    assert (
+        mat["pflops_to_baseline_best_mean"] == pytest.approx((1.5 + 2 + 1) / 3)
+        and mat["n_reached"] == 3
+    )
     # Train accuracies of the baseline are 0.1, 0.2, 0.5, then 0.8, 0.7, 0.6.
-    assert baseline["pflops_to_train_50_mean"] == 3 and mat["pflops_to_train_50_mean"] == (1.5 + 2 + 1) / 3
+    assert (
+        baseline["pflops_to_train_50_mean"] == 3
+        and mat["pflops_to_train_50_mean"] == (1.5 + 2 + 1) / 3
+    )
     assert baseline["pflops_to_train_80_mean"] is None and mat["pflops_to_train_50_ratio"] == 0.5
     assert not any("loss" in column for column in frame)
 
@@ -218,7 +298,9 @@ def test_accuracy_is_judged_the_other_way_round(root: Path) -> None:
 def test_a_level_of_training_accuracy_needs_one(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     events = [json.loads(text) for text in path.read_text().splitlines()]
-    kept = [{k: v for k, v in e.items() if k != "accuracy" or e["event"] != "train"} for e in events]
+    kept = [
+        {k: v for k, v in e.items() if k != "accuracy" or e["event"] != "train"} for e in events
+    ]
     path.write_text("".join(json.dumps(event) + "\n" for event in kept))
     broken(root, f"{RUN} has no training accuracy", SPEC_3)
 
@@ -226,7 +308,9 @@ def test_a_level_of_training_accuracy_needs_one(root: Path) -> None:
 def test_an_evaluation_without_accuracy(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:5], re.sub('"accuracy": [0-9.]+, ', "", lines[5]), *lines[6:]]) + "\n")
+    path.write_text(
+        "\n".join([*lines[:5], re.sub('"accuracy": [0-9.]+, ', "", lines[5]), *lines[6:]]) + "\n"
+    )
     made(root)
     broken(root, f"{RUN} has an evaluation without a finite accuracy", SPEC_3)
 
@@ -235,7 +319,10 @@ def test_nan_in_a_training_accuracy(root: Path) -> None:
     path = root / RUN / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text(
-        "\n".join([*lines[:3], re.sub('"accuracy": [0-9.]+', '"accuracy": NaN', lines[3]), *lines[4:]]) + "\n"
+        "\n".join(
+            [*lines[:3], re.sub('"accuracy": [0-9.]+', '"accuracy": NaN', lines[3]), *lines[4:]]
+        )
+        + "\n"
     )
     broken(root, f"{RUN}/metrics.jsonl, line 4, has accuracy=nan", SPEC_3)
 
@@ -243,7 +330,11 @@ def test_nan_in_a_training_accuracy(root: Path) -> None:
 def test_best_by_loss_is_not_best_by_accuracy(root: Path) -> None:
     edit(root / RUN / "summary.json", lambda summary: summary.update(best_validation_accuracy=0.7))
     made(root)
-    broken(root, rf"{RUN} contradicts itself \(best validation accuracy 0.7 in summary.json, 0.8 in metrics", SPEC_3)
+    broken(
+        root,
+        rf"{RUN} contradicts itself \(best validation accuracy 0.7 in summary.json, 0.8 in metrics",
+        SPEC_3,
+    )
 
 
 def test_summary_without_a_test_accuracy(root: Path) -> None:
@@ -278,7 +369,9 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_missing_row(root: Path) -> None:
-    spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    spec = TableSpec(
+        "x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels
+    )
     broken(root, r"runs/t: model=bert_mini method=rand has no run: train it, .*method=rand", spec)
 
 
@@ -344,10 +437,14 @@ def test_no_evaluation(root: Path) -> None:
     broken(root, f"{RUN}/metrics.jsonl holds no evaluation")
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("config.yaml", r" has no config.yaml: run the same"), ("environment.json", "/environment.json is missing"),
-    ("metrics.jsonl", "/metrics.jsonl holds no evaluation"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.yaml", r" has no config.yaml: run the same"),
+        ("environment.json", "/environment.json is missing"),
+        ("metrics.jsonl", "/metrics.jsonl holds no evaluation"),
+    ],
+)
 def test_missing_file(root: Path, name: str, message: str) -> None:
     (root / RUN / name).unlink()
     broken(root, f"{RUN}{message}")
@@ -361,6 +458,33 @@ def test_damaged_summary(root: Path) -> None:
 def test_configuration_without_a_needed_key(root: Path) -> None:
     (root / RUN / "config.yaml").write_text("seed: 1\n")
     broken(root, rf"{RUN} is damaged \(config.yaml has no model.name\)")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 7), ("method", "baseline"), ("test_loss", 1.5), ("pflops", 1.0), ("seconds", 1.0),
+])  # fmt: skip
+def test_an_edited_summary_is_told(key: str, value: object, root: Path) -> None:
+    edit(
+        root / "t/method=mat,model=bert_mini/seed=1/summary.json",
+        lambda summary: summary.update({key: value}),
+    )
+    with pytest.raises(UserError, match=rf"seed=1 contradicts itself \({key} is ") as caught:
+        made(root)
+    assert one_sentence(str(caught.value))
+
+
+def test_events_written_twice_or_not_at_all_are_told(root: Path) -> None:
+    path = root / "t/method=mat,model=bert_mini/seed=1/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:1], *lines]))
+    with pytest.raises(UserError, match="2 train events at step 1"):
+        made(root)
+    interval = {"train__eval_interval": 0.25, "train__stop_when_settled": False}
+    for seed in range(3):
+        # One for a mark is missing
+        write_run(root, "mat", seed, [9, 8, 2, 1], name="gap", speed=0.5, **interval)
+    with pytest.raises(UserError, match=r"4 evaluations of 7"):
+        read_runs(root, "gap")
 
 
 def test_summary_against_metrics(root: Path) -> None:
@@ -382,28 +506,47 @@ def test_same_seed_twice(root: Path) -> None:
     broken(root, "repeats seed 1 of .*method=mat")
 
 
-@pytest.mark.parametrize(("key", "value"), [("selection__mode", "exact"), ("train__lr", 0.2), ("extra", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("selection__mode", "exact"), ("train__lr", 0.2), ("extra", 1)]
+)
 def test_two_configurations_in_a_row(root: Path, key: str, value: Any) -> None:
     write_run(root, "mat", 3, [3, 2], folder="method=mat,other", **{key: value})
     broken(root, f"method=mat,other/seed=3 has {key.replace('__', '.')}={value} but .*seed=0 has")
 
 
 def test_two_plans_in_a_table(root: Path) -> None:
-    spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    spec = TableSpec(
+        "x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels
+    )
     for seed in range(3):
         write_run(root, "rand", seed, [3, 2], train__marks=[1.0, 2.0, 3.0])
     broken(root, "method=rand.* has train.marks=.*rows of one table share it", spec)
 
 
+def test_a_table_mixes_no_precisions(root: Path) -> None:
+    spec = TableSpec(
+        "x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels
+    )
+    for seed in range(3):
+        write_run(root, "rand", seed, [3, 2], hardware__precision="float32")
+    broken(root, "method=rand.* has hardware.precision=float32.*rows of one table share it", spec)
+
+
 def test_a_row_whose_runs_have_a_key_that_is_no_more(root: Path) -> None:
     """Rows go together while it has the value that says what is computed now."""
-    spec = TableSpec("x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels)
+    spec = TableSpec(
+        "x", "x", "t", SPEC.dataset, (*SPEC.rows, Row("bert_mini", "rand", "Rand")), SPEC.levels
+    )
     for seed in range(3):
         write_run(root, "rand", seed, [3, 2], selection__mode="cut", selection__cut_last=0)
     assert line(made(root, spec), "rand")["mode"] == "cut"
     for path in root.glob("t/method=rand*/seed=*/config.yaml"):
         path.write_text(path.read_text().replace("cut_last: 0", "cut_last: 2"))
-    broken(root, "method=rand.* has selection.cut_last=2 but .* has None, .*rows of one table share it", spec)
+    broken(
+        root,
+        "method=rand.* has selection.cut_last=2 but .* has None, .*rows of one table share it",
+        spec,
+    )
 
 
 def test_another_dataset(root: Path) -> None:
@@ -435,9 +578,13 @@ def mini(tmp_path: Path) -> Path:
     for seed in range(3):
         write_run(runs, "baseline", seed, [9, 8, 5, 4], name="table1_mini")
         write_run(runs, "rand", seed, [9, 8, 7, 6], name="table1_mini", speed=0.6)
-        write_run(runs, "multirate", seed, [9, 7, 5, 4], name="table1_mini", speed=0.9, exclusive=False)
+        write_run(
+            runs, "multirate", seed, [9, 7, 5, 4], name="table1_mini", speed=0.9, exclusive=False
+        )
         write_run(runs, "mat", seed, [9, 7, 4, 3], name="table1_mini", speed=0.6)
-        write_run(runs, "baseline", seed, [9, 6, 5, 5], name="table1_mini", model="bert_mini_shallow")
+        write_run(
+            runs, "baseline", seed, [9, 6, 5, 5], name="table1_mini", model="bert_mini_shallow"
+        )
     return runs
 
 
@@ -452,9 +599,13 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
     markdown, latex = (out / "table1_mini.md").read_text(), (out / "table1_mini.tex").read_text()
 
     rows = list(csv.DictReader((out / "table1_mini.csv").open()))
-    assert [row["method"] for row in rows] == ["baseline", "rand", "multirate", "mat", "shallow"]  # each once
+    # Each once
+    assert [row["method"] for row in rows] == ["baseline", "rand", "multirate", "mat", "shallow"]
     assert [row["model"] for row in rows] == [row.model for row in SPECS["table1_mini"].rows]
-    assert float(rows[3]["pflops_ratio"]) == pytest.approx(0.45) and rows[3]["val_loss_mark1_mean"] == "7.0"
+    assert (
+        float(rows[3]["pflops_ratio"]) == pytest.approx(0.45)
+        and rows[3]["val_loss_mark1_mean"] == "7.0"
+    )
     assert rows[1]["pflops_ratio"] == "" and rows[1]["n_reached"] == "0"
 
     assert "validation loss at 1.5 PFLOPs, mean ± sd (n)" in markdown
@@ -465,8 +616,8 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| shallow | cut | 9.000 ± 0.000 (3) | **6.000 ± 0.000 (3)** |" in markdown
     # Paper: 16.50 against 28.70 PFLOPs; here 2.4 against 4.
     assert (
-        "| MAT | PFLOPs to best validation loss | 2.400 ± 0.000 (3) | PFLOPs until best test loss | 16.50 "
-        "| 0.600 ± 0.000 (3) | 0.575 | +0.025 |"
+        "| MAT | PFLOPs to best validation loss | 2.400 ± 0.000 (3) | PFLOPs until best test loss "
+        "| 16.50 | 0.600 ± 0.000 (3) | 0.575 | +0.025 |"
     ) in markdown
     assert "| shallow | PFLOPs to best" not in markdown
     for fact in ("2 threads, bfloat16, torch 2.9", "0123456789", "4 PFLOPs. Seeds: 0, 1, 2"):
@@ -475,7 +626,11 @@ def test_table_files(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert r"\toprule" in latex and r"\textbf{4.000 $\pm$ 0.000 (3)}" in latex and "±" not in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
     printed = capsys.readouterr().out
-    assert "Beside the paper" in printed and "BERT-Rand" in printed and f"wrote {out / 'table1_mini.csv'}" in printed
+    assert (
+        "Beside the paper" in printed
+        and "BERT-Rand" in printed
+        and f"wrote {out / 'table1_mini.csv'}" in printed
+    )
 
 
 def test_all_makes_what_it_can(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,7 +650,16 @@ def test_controls_read_the_same_runs(mini: Path) -> None:
 
 @pytest.mark.parametrize("module", ["results.tables", "results.curves"])
 def test_command_ends_with_a_sentence(tmp_path: Path, module: str) -> None:
-    command = [sys.executable, "-m", module, "table1_mini", "--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        "table1_mini",
+        "--runs",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "table1_mini is not a folder" in done.stderr
@@ -520,40 +684,74 @@ def test_a_row_alone_in_its_column_is_not_bold(mini: Path) -> None:
 def test_numbers_as_text() -> None:
     assert cell(4.4567, 0.0321, 3, 3) == "4.457 ± 0.032 (3)"
     assert cell(16.5, None, None, 2) == "16.50" and cell(None, None, 3, 2) == "–"
-    assert cell(16.5, 0.1, "3 of 3", 1) == "16.5 ± 0.1 (3 of 3)" and cell(None, None, "1 of 3", 1) == "– (1 of 3)"
+    assert (
+        cell(16.5, 0.1, "3 of 3", 1) == "16.5 ± 0.1 (3 of 3)"
+        and cell(None, None, "1 of 3", 1) == "– (1 of 3)"
+    )
     assert [decimals([x, None]) for x in (1234.5, 28.7, 4.46, 0.575, 0.0)] == [0, 2, 3, 4, 3]
     assert latex_escape("50 % of a_b ± 1 – {x}") == r"50 \% of a\_b $\pm$ 1 -- \{x\}"
 
 
-def test_table_3_shows_percent_and_stresses_the_highest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_3_shows_percent_and_stresses_the_highest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = tmp_path / "runs"
     for seed in range(3):
-        methods = ("baseline", 1, 1), ("rand", 2, 1.1), ("multirate", 1.5, 0.8), ("mat", 0.5, 0.6), ("fitted", 2, 1)
+        methods = (
+            ("baseline", 1, 1),
+            ("rand", 2, 1.1),
+            ("multirate", 1.5, 0.8),
+            ("mat", 0.5, 0.6),
+            ("fitted", 2, 1),
+        )
         for method, best, speed in (*methods, ("mat_equal", 2, 1)):
             best = 0.9 if (method, seed) == ("rand", 0) else best
-            write_run(runs, method, seed, [9, 8, 1.4, best], name="table3_mini", model="vgg16_mini", dataset="cifar10",
-                      speed=speed)  # fmt: skip
+            write_run(
+                runs,
+                method,
+                seed,
+                [9, 8, 1.4, best],
+                name="table3_mini",
+                model="vgg16_mini",
+                dataset="cifar10",
+                speed=speed,
+            )
     assert tables.main(arguments(runs, "table3_mini")) == 0
     markdown = (tmp_path / "out" / "table3_mini.md").read_text()
     assert "# Table 3, mini: VGG16 on CIFAR-10" in markdown and "## Accuracy (%)" in markdown
-    for header in ("PFLOPs to 95 % train accuracy, mean ± sd (k of n)", "test accuracy at best validation"):
+    for header in (
+        "PFLOPs to 95 % train accuracy, mean ± sd (k of n)",
+        "test accuracy at best validation",
+    ):
         assert header in markdown
-    # 80 and 85 % after three evaluations, 90 % after four unless never, 95 % by MAT alone, which is no contest.
+    # 80 and 85 % after three evaluations, 90 % after four unless never, 95 % by MAT alone, which is
+    # no contest.
     assert (
-        "| MAT | cut | **1.800 ± 0.000 (3 of 3)** | **1.800 ± 0.000 (3 of 3)** | **2.400 ± 0.000 (3 of 3)** "
-        "| 2.400 ± 0.000 (3 of 3) | – (0 of 3) | **95.00 ± 0.00 (3)** | **85.00 ± 0.00 (3)** |"
+        "| MAT | cut | **1.800 ± 0.000 (3 of 3)** | **1.800 ± 0.000 (3 of 3)** | **2.400 ± 0.000 "
+        "(3 of 3)** | 2.400 ± 0.000 (3 of 3) | – (0 of 3) | **95.00 ± 0.00 (3)** | **85.00 ± 0.00 "
+        "(3)** |"
     ) in markdown
     assert (
-        "| VGG16-Rand | cut | 3.300 ± 0.000 (3 of 3) | 3.300 ± 0.000 (3 of 3) | – (1 of 3) | – (0 of 3) | – (0 of 3) "
-        "| 87.67 ± 2.89 (3) |"
+        "| VGG16-Rand | cut | 3.300 ± 0.000 (3 of 3) | 3.300 ± 0.000 (3 of 3) | – (1 of 3) | – (0 "
+        "of 3) | – (0 of 3) | 87.67 ± 2.89 (3) |"
     ) in markdown
     assert (
-        "| MAT | test accuracy | 85.00 ± 0.00 (3) | test top-1 % @ convergence | 93.86 ± 0.05 | 1.062 ± 0.000 (3) | "
+        "| MAT | test accuracy | 85.00 ± 0.00 (3) | test top-1 % @ convergence | 93.86 ± 0.05 | "
+        "1.062 ± 0.000 (3) | "
     ) in markdown
     assert "the first evaluation at or above the best validation accuracy" in markdown
-    (row,) = (row for row in csv.DictReader((tmp_path / "out" / "table3_mini.csv").open()) if row["method"] == "mat")
-    assert float(row["test_accuracy_mean"]) == pytest.approx(0.85) and row["pflops_to_train_99_mean"] == ""
-    assert float(row["pflops_to_train_95_mean"]) == pytest.approx(2.4) and "test_loss_mean" not in row
+    (row,) = (
+        row
+        for row in csv.DictReader((tmp_path / "out" / "table3_mini.csv").open())
+        if row["method"] == "mat"
+    )
+    assert (
+        float(row["test_accuracy_mean"]) == pytest.approx(0.85)
+        and row["pflops_to_train_99_mean"] == ""
+    )
+    assert (
+        float(row["pflops_to_train_95_mean"]) == pytest.approx(2.4) and "test_loss_mean" not in row
+    )
     assert (row["n_pflops_to_train_95"], row["n_pflops_to_train_99"]) == ("3", "0")
     assert curves.main(arguments(runs, "table3_mini")) == 0
     assert "validation accuracy (%)" in (tmp_path / "out" / "table3_mini_curves.svg").read_text()
@@ -564,13 +762,25 @@ def test_table_2_has_the_columns_of_table_1(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for seed in range(3):
         for method in ("baseline", "rand", "multirate", "mat", "fitted", "mat_equal"):
-            write_run(runs, method, seed, [9, 8, 5, 4], name="table2_mini", model="switch_mini", dataset="enwiki2015")
+            write_run(
+                runs,
+                method,
+                seed,
+                [9, 8, 5, 4],
+                name="table2_mini",
+                model="switch_mini",
+                dataset="enwiki2015",
+            )
     assert tables.main(arguments(runs, "table2_mini")) == 0
     markdown = (tmp_path / "out" / "table2_mini.md").read_text()
-    assert "# Table 2, mini: Switch Transformer on English Wikipedia (2015)" in markdown and "WikiText" not in markdown
+    assert (
+        "# Table 2, mini: Switch Transformer on English Wikipedia (2015)" in markdown
+        and "WikiText" not in markdown
+    )
     assert "- Data: English Wikipedia (2015) (dataset=enwiki2015)." in markdown
     assert (
-        "| Switch-Rand | validation loss at 2.5 PFLOPs | 8.000 ± 0.000 (3) | val @400 PFLOPs | 2.15 ± 0.08 " in markdown
+        "| Switch-Rand | validation loss at 2.5 PFLOPs | 8.000 ± 0.000 (3) | val @400 PFLOPs | "
+        "2.15 ± 0.08 " in markdown
     )
 
 
@@ -586,8 +796,16 @@ def test_the_paper_is_copied_right() -> None:
         values = [row[column][0] for row in table.rows.values()]
         assert [f"{value / values[0]:.3f}" for value in values] == ratios
     tests = {"test_loss": (PAPER_TABLE_1, PAPER_TABLE_2), "test_accuracy": (PAPER_TABLE_3,)}
-    found = [[row[measure][0] for row in table.rows.values()] for measure, of in tests.items() for table in of]
-    assert found == [[4.41, 4.82, 4.48, 4.27], [1.74, 1.93, 1.77, 1.68], [93.77, 92.71, 93.43, 93.86]]
+    found = [
+        [row[measure][0] for row in table.rows.values()]
+        for measure, of in tests.items()
+        for table in of
+    ]
+    assert found == [
+        [4.41, 4.82, 4.48, 4.27],
+        [1.74, 1.93, 1.77, 1.68],
+        [93.77, 92.71, 93.43, 93.86],
+    ]
     marks = [PAPER_TABLE_2.rows["mat"][f"val_loss_mark{i}"] for i in (1, 2, 3)]
     assert marks == [(2.34, 0.06), (1.92, 0.03), (1.69, 0.02)]
 
@@ -599,11 +817,22 @@ def test_the_demo_fails_when_the_baseline_learnt_too_little(
     """The unigram entropy is 6 nats."""
     for method in ("baseline", "rand", "multirate", "mat"):
         path = write_run(tmp_path / "runs", method, 0, [9, best], name="demo", dataset="pydocs")
-        edit(path / "summary.json", lambda summary: summary.update({f"pflops_{part}": 0.5 for part in LEDGER}))
+        edit(
+            path / "summary.json",
+            lambda summary: summary.update({f"pflops_{part}": 0.5 for part in LEDGER}),
+        )
     assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == code
     shown = capsys.readouterr()
-    assert f"{best:.3f}" in shown.out and "500.00" in shown.out and (tmp_path / "demo_curves.svg").is_file()
-    assert shown.err.startswith("error: the baseline ends only 0.40 nats under") if code else not shown.err
+    assert (
+        f"{best:.3f}" in shown.out
+        and "500.00" in shown.out
+        and (tmp_path / "demo_curves.svg").is_file()
+    )
+    assert (
+        shown.err.startswith("error: the baseline ends only 0.40 nats under")
+        if code
+        else not shown.err
+    )
 
 
 # Curves
@@ -612,14 +841,23 @@ def test_the_demo_fails_when_the_baseline_learnt_too_little(
 def test_band_covers_what_all_seeds_cover(root: Path) -> None:
     rows = group(read_runs(root, "t"), [BASELINE], root / "t")
     grid, mean, spread = curves.band(rows[BASELINE], "pflops", LOSS, points=4)
-    assert grid.tolist() == [1, 2, 3, 4] and mean.tolist() == [9, 8, 5, 3] and spread.tolist() == [0, 0, 0, 1]
+    assert (
+        grid.tolist() == [1, 2, 3, 4]
+        and mean.tolist() == [9, 8, 5, 3]
+        and spread.tolist() == [0, 0, 0, 1]
+    )
     grid, mean, spread = curves.band(rows[BASELINE][:1], "seconds", LOSS, points=3)
     assert grid.tolist() == [10, 25, 40] and mean.tolist() == [9, 6.5, 2] and not spread.any()
 
 
 def test_band_of_runs_that_share_no_range_is_refused(tmp_path: Path) -> None:
-    early, late = (look(write_run(tmp_path, "mat", seed, [9, 8], speed=speed)) for seed, speed in ((0, 1), (1, 5)))
-    with pytest.raises(UserError, match=r"seed=0 is last evaluated at pflops=2, before .*seed=1 is first at 5"):
+    early, late = (
+        look(write_run(tmp_path, "mat", seed, [9, 8], speed=speed))
+        for seed, speed in ((0, 1), (1, 5))
+    )
+    with pytest.raises(
+        UserError, match=r"seed=0 is last evaluated at pflops=2, before .*seed=1 is first at 5"
+    ):
         curves.band([late, early], "pflops")
     assert curves.band([late, early], "step", points=2)[0].tolist() == [1, 2]
 
@@ -632,21 +870,29 @@ def test_every_row_has_a_line_of_its_own(spec: TableSpec) -> None:
 def test_layers_have_colours_of_their_own_and_many_are_ordered() -> None:
     assert curves.layer_colours([2, 0, 1]) == dict(enumerate(curves.LAYERS[:3]))
     many = curves.layer_colours(range(12))
-    bright = [sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) for c in many.values()]
+    bright = [
+        sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11)))
+        for c in many.values()
+    ]
     assert len(set(many.values())) == 12 and bright == sorted(bright)
 
 
 def test_band_of_accuracies_is_in_percent(root: Path) -> None:
     rows = group(read_runs(root, "t"), [BASELINE], root / "t")
     _, mean, spread = curves.band(rows[BASELINE], "pflops", ACCURACY, points=4)
-    assert mean.tolist() == pytest.approx([10, 20, 50, 70]) and spread.tolist() == pytest.approx([0, 0, 0, 10])
+    assert mean.tolist() == pytest.approx([10, 20, 50, 70]) and spread.tolist() == pytest.approx(
+        [0, 0, 0, 10]
+    )
 
 
 def test_curves_without_a_timed_run(mini: Path) -> None:
     for path in mini.rglob("environment.json"):
         edit(path, lambda e: e.update(exclusive=False))
     assert curves.main(arguments(mini)) == 0
-    assert "no run had the machine to itself" in (mini.parent / "out" / "table1_mini_curves.svg").read_text()
+    assert (
+        "no run had the machine to itself"
+        in (mini.parent / "out" / "table1_mini_curves.svg").read_text()
+    )
 
 
 def test_curves_name_how_many_runs_were_timed(mini: Path) -> None:
@@ -663,6 +909,53 @@ def test_curves_are_drawn_the_same_twice(mini: Path) -> None:
     assert png.stat().st_size > 10_000 and b"unigram entropy" in first
     assert curves.main(arguments(mini)) == 0
     assert svg.read_bytes() == first
+
+
+def test_a_picture_is_drawn_whatever_backend_a_notebook_set(mini: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend"}
+    command = [
+        sys.executable,
+        "-m",
+        "results.curves",
+        "table1_mini",
+        "--runs",
+        str(mini),
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "table1_mini_curves.png").is_file(), done.stderr
+
+
+@pytest.mark.parametrize("module", ["curves", "tables"])
+def test_what_cannot_be_written_is_one_sentence(
+    module: str, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    made = {"curves": curves, "tables": tables}[module]
+    assert (
+        made.main(["table1_mini", "--runs", str(mini), "--out", str(tmp_path / "file" / "out")])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert one_sentence(error.removeprefix("error: ")) and str(tmp_path / "file") in error
+
+
+def test_a_locale_without_our_signs_costs_no_table(mini: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "results.tables",
+        "table1_mini",
+        "--runs",
+        str(mini),
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "±" in (tmp_path / "table1_mini.md").read_text(encoding="utf-8")
 
 
 def test_single_numbers(root: Path) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from mat import gram
 from mat.suite import engine, flops, ntk, switch
 from mat.suite.bert import FeedForward
-from mat.suite.config import MethodConfig, SelectionConfig, SwitchConfig, resolve
+from mat.suite.compose import resolve
+from mat.suite.config import MethodConfig, SelectionConfig, SwitchConfig
 from mat.suite.errors import UserError
 from mat.suite.interface import Flops
 from mat.suite.methods import Method

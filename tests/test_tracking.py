@@ -55,7 +55,9 @@ def config(cache: Path) -> Config:
 
 
 def init_with(monkeypatch: pytest.MonkeyPatch, *runs: Recorder | Exception) -> list[dict[str, Any]]:
-    """Replace ``wandb.init`` by what gives these, one after the other; returns how it was called."""
+    """Replace ``wandb.init`` by what gives these, one after the other; returns how it was
+    called.
+    """
     asked: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> Recorder:
@@ -81,8 +83,13 @@ def test_mirror_receives_every_event_and_the_summary(config, tmp_path, monkeypat
     assert [step for _, step in recorder.received("log")] == [line["step"] for line in lines]
     for (numbers, _), line in zip(recorder.received("log"), lines, strict=True):
         kind = line["event"]
-        assert numbers[f"{kind}/pflops"] == line["pflops"] and numbers[f"{kind}/active_share"] == line["active_share"]
-        assert numbers.get(f"{kind}/loss") == line["loss"] and all(key.startswith(f"{kind}/") for key in numbers)
+        assert (
+            numbers[f"{kind}/pflops"] == line["pflops"]
+            and numbers[f"{kind}/active_share"] == line["active_share"]
+        )
+        assert numbers.get(f"{kind}/loss") == line["loss"] and all(
+            key.startswith(f"{kind}/") for key in numbers
+        )
     assert recorder.received("update") == [summary] and recorder.received("finish") == [0]
     assert asked[0]["name"] == "exp/method=mat/seed=0" and asked[0]["config"]["train"]["batch"] == 8
 
@@ -101,13 +108,17 @@ def test_failed_run_closes_the_mirror_without_a_summary(config, tmp_path, monkey
 
 
 @pytest.mark.parametrize("broken", [["log"], ["update"], ["finish"], ["log", "update", "finish"]])
-def test_failing_mirror_is_reported_once_and_left_alone(broken, config, tmp_path, monkeypatch, caplog):
+def test_failing_mirror_is_reported_once_and_left_alone(
+    broken, config, tmp_path, monkeypatch, caplog
+):
     recorder = Recorder(*broken)
     init_with(monkeypatch, recorder)
     with caplog.at_level(logging.WARNING):
         assert engine.run(config, tmp_path / "run") is not None
     assert (tmp_path / "run" / "summary.json").is_file()
-    warnings = [record.getMessage() for record in caplog.records if "mirroring" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "mirroring" in record.getMessage()
+    ]
     assert len(warnings) == 1 and "no network" in warnings[0]
     assert len([name for name, _ in recorder.calls if name in broken]) == 1
 
@@ -116,7 +127,9 @@ def test_mirror_changes_no_number(config, cache, tmp_path, monkeypatch):
     init_with(monkeypatch, Recorder())
     engine.run(config, tmp_path / "mirrored")
     engine.run(small(cache, "method=mat", steps=8), tmp_path / "alone")
-    mirrored, alone = ([without_seconds(e) for e in events(tmp_path / name)] for name in ("mirrored", "alone"))
+    mirrored, alone = (
+        [without_seconds(e) for e in events(tmp_path / name)] for name in ("mirrored", "alone")
+    )
     assert_same(mirrored, alone)
 
 
@@ -133,14 +146,19 @@ KEYS = [  # environment, netrc, how wandb starts when it can, and when it cannot
     ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", ["offline"]),
     ({}, "machine api.wandb.ai login user password secret", ["online", "offline"]),
     ({}, "machine example.org login user password secret", ["offline"]),
-    ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine wandb.example.org login u password s",
-     ["online", "offline"]),
+    (
+        {"WANDB_BASE_URL": "https://wandb.example.org"},
+        "machine wandb.example.org login u password s",
+        ["online", "offline"],
+    ),
     ({}, "machine", ["offline"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("environment", "netrc", "modes"), KEYS)
-def test_offline_without_a_key_or_a_network(environment, netrc, modes, config, tmp_path, monkeypatch):
+def test_offline_without_a_key_or_a_network(
+    environment, netrc, modes, config, tmp_path, monkeypatch
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "netrc").write_text(netrc)
@@ -166,6 +184,13 @@ def test_wandb_can_be_disabled_from_outside(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     asked = init_with(monkeypatch)
     assert not shows_something(open_mirror(config, tmp_path)) and asked == []
+
+
+def test_an_unknown_mode_of_wandb_is_one_line(config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    asked = init_with(monkeypatch)
+    assert not shows_something(open_mirror(config, tmp_path)) and asked == []
+    assert caplog.text.count("\n") == 1 and "WANDB_MODE=nonsense" in caplog.text
 
 
 def test_resumed_run_goes_on_under_the_same_identity(config, tmp_path, monkeypatch):

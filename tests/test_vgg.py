@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from mat.suite import flops, ntk
-from mat.suite.config import Config, resolve
+from mat.suite.compose import resolve
+from mat.suite.config import Config
 from mat.suite.data.images import ImageBatch
 from mat.suite.interface import Flops, UnitModel
 from mat.suite.models import build

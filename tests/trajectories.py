@@ -18,7 +18,7 @@ import torch
 
 from mat.layers import convolution
 from mat.suite import engine
-from mat.suite.config import resolve
+from mat.suite.compose import resolve
 from mat.suite.data.base import Data
 from mat.suite.data.images import ImageBatch
 from mat.suite.data.masking import MaskedBatch, mask

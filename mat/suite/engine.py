@@ -5,13 +5,15 @@ are compared at equal cost: a run spends ``method.budget`` x ``train.pflops`` PF
 its learning rate warms up and decays over that budget, and a method that makes steps cheaper makes more of them.
 """
 
+import hashlib
 import math
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -29,12 +31,15 @@ from mat.suite import analysis, checkpoint
 from mat.suite import data as datasets
 from mat.suite.allocator import keep_freed_memory
 from mat.suite.config import Config
-from mat.suite.errors import RunFailed, UserError
+from mat.suite.errors import Interrupted, RunFailed, UserError
+from mat.suite.files import say
 from mat.suite.interface import Batch
+from mat.suite.memory import check_memory
 from mat.suite.methods import Method
 from mat.suite.models import build, build_optimiser
-from mat.suite.runs import RunFolder
-from mat.suite.schedule import learning_rate
+from mat.suite.precision import autocast, batch_in, machine_precision
+from mat.suite.runs import RunFolder, check_matched
+from mat.suite.schedule import evaluation_points, learning_rate
 from mat.suite.stepper import Stepper
 from mat.suite.tracking import Progress, open_mirror
 from mat.units import FloatArray
@@ -44,11 +49,7 @@ THREADS = (
     torch.get_num_threads()
 )  # what torch would use; an earlier run of a sweep may have set another number
 COSTS = 16  # steps whose cost is remembered
-DIVERGED = 3.0  # a training loss this many times the first one will not come back
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the checkpoint is written."""
+STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def run(config: Config, folder: Path) -> dict[str, Any] | None:
@@ -65,26 +66,40 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
         RunFailed: If training diverged; ``failure.json`` says why and the last good checkpoint stays.
         UserError: If the data or the folder cannot be used.
     """
-    files = RunFolder(folder, config)
-    if files.summary is not None:
-        return files.summary
-    if (threads := config.hardware.threads or THREADS) != torch.get_num_threads():
-        torch.set_num_threads(threads)
     keep_freed_memory()
     training: Training | None = None
-    summary: dict[str, Any] | None = None
-    try:
-        training = Training(config, files)
-        summary = training.train()
-    except Interrupted:
-        pass
-    except (RunFailed, UserError) as failure:
-        files.write_failure(str(failure))
-        raise
-    finally:
-        if training is not None:
-            training.close(summary)
+    with RunFolder(folder, config) as files:
+        summary = files.complete()
+        if summary is not None:
+            return summary
+        try:
+            training = Training(config, files)
+            summary = training.train()
+        except Interrupted:
+            pass
+        except (RunFailed, UserError) as failure:
+            files.write_failure(str(failure))
+            raise
+        finally:
+            if training is not None:
+                training.close(summary)
     return summary
+
+
+def settled(config: Config, begun: dict[str, Any] | None) -> Config:
+    """The configuration with its precision and threads decided: a run that was begun goes on with its own."""
+    hardware = config.hardware
+    threads, precision = hardware.threads or THREADS, hardware.precision
+    if begun is not None:
+        threads, precision = begun["environment"]["threads"], begun["environment"]["precision"]
+        if hardware.threads not in (None, threads):
+            say(f"hardware.threads={hardware.threads} would change the numbers: the run goes on with {threads}.")
+        hardware = replace(hardware, threads=begun["config"]["hardware"]["threads"])
+    elif precision == "auto":
+        precision = machine_precision(hardware.device)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return replace(config, hardware=replace(hardware, precision=precision))
 
 
 class Training:
@@ -96,16 +111,22 @@ class Training:
     """
 
     def __init__(self, config: Config, files: RunFolder) -> None:
-        self.config, self.files = config, files
         if config.hardware.device == "cuda" and not torch.cuda.is_available():
             raise UserError("hardware.device=cuda finds no CUDA device: choose hardware=cpu.")
         self.device = torch.device(config.hardware.device)
+        begun = files.restore(self.device)
+        self.config, self.files = config, files = settled(config, begun), files
+        precision = config.hardware.precision
+        check_matched(config)
         try:
             self.data = datasets.load(config.dataset, config.seed)
         except KeyboardInterrupt:  # while they are prepared; that leaves nothing half done
             raise Interrupted from None
+        check_memory(config, self.data.outputs)
         torch.manual_seed(config.seed)
         self.model = build(config, self.data.outputs).to(self.device)
+        if precision == "float64":
+            self.model.double()
         train, selection = config.train, config.selection
         units = find_units(self.model, groups=getattr(config.model, "ffn_groups", None))
         self.units = units.of_kinds(selection.units)
@@ -114,10 +135,12 @@ class Training:
         )
         self.optimiser = build_optimiser(self.model, train)
         self.method = Method(config.method, selection, self.units, config.seed)
+        self.matched = hashlib.sha256(repr(self.method.policy.counts).encode()).hexdigest()
         probing = self.method.selects or config.analysis
-        self.probe = (
-            self.data.probe_batch(config.selection.samples).to(self.device) if probing else None
-        )
+        self.probe = None
+        if probing:
+            probe = self.data.probe_batch(config.selection.samples).to(self.device)
+            self.probe = batch_in(probe, precision)
         self.start = analysis.unit_values(self.gates)  # made again from the seed on resuming
         self.stepper = Stepper(
             self.model,
@@ -139,24 +162,22 @@ class Training:
         self.seconds = 0.0
         self.seconds_estimator = 0.0
         self.share_sum = 0.0  # of active shares over steps
-        self.first_loss = 0.0
         self.window: list[float] = []  # training losses since the last logged one
         # Metrics and numbers of samples of the last epoch's worth of steps.
         self.recent: deque[dict[str, float]] = deque(maxlen=self.data.steps_per_epoch(train.batch))
         self.evaluated_at = -1.0  # FLOPs
-        self.best: dict[str, float] = {"loss": math.inf}
+        self.best: dict[str, Any] = {"loss": math.inf}
         self._interrupt = False
         self._ledgers: dict[object, Ledger] = {}  # by the shapes of a batch
         self._kernels: dict[object, int] = {}  # FLOPs, by the shapes of a batch
         self._estimate_cost: Flops | None = None
         self._costs: dict[tuple[object, ...], Flops] = {}  # of steps, by what they depend on
-        self._next: tuple[int, tuple[Batch, int]] | None = (
-            None  # a step's batch and epoch, made ahead
-        )
-        self._restore()
-        files.write_environment(config)
+        # A step's batch and epoch, made ahead.
+        self._next: tuple[int, tuple[Batch, int]] | None = None
+        self._go_on(begun)
+        self.environment = files.begin(config, begun and begun["environment"])
         self.mirror = open_mirror(config, files.path)
-        label = f"{config.model.name} {config.method.name} seed={config.seed}"
+        label = f"{config.model.name} {config.method.name} seed={config.seed} {precision}"
         done = self.spent.figure / PFLOP
         self.progress = Progress(self.budget / PFLOP, done, config.tracking.progress, label)
 
@@ -164,7 +185,7 @@ class Training:
         """The loop: select, evaluate, step, until the budget is spent."""
         train = self.config.train
         points = self._evaluation_points()
-        if self.files.lines() == 0:
+        if self.step == 0 and self.records == 0:
             self._event("start", "validation", **self.data.facts())
         with self._stopping_cleanly():
             while True:
@@ -212,9 +233,13 @@ class Training:
     def _train_batch(self) -> Batch:
         """The coming step's batch."""
         if self._next is None or self._next[0] != self.step:
-            self._next = self.step, self.data.train_batch(self.step, self.config.train.batch)
+            self._next = self.step, self._batch_of(self.step)
         _, (batch, self.epoch) = self._next
         return batch
+
+    def _batch_of(self, step: int) -> tuple[Batch, int]:
+        batch, epoch = self.data.train_batch(step, self.config.train.batch)
+        return batch_in(batch, self.config.hardware.precision), epoch
 
     def _step_cost(self, batch: Batch, padded: bool = True) -> Flops:
         """What a training step on a batch spends with the gates as they stand."""
@@ -248,10 +273,7 @@ class Training:
         outcome = self.stepper.step(batch, lr, capture)
         self.needed += self._step_cost(batch, padded=False).figure + cost.overhead
         if self.device.type == "cuda":  # which computes meanwhile
-            self._next = (
-                self.step + 1,
-                self.data.train_batch(self.step + 1, self.config.train.batch),
-            )
+            self._next = self.step + 1, self._batch_of(self.step + 1)
         reading = outcome.read()
         self.seconds += time.perf_counter() - start
         self._refuse_divergence(reading.loss, reading.norm)
@@ -283,9 +305,7 @@ class Training:
         }
 
     def _refuse_divergence(self, loss: float, norm: float) -> None:
-        if self.step == 0:
-            self.first_loss = loss
-        if not math.isfinite(loss) or not math.isfinite(norm) or loss > DIVERGED * self.first_loss:
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise RunFailed(
                 f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, gradient norm {norm:.4g}):"
                 " lower train.lr or train.clip; the last good checkpoint is kept."
@@ -424,21 +444,10 @@ class Training:
     # --- evaluation
 
     def _evaluation_points(self) -> list[float]:
-        """FLOPs at which to evaluate: every mark, the end, and every ``eval_interval`` of the planned FLOPs."""
-        train = self.config.train
-        planned = train.pflops * PFLOP
-        marks = [mark * PFLOP for mark in train.marks]
-        regular = [
-            i * train.eval_interval * planned
-            for i in range(1, math.ceil(1 / train.eval_interval) + 1)
-        ]
-        points: list[float] = []
-        for point in (*marks, self.budget, *regular):  # those equal but for rounding are one
-            if point <= self.budget * (1 + 1e-9) and not any(
-                math.isclose(point, p) for p in points
-            ):
-                points.append(point)
-        return sorted(p for p in points if p > self.evaluated_at)
+        """FLOPs at which to evaluate from now on."""
+        train, budget = self.config.train, self.config.method.budget
+        points = evaluation_points(train.pflops, budget, train.eval_interval, train.marks)
+        return [point * PFLOP for point in points if point * PFLOP > self.evaluated_at]
 
     def _evaluate_until(self, after: int, points: list[float]) -> None:
         """Evaluate at the points that the next piece of work, which ends at ``after`` FLOPs, goes beyond."""
@@ -464,9 +473,8 @@ class Training:
                 "seconds": self.seconds,
             }
             self.best = {**scores, **where}
-            checkpoint.save(
-                self._best_path(), {"step": self.step, "model": self.model.state_dict()}
-            )
+            state = {"step": self.step, "model": self.model.state_dict()}
+            self.best["sha256"] = checkpoint.save(self.files.best_weights(self.best), state)
 
     @torch.no_grad()
     def _scores_on(self, split: str, samples: int | None) -> dict[str, float]:
@@ -475,7 +483,9 @@ class Training:
         total: dict[str, float] = {}
         count = 0
         for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
-            batch = batch.to(self.device)
+            if self._interrupt and split == "test":  # only then is the latest checkpoint of this step
+                raise Interrupted
+            batch = batch_in(batch.to(self.device), self.config.hardware.precision)
             with self._autocast():
                 outputs = self.model(batch)
                 loss = self.model.loss_of_outputs(outputs, batch)
@@ -496,7 +506,8 @@ class Training:
         ):  # ended before the budget did
             self._evaluate(self.spent.figure)
         self._save()
-        self.model.load_state_dict(self._best_weights())
+        best = checkpoint.load(self.files.best_weights(self.best), self.device, self.best["sha256"])
+        self.model.load_state_dict(best["model"])
         test = self._scores_on("test", None)
         self._event("test", "test", **test)
         summary = {
@@ -542,65 +553,41 @@ class Training:
         self.files.append(line)
         self.mirror.log(line)
 
-    def _best_path(self) -> Path:
-        return self.files.checkpoints / f"best-{self.best.get('step', 0):.0f}.pt"
-
-    def _best_weights(self) -> dict[str, torch.Tensor]:
-        best = checkpoint.load(self._best_path(), self.device)
-        if best is None:
-            raise UserError(
-                f"{self._best_path()} is missing: remove {self.files.checkpoints} to start the run again."
-            )
-        weights: dict[str, torch.Tensor] = best["model"]
-        return weights
-
     def _save(self) -> None:
         state = {
+            "config": asdict(self.config),
+            "environment": self.environment,
+            "data": self.data.fingerprint,
+            "matched": self.matched,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "method": self.method.policy.state_dict(),
             "random": torch.get_rng_state(),
-            "probe": None if self.probe is None else self.probe.inputs,
             "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-            "lines": self.files.lines(),
             "spent": list(astuple(self.spent)),
             **{name: getattr(self, name) for name in self._SAVED},
             "recent": list(self.recent),  # weights_only reads lists
+            **self.files.recorded(),
         }
-        checkpoint.save(self.files.checkpoints / "latest.pt", state)
-        for old in self.files.checkpoints.glob(
-            "best-*.pt"
-        ):  # only now does no checkpoint need an earlier best
-            if old != self._best_path():
-                old.unlink()
+        self.files.save(state)
 
     _SAVED = (
-        "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum", "first_loss", "window",
-        "evaluated_at", "best",
+        "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum", "window", "evaluated_at",
+        "best",
     )  # fmt: skip
 
-    def _restore(self) -> None:
-        """Go on from the latest checkpoint; without one, start over."""
-        state = checkpoint.load(self.files.checkpoints / "latest.pt", self.device)
+    def _go_on(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint; without one, start."""
         if state is None:
-            self.files.rewind(0, 0)
             return
-        known = {"probe", "recent", *self._SAVED} <= state.keys()
-        if not known or not all("samples" in metrics for metrics in state["recent"]):
+        where = f"{self.files.path} was begun "
+        if state["data"] != self.data.fingerprint:
             raise UserError(
-                f"{self.files.path} was begun by another version of this program: remove {self.files.checkpoints} to "
-                "start the run again."
+                f"{where}on other data: point dataset.root (or MAT_DATA) at the data it was begun with, or remove that "
+                "folder."
             )
-        begun = state["probe"]
-        if (
-            self.probe is not None
-            and begun is not None
-            and not torch.equal(self.probe.inputs, begun)
-        ):
-            raise UserError(
-                f"{self.files.path} was begun on other data: point dataset.root (or MAT_DATA) at the data it was begun "
-                "with, or remove that folder."
-            )
+        if state["matched"] != self.matched:
+            raise UserError(f"{where}with another method.matched: name that run, or remove this folder.")
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.method.policy.load_state_dict(state["method"])
@@ -611,26 +598,28 @@ class Training:
         for name in self._SAVED:
             setattr(self, name, state[name])
         self.recent.extend(state["recent"])
-        if math.isfinite(self.best["loss"]):
-            self._best_weights()  # a damaged or missing file is better told now than at the run's end
-        self.files.rewind(state["lines"], self.records)
 
     # --- surroundings
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.hardware.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.config.hardware.precision, self.device)
 
     @contextmanager
     def _stopping_cleanly(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the present step, with a checkpoint."""
+        """SIGTERM, SIGINT and SIGHUP end the run after the present step, with a checkpoint."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._interrupt = True
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is not threading.main_thread():  # others may not handle signals
+            yield
+            return
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:  # nohup
+                signal.signal(number, ask)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)

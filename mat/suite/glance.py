@@ -1,5 +1,8 @@
-"""What a run folder tells at this moment, whatever state it is in: the one reader of run folders."""
+"""What a run folder tells at this moment, whatever state it is in: the one reader of run
+folders.
+"""
 
+import hashlib
 import json
 import math
 import time
@@ -14,17 +17,26 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mat.suite.errors import UserError
+from mat.suite.files import sha256
 
-PATIENCE, SLOW = 120.0, 20.0  # a run counts as alive for so many seconds, or so many gaps between its events
+# A run counts as alive for so many seconds, or so many gaps between its events
+PATIENCE, SLOW = 120.0, 20.0
 WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "units.parquet")
 
 # What readers of a folder rely on, by file.
 CONFIGURED = (
-    "seed", "model.name", "dataset.name", "method.name", "method.budget", "selection.mode", "train.pflops",
+    "seed",
+    "model.name",
+    "dataset.name",
+    "method.name",
+    "method.budget",
+    "selection.mode",
+    "train.pflops",
     "train.marks",
-)  # fmt: skip
+)
 LOGGED = {"event", "pflops", "seconds"}
-LEDGER = ("forward", "input_grad", "weight_grad", "overhead")  # parts of the PFLOPs: pflops_forward, ...
+# Parts of the PFLOPs: pflops_forward, ...
+LEDGER = ("forward", "input_grad", "weight_grad", "overhead")
 RECORDED = {"t", "kind", "layer", "unit", "active", "stopped"}
 
 
@@ -74,13 +86,21 @@ class Glance:
 
     def last(self, key: str, event: str | None = None) -> Any:
         """The newest value of a key, of one kind of event or any; None if there is none."""
-        found = (e[key] for e in reversed(self.events) if event in (None, e["event"]) and e.get(key) is not None)
+        found = (
+            e[key]
+            for e in reversed(self.events)
+            if event in (None, e["event"]) and e.get(key) is not None
+        )
         return next(found, None)
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """The evaluations on the validation split in the order they were made, without that of a diverged model."""
-        return pd.DataFrame([e for e in self.events if e["event"] == "evaluation" and math.isfinite(e["loss"])])
+        """The evaluations on the validation split in the order they were made, without that of a
+        diverged model.
+        """
+        return pd.DataFrame(
+            [e for e in self.events if e["event"] == "evaluation" and math.isfinite(e["loss"])]
+        )
 
     @property
     def best(self) -> float | None:
@@ -98,7 +118,9 @@ class Glance:
 
     @property
     def status(self) -> str:
-        """``complete``, ``failed``, ``running``, or ``interrupted``: neither ended nor written to of late."""
+        """``complete``, ``failed``, ``running``, or ``interrupted``: neither ended nor written to
+        of late.
+        """
         if self.summary or self.failure is not None:
             return "complete" if self.summary else "failed"
         _, seconds, gaps = self._pace
@@ -113,7 +135,8 @@ class Glance:
     def machine(self) -> str:
         """Where it computes and how precisely: seconds of runs that agree in it can be compared."""
         name = self.environment.get("device_name", self.environment.get("device", "–"))
-        return f"{name}, {self.environment.get('threads', '–')} threads, {self.environment.get('precision', '–')}"
+        threads, precision = (self.environment.get(key, "–") for key in ("threads", "precision"))
+        return f"{name}, {threads} threads, {precision}"
 
     @property
     def commit(self) -> str:
@@ -133,7 +156,9 @@ class Glance:
 
     @property
     def eta(self) -> float | None:
-        """Seconds of training left at the present pace (evaluations come on top), while the run is alive."""
+        """Seconds of training left at the present pace (evaluations come on top), while the run is
+        alive.
+        """
         pflops, seconds, _ = self._pace
         if self.status != "running" or pflops <= 0:
             return None
@@ -150,17 +175,28 @@ def look(path: Path) -> Glance:
         UserError: If a file of it is damaged, or its configuration missing.
     """
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} has no config.yaml: run the same command again, or delete that run folder.")
+        raise UserError(
+            f"{path} has no config.yaml: run the same command again, or delete that run folder."
+        )
     try:
-        environment, summary, failure = (_json(path / f"{n}.json") for n in ("environment", "summary", "failure"))
+        summary = read_summary(path)
+        environment, failure = (_json(path / f"{name}.json") for name in ("environment", "failure"))
         return Glance(
-            path, _config(path / "config.yaml"), environment, _events(path / "metrics.jsonl"),
-            _units(path / "units.parquet"), summary, str(failure.get("reason")) if failure else None,
-            time.time() - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
-        )  # fmt: skip
-    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+            path,
+            read_config(path),
+            environment,
+            _events(path / "metrics.jsonl"),
+            _units(path / "units.parquet"),
+            summary,
+            str(failure.get("reason")) if failure else None,
+            time.time()
+            - max((path / name).stat().st_mtime for name in WRITTEN if (path / name).is_file()),
+        )
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        raise UserError(f"{path} is damaged ({reason}): delete that run folder and train it again.") from error
+        raise UserError(
+            f"{path} is damaged ({reason}): delete that run folder and train it again."
+        ) from error
 
 
 def look_below(root: Path) -> tuple[list[Glance], list[str]]:
@@ -174,21 +210,76 @@ def look_below(root: Path) -> tuple[list[Glance], list[str]]:
     return runs, damaged
 
 
+def state_of(path: Path) -> tuple[str, str]:
+    """Where a run stands that no process works on, and why if it failed: ``complete``, ``failed``,
+    ``damaged``,
+    ``interrupted`` or ``not begun``.
+    """
+    if not (path / "config.yaml").is_file():
+        return "not begun", ""
+    try:
+        run = look(path)
+    except UserError as error:
+        return "damaged", str(error)
+    return run.status.replace("running", "interrupted"), run.failure or ""
+
+
 def row_of(path: Path) -> tuple[str, str] | None:
     """Model and method of a run folder; None where its configuration cannot be read."""
     try:
-        config = _config(path / "config.yaml")
-    except (ValueError, OSError, YAMLError, OmegaConfBaseException):
+        config = read_config(path)
+    except (ValueError, OSError):
         return None
     return config["model"]["name"], config["method"]["name"]
 
 
-def _config(path: Path) -> dict[str, Any]:
-    config = OmegaConf.load(path)
-    for key in CONFIGURED:
-        if not isinstance(config, DictConfig) or OmegaConf.select(config, key) is None:
-            raise ValueError(f"{path.name} has no {key}")
-    content: Any = OmegaConf.to_container(config)
+def seal(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary with the checksums of the run's other files and its own: what ``summary.json``
+    holds.
+    """
+    names = sorted(
+        file.name for file in path.iterdir() if file.name in WRITTEN or file.suffix == ".parquet"
+    )
+    own = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+    return {
+        **summary,
+        "sha256": {"summary.json": own, **{name: sha256(path / name) for name in names}},
+    }
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a run folder, without its checksums; empty until the run is complete.
+
+    Raises:
+        ValueError: If it, or a file it has a checksum of, is not what was written. (Old ones have
+            no checksums.)
+    """
+    summary = _json(path / "summary.json")
+    sealed = summary.pop("sha256", None)
+    for name, digest in (sealed or {}).items():
+        if name == "summary.json":
+            found = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+        else:
+            found = sha256(path / name) if (path / name).is_file() else ""
+        if found != digest:
+            raise ValueError(f"{name} is not what was written")
+    return summary
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run folder.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        config = OmegaConf.load(path / "config.yaml")
+        for key in CONFIGURED:
+            if not isinstance(config, DictConfig) or OmegaConf.select(config, key) is None:
+                raise ValueError(f"config.yaml has no {key}")
+        content: Any = OmegaConf.to_container(config)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(str(error)) from error
     return dict(content)
 
 
@@ -203,15 +294,15 @@ def _object(text: str) -> dict[str, Any] | None:
 
 def _json(path: Path) -> dict[str, Any]:
     """A file's content; empty if it is not there."""
-    content = _object(path.read_text()) if path.is_file() else {}
+    content = _object(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if content is None:
         raise ValueError(f"{path.name} is no JSON object")
     return content
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # what has no line feed yet is unfinished
-    events = []
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines, events = text.split("\n")[:-1], []  # what has no line feed yet is unfinished
     for number, event in enumerate(map(_object, lines), start=1):
         if (
             event is None
@@ -224,7 +315,10 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def _units(path: Path) -> pd.DataFrame | None:
-    units = pd.read_parquet(path) if path.is_file() else None
+    try:
+        units = pd.read_parquet(path) if path.is_file() else None
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise ValueError(f"{path.name} cannot be read") from error
     if units is not None and (missing := sorted(RECORDED - set(units))):
         raise ValueError(f"{path.name} has no {missing[0]}")
     return units
@@ -234,4 +328,8 @@ def runs_below(root: Path) -> list[Path]:
     """Run folders at or below a folder, sorted."""
     if (root / "config.yaml").is_file():
         return [root]
-    return sorted(config.parent for config in root.rglob("seed=*/config.yaml")) if root.is_dir() else []
+    return (
+        sorted(config.parent for config in root.rglob("seed=*/config.yaml"))
+        if root.is_dir()
+        else []
+    )

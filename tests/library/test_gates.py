@@ -241,3 +241,12 @@ def test_attaching_twice_and_detaching_none_are_refused() -> None:
     mat.detach_(gates.model)
     with pytest.raises(ValueError, match="not attached"):
         mat.detach_(gates.model)
+
+
+def test_detaching_ends_an_online_reading() -> None:
+    model, _ = build("bert")
+    gates = mat.attach_(model, mat.MATConfig(reduction="online", log=False))
+    gates.maybe_select(0)
+    assert model._forward_pre_hooks
+    mat.detach_(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

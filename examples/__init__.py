@@ -1,0 +1,1 @@
+"""MAT on models and data of other people; every example is one command, see README.md."""
