@@ -19,9 +19,9 @@ from mat.adapters import find_units
 from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
-from mat.policy import FloatArray, MATConfig, Policy
+from mat.policy import MATConfig, Policy
 from mat.tables import active_by_kind, gates_table, skipped_share
-from mat.units import BoolArray, Unit, Units
+from mat.units import BoolArray, FloatArray, Unit, Units
 
 
 class Gates:
@@ -39,6 +39,7 @@ class Gates:
         policy: Chooses at selections.
         probe: The batch that scores are measured on: a copy of the first one given.
         due: Training step from which on the next selection is made.
+        pending: Scores that were read off a training step and await the next call.
     """
 
     def __init__(self, model: nn.Module, units: Units, config: MATConfig) -> None:
@@ -48,6 +49,7 @@ class Gates:
         self.probe: Any = None
         self.due = 0
         self.callback: Any = None  # the Trainer's, see mat.integrations
+        self.pending: FloatArray | None = None
         self._online: Any = None  # reads scores off the training step under way
         self.layers: list[Gate] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -110,18 +112,19 @@ class Gates:
         step: int,
         batch: Any = None,
         output: Callable[[Any], Tensor] | None = None,
-        loss: Callable[[Any], Tensor] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> bool:
         """Select every ``config.every`` steps; call it between optimiser steps, before each one.
 
-        The first call is selection t = 0, which leaves all units active. With data-parallel training
-        the scores of rank 0 count on every rank.
+        The first call is selection t = 0, which leaves all units active. With data-parallel
+        training the scores of rank 0 count on every rank.
 
         Args:
             step: Number of the training step that comes next.
             batch: The probe, if scores are measured on one; the first is kept for good.
             output: From the model's output to the tensor (samples, ...) whose Jacobian is measured.
-            loss: From the model's output to the loss of each sample, for ``score="gradnorm"``.
+            loss: Mean loss from the model's output and the probe, for ``score="gradnorm"``; the
+                output's own ``loss`` when None.
 
         Returns:
             Whether a selection was made.
@@ -129,10 +132,10 @@ class Gates:
         Raises:
             ValueError: If scores are needed and no probe was given.
         """
-        if self._online is not None:
-            online, self._online = self._online, None
-            online.__exit__(None, None, None)
-            self.select(self._score(online.result()), step)
+        self._read_online()
+        if self.pending is not None:
+            scores, self.pending = self.pending, None
+            self.select(scores, step)
             return True
         if step < self.due or self.policy.done:
             return False
@@ -156,10 +159,12 @@ class Gates:
                 self.model,
                 copied(self.probe, next(self.model.parameters()).device),
                 self.units,
-                output=loss if gradnorm else output,
+                output=output,
+                loss=loss,
                 reduction="loss" if gradnorm else self.config.reduction,
                 projections=self.config.projections,
                 normalize=self.config.normalize,
+                seed=self.config.seed,
             )
         self.select(self._score(result), step)
         return True
@@ -194,7 +199,7 @@ class Gates:
             print(f"MAT: selection {state.t}{when}: {active_by_kind(self)}")
 
     def log_numbers(self) -> dict[str, float]:
-        """Numbers for a tracker: shares of 1, and the threshold of every kind (mean of its scopes)."""
+        """Numbers for a tracker: shares of 1, and each kind's threshold (mean of its scopes)."""
         state = self.policy.state
         numbers = {
             "mat/active": float(self.active.mean()),
@@ -208,12 +213,17 @@ class Gates:
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Active and stopped sets, scores, t, probe, and what they belong to; for ``torch.save``."""
+        """Active and stopped sets, scores, t, probe, and what they belong to; for ``torch.save``.
+
+        Call it between training steps.
+        """
+        self._read_online()
         return {
             "layers": self._partition(),
             "active": self.active.tolist(),
             "policy": self.policy.state_dict(),
             "due": self.due,
+            "pending": None if self.pending is None else self.pending.tolist(),
             "probe": self.probe,
         }
 
@@ -239,19 +249,27 @@ class Gates:
                 )
         self.set_active(saved["active"])
         self.policy.load_state_dict(saved["policy"])
-        self.due, self.probe = saved["due"], saved.get("probe")
+        self.due, self.probe = saved["due"], saved["probe"]
+        self.pending = None if saved["pending"] is None else np.array(saved["pending"])
 
     def _partition(self) -> dict[str, str]:
         """What the units of every layer own, in words that are equal for equal divisions."""
         described = {}
         for layer in self.units.layers:
-            parts = [
-                f"{part.parameter} {'x'.join(map(str, self.model.get_parameter(part.parameter).shape))}"
-                f" axis {part.dim} owners {part.fingerprint()}"
-                for part in layer.parts
-            ]
+            parts = []
+            for part in layer.parts:
+                shape = "x".join(map(str, self.model.get_parameter(part.parameter).shape))
+                owners = f"axis {part.dim} owners {part.fingerprint()}"
+                parts.append(f"{part.parameter} {shape} {owners}")
             described[layer.name] = f"{layer.n_units} {layer.kind} ({'; '.join(parts)})"
         return described
+
+    def _read_online(self) -> None:
+        """Turn what a training step showed into pending scores."""
+        if self._online is not None:
+            online, self._online = self._online, None
+            online.__exit__(None, None, None)
+            self.pending = self._score(online.result())
 
     def _score(self, result: Any) -> FloatArray:
         """The units' scores of an estimate."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 Factors = Sequence[tuple[Tensor, ...]]
 
-# Matrix-product FLOPs that take as long as multiplying and adding up one pair of positions (measured).
+# Matrix-product FLOPs that take as long as multiplying and adding up one pair of positions
+# (measured).
 ELEMENTWISE = 200
 
 
@@ -53,8 +54,8 @@ def plan(
         units: U.
         p: Width of the per-unit factor.
         q: Width of the shared factor.
-        memory_bytes: Bound on the matrices that a chunk forms; copies of the factors come beside it.
-            At least one row or sample is always taken.
+        memory_bytes: Bound on the matrices that a chunk forms; copies of the factors come beside
+            it. At least one row or sample is always taken.
         itemsize: Bytes of a number in the kernels: 4, or 8 for float64.
 
     Returns:
@@ -182,7 +183,8 @@ def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(units)]  # by row of the kernel
     for a, b, sizes in factors:
         n, counts = sizes.shape[1], sizes.flatten().tolist()
-        pairs = list(zip(a.to(dtype).split(counts), b.to(dtype).split(counts), strict=True))
+        rows = torch.split(a.to(dtype), counts), torch.split(b.to(dtype), counts)
+        pairs = list(zip(*rows, strict=True))
         for u, part in enumerate(parts):
             part += pairs[u * n : (u + 1) * n]
     samples = len(parts[0])
@@ -203,6 +205,6 @@ def routed_gram(factors: Factors, bias: bool, memory_bytes: int) -> Tensor:
     return gram
 
 
-def routed_flops(samples: int, tokens: int, units: int, p: int, q: int, bias: bool) -> int:
-    """FLOPs of :func:`routed_gram`, wherever rows went: N samples of T rows each."""
-    return 2 * samples * tokens * p * q + 2 * samples * samples * units * p * (q + bias)
+def routed_flops(samples: int, positions: int, units: int, p: int, q: int, bias: bool) -> int:
+    """FLOPs of :func:`routed_gram` for N samples, P rows in all."""
+    return 2 * positions * p * q + 2 * samples * samples * units * p * (q + bias)

@@ -1,8 +1,8 @@
 """Any torch optimiser on a gated model: hooks around its step keep frozen slices bit-identical.
 
 An optimiser that does not know units updates whole tensors: zero gradients still decay weights and
-move along old momentum. So before a step the frozen slices of every gated parameter and of its state
-are copied, and after it written back. ``mat.AdamW`` and ``mat.SGD`` skip that work instead.
+move along old momentum. So before a step the frozen slices of every gated parameter and of its
+state are copied, and after it written back. ``mat.AdamW`` and ``mat.SGD`` skip that work instead.
 
 A step count that an optimiser keeps per tensor counts every step, also those that a unit skipped:
 after thawing, Adam's bias correction is that of the tensor (1 to the last digit after some thousand
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from mat.layers.gate import GatedPart, put, take
+from mat.optim import UnitOptimiser
 
 
 def guard(optimiser: torch.optim.Optimizer) -> None:
     """Install the hooks; once is enough.
 
     Args:
-        optimiser: Made before or after attaching.
+        optimiser: Made before or after attaching. Ours, which know units, are left as they are.
     """
-    if getattr(optimiser, "_guarded", False):
+    if isinstance(optimiser, UnitOptimiser) or getattr(optimiser, "_guarded", False):
         return
     saved: dict[int, tuple[Tensor, GatedPart, Tensor]] = {}
 
@@ -38,9 +39,7 @@ def guard(optimiser: torch.optim.Optimizer) -> None:
         for tensor, part, frozen in saved.values():
             put(tensor, part.frozen, part.dim, frozen)
         for part, tensor in _gated_tensors(optimiser):
-            if (
-                id(tensor) not in saved
-            ):  # state made by this very step: none of it is the frozen units'
+            if id(tensor) not in saved:  # state that this step made: none of it is frozen units'
                 nothing = torch.zeros_like(take(tensor, part.frozen, part.dim))
                 put(tensor, part.frozen, part.dim, nothing)
         saved.clear()

@@ -1,7 +1,7 @@
 """Kernels of all units from the taps of a probe, product by product, and their top eigenvalues."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mat import gram
-from mat.layers.gate import take
-from mat.products import Product, Tap
+from mat.products import Group, Product, Tap
 from mat.units import Units
 
 KRYLOV = 32  # dimensions of the spaces of Lanczos
@@ -24,15 +23,17 @@ class Shape:
     """Sizes of one Gram contraction, as :func:`mat.gram.unit_gram` takes them.
 
     Attributes:
-        tokens: T positions of a sample.
+        samples: n of the forward pass.
+        positions: n T rows of the product's output.
         units: U.
         p: Width of the per-unit factor.
         q: Width of the shared factor.
         bias: Whether there is one.
-        routed: Whether every row goes to one unit.
+        routed: Whether samples have unequally many rows: those that are sent to an expert.
     """
 
-    tokens: int
+    samples: int
+    positions: int
     units: int
     p: int
     q: int
@@ -41,20 +42,25 @@ class Shape:
 
     def flops(self, rows: int, memory_bytes: int) -> int:
         """FLOPs of kernels with so many rows."""
-        sizes = (rows, self.tokens, self.units, self.p, self.q, self.bias)
-        return gram.routed_flops(*sizes) if self.routed else gram.unit_flops(*sizes, memory_bytes)
+        sizes = self.units, self.p, self.q, self.bias
+        if self.routed:
+            return gram.routed_flops(rows, rows * self.positions // self.samples, *sizes)
+        return gram.unit_flops(rows, self.positions // self.samples, *sizes, memory_bytes)
 
 
 def shapes_of(taps: Sequence[Tap]) -> list[Shape]:
     """The contractions that the taps of a forward pass lead to."""
-    tokens: Counter[Product] = Counter()
+    positions: Counter[Product] = Counter()
     for tap in taps:
-        tokens[tap.product] += tap.tokens
+        positions[tap.product] += tap.positions
     return [
-        Shape(t, group.count, group.each, product.shared, product.bias, product.routed)
-        for product, t in tokens.items()
+        Shape(
+            taps[0].samples, count, group.count, group.each,
+            product.shared, product.bias, product.routed,
+        )
+        for product, count in positions.items()
         for group in product.groups
-    ]
+    ]  # fmt: skip
 
 
 class Kernels:
@@ -67,17 +73,17 @@ class Kernels:
 
     def __init__(self, units: Units, memory_bytes: int) -> None:
         self.units, self.memory_bytes = units, memory_bytes
-        self._taps: dict[Product, list[list[Tap]]] = {}  # [batch][use]
+        self._samples: list[int] = []  # by batch
+        self._taps: dict[Product, dict[int, list[Tap]]] = {}  # uses by batch
         self._awaited: Counter[Product] = Counter()
         self._total: Tensor | None = None
 
     def add(self, taps: Sequence[Tap]) -> None:
         """Take in the taps of a batch."""
-        uses: dict[Product, list[Tap]] = {}
+        batch = len(self._samples)
+        self._samples.append(taps[0].samples)
         for tap in taps:
-            uses.setdefault(tap.product, []).append(tap)
-        for product, several in uses.items():
-            self._taps.setdefault(product, []).append(several)
+            self._taps.setdefault(tap.product, {}).setdefault(batch, []).append(tap)
 
     def await_last(self, taps: Sequence[Tap]) -> None:
         """Contract every product as soon as the coming backward pass has brought its gradient.
@@ -108,7 +114,7 @@ class Kernels:
     def _contract(self, product: Product) -> None:
         batches = self._taps.pop(product)
         slots: list[list[tuple[Tensor, ...]]] = []  # [projection][batch], pairs of factors
-        for uses in batches:
+        for uses in batches.values():
             known, gradients = zip(*(tap.factors() for tap in uses), strict=True)
             counts = {len(found) for found in gradients}
             if len(counts) > 1 or 0 in counts:
@@ -120,27 +126,41 @@ class Kernels:
                 g = several[0] if len(uses) == 1 else torch.cat(several, 1)
                 pair = (x, g) if product.columns else (g, x)
                 slot.append(pair if uses[0].sizes is None else (*pair, uses[0].sizes))
-        pairs = [pair for slot in slots for pair in slot]
         if product.routed:
-            values = gram.routed_gram(pairs, product.bias, self.memory_bytes)
-            self._add(product, 0, take(values, product.groups[0].index, 0))
+            pairs = [pair for slot in slots for pair in self._with_missing(slot, batches)]
+            values = [gram.routed_gram(pairs, product.bias, self.memory_bytes)]
         else:
-            pairs = _equally_long(pairs)
-            for number, group in enumerate(product.groups):
-                factors = [(group.of(a), b) for a, b in pairs]
-                self._add(product, number, gram.unit_gram(factors, product.bias, self.memory_bytes))
-        for uses in batches:
+            pairs = _equally_long([pair for slot in slots for pair in slot])
+            values = [
+                gram.unit_gram(
+                    [(group.of(a), b) for a, b in pairs], product.bias, self.memory_bytes
+                )
+                for group in product.groups
+            ]
+        for group, value in zip(product.groups, values, strict=True):
+            self._add(group, value)
+        for uses in batches.values():
             for tap in uses:
                 tap.release()
 
-    def _add(self, product: Product, number: int, values: Tensor) -> None:
+    def _with_missing(
+        self, slot: list[tuple[Tensor, ...]], batches: Collection[int]
+    ) -> list[tuple[Tensor, ...]]:
+        """An expert's factors by batch, with empty ones where no token was sent to it."""
+        a, b, sizes = slot[0]
+        there = dict(zip(batches, slot, strict=True))
+        return [
+            there.get(batch, (a[:0], b[:0], sizes.new_zeros(1, n)))
+            for batch, n in enumerate(self._samples)
+        ]
+
+    def _add(self, group: Group, values: Tensor) -> None:
         if self._total is None:
             self._total = values.new_zeros(len(self.units), *values.shape[1:])
-        rows = product.groups[number].units
-        if isinstance(rows, Tensor):
-            self._total.index_add_(0, rows, values)
+        if isinstance(group.units, Tensor):
+            self._total.index_add_(0, group.units, values)
         else:
-            self._total[rows] += values
+            self._total[group.units] += values
 
 
 def _equally_long(pairs: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

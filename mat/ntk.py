@@ -1,21 +1,21 @@
 """Top eigenvalues of the modular neural tangent kernels of all units (paper section 1).
 
-The mNTK of unit l is ``Theta_l = J_l J_l^T`` with ``J_l = d f / d theta_l`` of the network's outputs
-f: n samples with k outputs each make it nk x nk; the kernels of all parameters add up to the NTK
-(eq. 1). Outputs are reduced before they are differentiated, explicitly and by name:
+The mNTK of unit l is ``Theta_l = J_l J_l^T`` with ``J_l = d f / d theta_l`` of the network's
+outputs f: n samples with k outputs each make it nk x nk; the kernels of all parameters add up to
+the NTK (eq. 1). Outputs are reduced before they are differentiated, explicitly and by name:
 
-``full``    all k outputs, k backward passes: the exact kernel (nk x nk), for tests and small models.
-``random``  m projections of each sample's outputs on random signs, stacked: (nm x nm) / m. Its trace
-            is an unbiased estimate of the exact trace; its top eigenvalue over-estimates by a factor
-            that depends on the unit's spectrum: about 1 where one eigenvalue holds the trace, about
-            k / m where all are equal (m < k).
+``full``    all k outputs, k backward passes: the exact kernel (nk x nk), for small models.
+``random``  m projections of each sample's outputs on random signs, stacked: (nm x nm) / m. Its
+            trace is an unbiased estimate of the exact trace; its top eigenvalue over-estimates by a
+            factor that depends on the unit's spectrum: about 1 where one eigenvalue holds the
+            trace, about k / m where all are equal (m < k).
 ``sum``     the sum of each sample's outputs over sqrt(k): (n x n). Cheap and a poor ranking.
 ``loss``    the gradient of each sample's part of the mean loss: (n x n). Not an NTK; gives the norm
             of each unit's gradient.
 
-One forward pass records every layer's factors (``mat.taps``), one backward pass per projection gives
-the gradients of all layers' outputs (autograd forms no weight gradient), and each layer's Gram
-matrices are batched products (``mat.gram``). The model is afterwards what it was: parameters,
+One forward pass records every layer's factors (``mat.taps``), one backward pass per projection
+gives the gradients of all layers' outputs (autograd forms no weight gradient), and each layer's
+Gram matrices are batched products (``mat.gram``). The model is afterwards what it was: parameters,
 gradients, buffers, gates, random state, train or eval mode. It works in the caller's autocast::
 
     result = mat.ntk.estimate(model, batch, projections=4)
@@ -51,10 +51,11 @@ class Mntk:
 
     Attributes:
         lambda_max: (units,) top eigenvalues.
-        squared_norm: (units,) sum of all kernel entries before they are normalised; for ``loss`` the
-            squared norm of the unit's gradient.
+        squared_norm: (units,) sum of all kernel entries before they are normalised; for ``loss``
+            the squared norm of the unit's gradient.
         spectrum: (units, r) all eigenvalues, ascending, or None. r = n m, n, n k, n by reduction.
-        kernels: (units, r, r) or None; rows are projection-major (projection or output, then sample).
+        kernels: (units, r, r) or None; rows are projection-major (projection or output, then
+            sample).
         rest: Kernel (r, r) of what no measured unit owns of each parameter, by name, or None.
         units: Which unit a row is.
         samples: n.
@@ -124,15 +125,16 @@ def estimate(
 
     Memory: autograd keeps one batch at a time; of all batches the estimator keeps the factors (each
     layer's input, and m gradients of its output); ``memory_bytes`` for the products of a layer,
-    beside copies of its factors, which for filters are what each sees at every position; 4 units r²
-    bytes of kernels, and as many again while eigenvalues are computed densely (``spectrum``, or r up
-    to ``mat.kernels.DENSE``).
+    beside copies of its factors, which for filters are what each sees at every position; 4 units
+    r² bytes of kernels, and as many again while eigenvalues are computed densely (``spectrum``, or
+    r up to ``mat.kernels.DENSE``).
 
     Args:
         model: The model. Parameters with ``requires_grad`` off are left out.
         batch: The probe, n samples, or a list of batches that make it up: the result is the same,
             batch norm included. See ``mat.probe`` for its forms.
-        units: The units; those the model is attached by, else what ``mat.find_units`` finds, if None.
+        units: The units; if None those the model is attached by, else what ``mat.find_units``
+            finds.
         output: Picks the tensor to differentiate from what the model returns; else that itself, or
             its ``logits``. Its rows are grouped by sample.
         loss: For ``loss``: mean loss from (outputs, batch); else the result's own ``loss``.
@@ -158,7 +160,7 @@ def estimate(
     """
     if rest and normalize is not None:
         raise ValueError("rest gives kernels that add up, and normalised ones do not: drop one")
-    units = _units_of(model, units)
+    units = units_of(model, units)
     batches = batch if isinstance(batch, list) else [batch]
     counts = [samples_of(part) if samples is None else samples for part in batches]
     reducer = Reducer(reduction, projections, seed, sum(counts), loss)
@@ -179,6 +181,8 @@ def estimate(
             outputs = pick(result, output)
             k = reducer.outputs_per_sample(outputs, n)
             tape.check()
+            if not outputs.requires_grad:
+                raise ValueError("the outputs do not depend on any unit")
             total.add(tape.taps)
             for cotangent, last in reducer.cotangents(result, part, outputs, first, n):
                 if last and part is batches[-1] and first + n == sum(counts):
@@ -226,7 +230,7 @@ class Online:
     def __init__(
         self, model: nn.Module, units: Units | None = None, *, samples: int | None = None
     ) -> None:
-        self.model, self.units, self.samples = model, _units_of(model, units), samples
+        self.model, self.units, self.samples = model, units_of(model, units), samples
         self._batches: list[list[Tap]] = []
 
     def __enter__(self) -> "Online":
@@ -274,7 +278,7 @@ class Online:
         for taps in self._batches:
             if not all(tap.gradients for tap in taps):
                 raise ValueError(
-                    "an online estimate needs the backward pass of every forward pass made within it"
+                    "an online estimate needs the backward pass of every forward pass within it"
                 )
             total.add(taps)
         stacked = total.total()
@@ -285,12 +289,15 @@ class Online:
 def kernel_shapes(
     model: nn.Module, batch: Any, units: Units | None = None, *, samples: int | None = None
 ) -> list[Shape]:
-    """The Gram contractions of an estimate on one batch, from a forward pass; see :func:`estimate`."""
-    tape = Tape(model, _units_of(model, units))
+    """The Gram contractions of an estimate on one batch, from a forward pass.
+
+    The arguments are those of :func:`estimate`.
+    """
+    tape = Tape(model, units_of(model, units))
     with untouched(model), tape:
         tape.begin(samples_of(batch) if samples is None else samples)
         run(model, batch)
-        return shapes_of(tape.taps)
+    return shapes_of(tape.taps)
 
 
 def kernel_flops(
@@ -311,7 +318,7 @@ def kernel_flops(
     return products + eigenvalue_flops(units, rows)
 
 
-def _units_of(model: nn.Module, units: Units | None) -> Units:
+def units_of(model: nn.Module, units: Units | None) -> Units:
     """The units given, those of an attached model, or what is found."""
     if units is None:
         gates = getattr(model, "_gates", None)

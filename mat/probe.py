@@ -92,8 +92,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([] if capturing else cuda))
-        if hasattr(model, "_gates"):
-            stack.enter_context(model._gates.transparent())
+        gates: Any = getattr(model, "_gates", None)
+        if gates is not None:
+            stack.enter_context(gates.transparent())
         try:
             model.eval()
             for parameter in wanted:

@@ -1,9 +1,9 @@
 """Products: weights that units own parts of, and the two factors of their gradients by sample.
 
-The gradient of a weight for one sample is a product of two factors over the sample's positions: the
-layer's input, which the forward pass knows, and the gradient of its output, which a backward pass
-brings. Units own rows or columns of the weight, so one factor is divided among them ("per unit") and
-the other is shared.
+The gradient of a weight for one sample is a product of two factors over the sample's positions:
+the layer's input, which the forward pass knows, and the gradient of its output, which a backward
+pass brings. Units own rows or columns of the weight, so one factor is divided among them ("per
+unit") and the other is shared.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,7 @@ class Group:
 
     Attributes:
         units: Their rows in the flat table.
-        index: Which columns of the per-unit factor are theirs, unit by unit; of a routed product
-            which experts they are.
+        index: Which columns of the per-unit factor are theirs, unit by unit.
         count: Number of units u.
         each: Columns of a unit.
     """
@@ -37,7 +36,7 @@ class Group:
 
     def of(self, factor: Tensor) -> Tensor:
         """(n, T, all) to (n, T, u, each); a view where the units follow one another."""
-        return take(factor, self.index, 2).unflatten(2, (self.count, self.each))
+        return take(factor, self.index, 2).view(*factor.shape[:2], self.count, self.each)
 
 
 def groups_of(owner: IntArray, first: int, device: torch.device) -> list[Group]:
@@ -73,10 +72,11 @@ class Product:
     Attributes:
         path: Where it is, for messages.
         groups: The units.
-        columns: Whether units own columns: the input is then the per-unit factor, else the gradient.
+        columns: Whether units own columns: the per-unit factor is then the input, else the
+            gradient.
         shared: Width q of the shared factor.
         bias: Whether a bias belongs to it.
-        routed: Whether every row goes to one unit (an expert).
+        routed: Whether it belongs to one expert, and sees only the rows that are sent there.
     """
 
     path: str
@@ -122,16 +122,16 @@ class Tap:
         product: The product.
         layout: Of the layer.
         samples: n.
-        tokens: T positions of a sample (of a routed product on average).
+        positions: P rows of the output, n T unless routed.
         known: What went in.
-        sizes: (E, n) rows of each expert in each sample, of a routed product.
+        sizes: (1, n) rows of each sample, sorted by sample, of a routed product.
         gradients: Of what came out, one per backward pass.
     """
 
     product: Product
     layout: Layout
     samples: int
-    tokens: int
+    positions: int
     known: Tensor
     sizes: Tensor | None = None
     gradients: list[Tensor] = field(default_factory=list)
@@ -160,7 +160,7 @@ def convolution(module: nn.Conv2d) -> Layout:
     def patches(x: Tensor, n: int) -> Tensor:
         """(n, I, H, W) to what a filter sees at every position, (n, T, I k k)."""
         x = F.pad(x, padding, mode) if any(padding) else x
-        seen = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)  # type: ignore
+        seen = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
         return seen.transpose(1, 2).reshape(n, -1, seen.shape[1])
 
     def positions(maps: Tensor, n: int) -> Tensor:

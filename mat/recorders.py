@@ -71,14 +71,18 @@ def _attend(
         x = x if module.batch_first else x.transpose(0, 1)  # (n, T, D)
         y = F.linear(x, weight[rows], None if bias is None else bias[rows])
         y = tape.product(x, y, weight, bias, "in_proj_weight", BY_SAMPLE, rows)
-        heads.append(y.unflatten(2, (module.num_heads, -1)).transpose(1, 2))  # (n, H, T, K)
+        y = y.view(*y.shape[:2], module.num_heads, -1)
+        heads.append(y.transpose(1, 2))  # (n, H, T, K)
     masks = [attn_mask, key_padding_mask]
     if key_padding_mask is not None:
         masks[1] = key_padding_mask[:, None, None]  # (n, 1, 1, S)
     if attn_mask is not None and attn_mask.dim() == 3:
-        masks[0] = attn_mask.unflatten(0, (-1, module.num_heads))  # (n, H, T, S)
+        shape = -1, module.num_heads, *attn_mask.shape[1:]
+        masks[0] = attn_mask.view(shape)  # (n, H, T, S)
     added = [_added(mask, heads[0]) for mask in masks if mask is not None]
-    context = F.scaled_dot_product_attention(*heads, sum(added[1:], added[0]) if added else None)
+    q, k, v = heads
+    mask = sum(added[1:], added[0]) if added else None
+    context = F.scaled_dot_product_attention(q, k, v, mask)
     context = context.transpose(1, 2).flatten(2)  # (n, T, D)
     out = module.out_proj
     y = F.linear(context, out.weight, out.bias)

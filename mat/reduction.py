@@ -1,4 +1,4 @@
-"""How the outputs of a network become what is differentiated (see ``mat.ntk`` for the reductions)."""
+"""How the outputs of a network become what is differentiated; ``mat.ntk`` has the reductions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 Reduction = Literal["random", "sum", "full", "loss"]
@@ -59,9 +58,13 @@ class Reducer:
                 yield vector.view(outputs.shape), j == count - 1
         else:
             for j in range(self.projections):
-                bits = np.stack([self._bits(j, first + i, count) for i in range(samples)])
-                signs = torch.from_numpy(bits).to(outputs.device).to(outputs.dtype).mul_(2).sub_(1)
+                signs = self._signs(outputs, samples, first, j)
                 yield signs.view(outputs.shape), j == self.projections - 1
+
+    def signs(self, outputs: Tensor, samples: int) -> Tensor:
+        """The random signs (m, n, k) of a probe's outputs; ``random`` multiplies by them."""
+        every = [self._signs(outputs, samples, 0, j) for j in range(self.projections)]
+        return torch.stack(every)
 
     def _of_loss(self, result: Any, batch: Any, outputs: Tensor) -> Tensor:
         """Gradient of the mean loss of a batch."""
@@ -73,7 +76,12 @@ class Reducer:
                              "returns its loss")  # fmt: skip
         return torch.autograd.grad(result.loss, outputs, retain_graph=True)[0]
 
-    def _bits(self, projection: int, sample: int, count: int) -> NDArray[np.uint8]:
-        """Random bits, made on the CPU so that every device sees the same."""
-        random = np.random.default_rng([self.seed, projection, sample])
-        return np.unpackbits(np.frombuffer(random.bytes(-(-count // 8)), np.uint8), count=count)
+    def _signs(self, outputs: Tensor, samples: int, first: int, projection: int) -> Tensor:
+        """(n, k), made on the CPU so that every device sees the same."""
+        count = outputs.numel() // samples
+        rows = []
+        for sample in range(first, first + samples):
+            stream = np.random.default_rng([self.seed, projection, sample]).bytes(-(-count // 8))
+            rows.append(np.unpackbits(np.frombuffer(stream, np.uint8), count=count))
+        bits = torch.from_numpy(np.stack(rows)).to(outputs.device)
+        return bits.to(outputs.dtype).mul_(2).sub_(1)

@@ -1,7 +1,8 @@
 """The tape: records what every measured weight multiplies, and waits for the output's gradient.
 
-It hooks ``nn.Linear`` and ``nn.Conv2d``; a module that computes its products itself has a recorder,
-see :func:`recorder`.
+It hooks ``nn.Linear`` and ``nn.Conv2d``. Layers of experts bring a recording of their own
+(``mat.units.UnitLayer``); any other module that computes its products itself has a recorder, see
+:func:`recorder`.
 """
 
 from collections.abc import Callable
@@ -20,11 +21,10 @@ from mat.products import (
     Layout,
     Product,
     Tap,
-    consecutive,
     convolution,
     groups_of,
 )
-from mat.units import REST, IntArray, Part, Units
+from mat.units import Part, Units
 
 Recorder = Callable[[nn.Module], Callable[..., Any] | None]
 RECORDERS: list[Recorder] = []
@@ -35,7 +35,7 @@ def recorder(function: Recorder) -> Recorder:
 
     It returns None for a module that it does not know, else ``forward(tape, *inputs, **named)``,
     which has the module's inputs and outputs, is differentiable in inputs and parameters, and hands
-    its products to :meth:`Tape.product` or :meth:`Tape.routed`. Nothing below the module is hooked.
+    its products to :meth:`Tape.product`. Nothing below the module is hooked.
     """
     RECORDERS.append(function)
     return function
@@ -43,7 +43,7 @@ def recorder(function: Recorder) -> Recorder:
 
 @dataclass(frozen=True)
 class _Share:
-    """What units own of a parameter: a part of a layer whose unit 0 is row ``first`` of the table."""
+    """What the units of a layer own of a parameter; unit 0 is row ``first`` of the table."""
 
     part: Part
     first: int
@@ -51,7 +51,7 @@ class _Share:
 
 
 class _Start(torch.autograd.Function):
-    """Gives a tensor that nothing is differentiated through a place in the graph, without a copy."""
+    """Gives a tensor outside the graph a place in it, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class _Start(torch.autograd.Function):
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -97,13 +97,19 @@ class Tape:
             getattr(m, "batch_first", True) is False for m in model.modules()
         )
         self._shares = _shares(model, units)  # by id of the parameter
+        self._recordings = {  # by path: first row, and what runs in place of the forward
+            layer.recording[0]: (rows.start, layer.recording[1])
+            for layer, rows in units.slices()
+            if layer.recording is not None
+        }
         self._homes: dict[int, set[int]] = {}  # ids of the modules that have a parameter
         for module in model.modules():
             for parameter in module._parameters.values():
                 self._homes.setdefault(id(parameter), set()).add(id(module))
         self._calls: dict[int, int] = {}
         self._met: set[int] = set()
-        self._products: dict[tuple[int, int], Product] = {}  # by id of the weight, first row
+        # By id of the weight, and first row or number of the expert.
+        self._products: dict[tuple[int, int], Product] = {}
         self._hooks: list[Any] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
 
@@ -113,11 +119,11 @@ class Tape:
             for path, module in self.model.named_modules():
                 if id(module) in below:
                     continue
-                forward = self._recorded(module)
+                forward = self._recorded(path, module)
                 if forward is not None:
                     below |= set(map(id, module.modules()))
                     self._forwards.append((module, module.__dict__.get("forward")))
-                    module.forward = partial(forward, self)
+                    module.forward = forward
                 else:
                     self._hook(path, module)
         except BaseException:
@@ -205,75 +211,46 @@ class Tape:
             self._met.add(id(bias))
         return y
 
-    def routed(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | list[Tensor],
-        biases: Tensor | list[Tensor] | None,
-        sizes: Tensor,
-    ) -> Tensor:
-        """Record a product that sends every row to one of E experts.
+    def _experts(
+        self, path: str, module: nn.Module, first: int, recording: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """What runs in place of a layer of experts, unit 0 being row ``first`` of the table."""
 
-        Args:
-            x: (P, q) inputs, sorted by expert, then by sample.
-            y: (P, p) outputs in the same order.
-            weights: Stacked parameter (E, ., .), or one parameter per expert.
-            biases: Stacked parameter (E, p), one per expert, or None.
-            sizes: (E, n) how many of the P rows each expert has of each sample.
+        def forward(*inputs: Any, **named: Any) -> Any:
+            self._met |= set(map(id, module.parameters()))  # some experts may have no token
+            tokens = inputs[0].numel() // inputs[0].shape[-1]  # N
 
-        Returns:
-            The output to go on with.
+            def record(
+                weight: str, bias: str | None, unit: int, x: Tensor, y: Tensor, token: Tensor
+            ) -> Tensor:
+                key = id(module.get_parameter(weight)), unit
+                if key[0] not in self._shares:
+                    return y
+                if key not in self._products:
+                    own = bias is not None and id(module.get_parameter(bias)) in self._shares
+                    groups = [Group(slice(first + unit, first + unit + 1), slice(0), 1, y.shape[1])]
+                    shared = x.shape[1]
+                    self._products[key] = Product(path, groups, False, shared, own, routed=True)
+                if any(tap.product is self._products[key] for tap in self.taps):
+                    raise ValueError(f"{path} can be measured if a forward pass uses it once")
+                sample = token // (tokens // self.samples)
+                sizes = torch.bincount(sample, minlength=self.samples)
+                return self._tap(self._products[key], x, y, ROUTED, sizes[None])
 
-        Raises:
-            ValueError: If the parameters of an expert belong to different units, or a forward pass
-                uses the layer twice.
-        """
-        rows, of_biases = self._experts(weights), self._experts(biases)
-        bias = bool((of_biases >= 0).any())
-        if bias and not np.array_equal(rows, of_biases):
-            raise ValueError("the weight of an expert and its bias must belong to the same unit")
-        experts = np.flatnonzero(rows >= 0)
-        if not len(experts):
-            return y
-        key = id(weights if isinstance(weights, Tensor) else weights[0]), 0
-        if key not in self._products:
-            units, index = (
-                consecutive(rows[experts], self.device),
-                consecutive(experts, self.device),
-            )
-            groups = [Group(units, index, len(rows), y.shape[1])]
-            self._products[key] = Product("experts", groups, False, x.shape[1], bias, routed=True)
-        product = self._products[key]
-        if any(tap.product is product for tap in self.taps):
-            raise ValueError("a layer with experts can be measured if a forward pass uses it once")
-        return self._tap(product, x, y, ROUTED, sizes)
+            return recording(module, record, *inputs, **named)
 
-    def _experts(self, parameters: Tensor | list[Tensor] | None) -> IntArray:
-        """(E,) row of each expert in the flat table, -1 where no unit owns it."""
-        stacked = isinstance(parameters, Tensor)
-        rows: list[int] = []
-        for parameter in [parameters] if isinstance(parameters, Tensor) else parameters or []:
-            self._met.add(id(parameter))
-            share = self._shares.get(id(parameter))
-            owner = np.full(len(parameter), REST) if share is None else share.part.owner
-            if not stacked:
-                if len(set(owner.tolist())) > 1:
-                    raise ValueError("the matrix of an expert belongs to one unit as a whole")
-                owner = owner[:1]
-            first = 0 if share is None else share.first
-            rows += np.where(owner == REST, -1, owner + first).tolist()
-        return np.array(rows, np.int64)
+        return forward
 
-    def _recorded(self, module: nn.Module) -> Callable[..., Any] | None:
+    def _recorded(self, path: str, module: nn.Module) -> Callable[..., Any] | None:
         """What runs in a module's place, if its kind wants that."""
+        if path in self._recordings:
+            return self._experts(path, module, *self._recordings[path])
         measured = any(id(parameter) in self._shares for parameter in module.parameters())
-        if not measured and not isinstance(module, _BatchNorm):
-            return None
-        for known in RECORDERS:
-            forward = known(module)
-            if forward is not None:
-                return forward
+        if measured or isinstance(module, _BatchNorm):
+            for known in RECORDERS:
+                forward = known(module)
+                if forward is not None:
+                    return partial(forward, self)
         return None
 
     def _hook(self, path: str, module: nn.Module) -> None:
@@ -289,9 +266,9 @@ class Tape:
             )
         layout = convolution(module) if isinstance(module, nn.Conv2d) else None
 
-        def hook(_: nn.Module, inputs: Any, named: Any, y: Tensor) -> Tensor:
+        def hook(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
             x = inputs[0] if inputs else named["input"]
-            return self.product(x, y, module.weight, module.bias, path, layout)
+            return self.product(x, y, layer.weight, layer.bias, path, layout)
 
         self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
@@ -318,8 +295,8 @@ class Tape:
             return y
         if not y.requires_grad:
             y = _Start.apply(self.anchor, y.detach())
-        tokens = y.numel() // (self.samples * y.shape[layout.channel])
-        tap = Tap(product, layout, self.samples, tokens, x.detach(), sizes)
+        positions = y.numel() // y.shape[layout.channel]
+        tap = Tap(product, layout, self.samples, positions, x.detach(), sizes)
         # In-place work on a view leaves its place in the graph, but not that of its base.
         base = y._base if y._base is not None and y._base.numel() == y.numel() else y
         base.register_hook(partial(self._arrive, tap, y.shape))  # type: ignore[no-untyped-call]
@@ -342,8 +319,8 @@ class Tape:
         if second and (lead[0] % n or (self._sequence_first and lead[0] != n)):
             return rows.transpose(0, 1).reshape(n, -1, width)
         raise ValueError(
-            f"{path} has a tensor of shape {tuple(rows.shape)}, in which {n} samples cannot be told "
-            "apart: give their number (samples=), or take another"
+            f"{path} has a tensor of shape {tuple(rows.shape)}, in which {n} samples cannot be "
+            "told apart: give their number (samples=), or take another"
         )
 
 

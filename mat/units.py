@@ -299,6 +299,5 @@ def _refuse_overlaps(layers: Sequence[UnitLayer]) -> None:
     for layer in layers:
         for part in layer.parts:
             if owners.setdefault(part.parameter, layer.name) != layer.name:
-                raise ValueError(
-                    f"{part.parameter} belongs to units of {owners[part.parameter]} and of {layer.name}"
-                )
+                other = owners[part.parameter]
+                raise ValueError(f"{part.parameter} belongs to units of {other} and {layer.name}")

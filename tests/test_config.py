@@ -253,6 +253,9 @@ REFUSED = [  # overrides, a part of the sentence
     ("hardware.threads=0", "hardware.threads=0"),
     ("hardware.estimator_bytes=1", "hardware.estimator_bytes=1"),
     ("dataset.root=${no.such.key}", "dataset.root"),
+    ("dataset.name=../up", "dataset.name='../up' is no name"),
+    ("dataset.cache=''", "dataset.cache is empty"),
+    ("dataset.name=''", "dataset.name='' is no name"),
 ]
 
 
@@ -266,6 +269,8 @@ REFUSED_OF_IMAGES = [
     ("dataset.size=0", "dataset.size=0"),
     ("dataset.channels=4", "set 3, or 1 for grey"),
     ("dataset.classes=1", "dataset.classes=1"),
+    ("dataset.classes=1000000000", "dataset.classes=1000000000"),
+    ("dataset.size=100000", "dataset.size=100000"),
     ("dataset.validation=0", "dataset.validation=0"),
     ("dataset.padding=-1", "dataset.padding=-1"),
     ("dataset.padding=33", "dataset.padding=33"),

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mat.suite.bert import Attention, Bert, FeedForward
+from mat.suite.flops import Flops
+from mat.suite.units import UnitIndex, unit_layers
 from tiny import shapes, tiny_batch, tiny_bert, tiny_config
 
 from mat import gram
 from mat.suite import flops, ntk
-from mat.suite.bert import Attention, Bert, FeedForward
 from mat.suite.data.masking import MaskedBatch
-from mat.suite.flops import Flops
-from mat.suite.units import UnitIndex, unit_layers
 
 # Active units per layer (heads, groups, heads, groups; three each). Counts differ so that no two layers cost the same.
 ACTIVE = {

@@ -10,6 +10,8 @@ import naive
 import numpy as np
 import pytest
 import torch
+from mat.suite.bert import Bert
+from mat.suite.units import UnitIndex, UnitLayer, unit_layers
 from tiny import MASKED, VOCABULARY, tiny_batch, tiny_bert
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,10 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from mat import gram
 from mat.suite import ntk
-from mat.suite.bert import Bert
 from mat.suite.data.masking import MaskedBatch
 from mat.suite.interface import UnitModel
-from mat.suite.units import UnitIndex, UnitLayer, unit_layers
 
 SAMPLES, OUTPUTS = 4, MASKED * VOCABULARY
 FORMS = [("pre", "rotary"), ("post", "learned")]

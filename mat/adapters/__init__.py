@@ -1,4 +1,4 @@
-"""Where the units of known models are: each file finds them by the shape of modules, not of models."""
+"""Where the units of known models are, found by the shape of modules."""
 
 from mat.adapters.find import find_units, finder
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.attention import attend_apart, core_shares, of_heads
 from mat.layers.gate import Gate, Index
-from mat.layers.site import Product, Shares, Site
+from mat.layers.site import Operation, Shares, Site
 from mat.units import UnitLayer
 
 # Queries, keys, values, output projection.
@@ -100,12 +100,12 @@ class CoreSite(Site):
         self.module.config = self.config
         del self.module._core_gate
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`."""
         return core_shares(self.gate)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_core(
     module: Any,
     query: Tensor,
@@ -129,7 +129,7 @@ def run_core(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     chosen = module.config.config._attn_implementation
     kernel: Any = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager)
     heads = query.shape[1]

@@ -1,7 +1,7 @@
 """A callback for the Trainer of transformers: selections, guarded optimiser, resume, numbers.
 
-The state of the gates rides in the Trainer's checkpoint twice. ``trainer_state.json`` has all but the
-probe; ``gates.pt`` beside it has the probe, too. Neither needs
+The state of the gates rides in the Trainer's checkpoint twice. ``trainer_state.json`` has all but
+the probe; ``gates.pt`` beside it has the probe, too. Neither needs
 ``restore_callback_states_from_checkpoint``.
 """
 
@@ -27,7 +27,8 @@ class MATCallback(TrainerCallback, ExportableState):
         probe: Batch that scores are measured on; not needed for ``reduction="online"``.
         output: From the model's output to the tensor whose Jacobian is measured; its logits when
             None.
-        loss: From the model's output to the loss of each sample, for ``score="gradnorm"``.
+        loss: Mean loss from the model's output and the probe, for ``score="gradnorm"``; the
+            output's own when None.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class MATCallback(TrainerCallback, ExportableState):
         gates: Gates | None = None,
         probe: Any = None,
         output: Callable[[Any], Tensor] | None = None,
-        loss: Callable[[Any], Tensor] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.gates, self.probe, self.loss = gates, probe, loss
         self.output = output or logits
@@ -63,9 +64,12 @@ class MATCallback(TrainerCallback, ExportableState):
         if file.exists():
             self.gates.load_state_dict(torch.load(file, weights_only=False))
             return
-        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
+        states: Any = state.stateful_callbacks or {}
+        kept = states.get(type(self).__name__)
         if not isinstance(kept, dict):
-            raise ValueError(f"the checkpoint of step {state.global_step} has no state of MATCallback")
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} has no state of MATCallback"
+            )
         self.gates.load_state_dict(kept["attributes"]["saved"])
 
     def on_step_begin(
@@ -83,7 +87,7 @@ class MATCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **named: Any,
     ) -> None:
-        """Add the gates' numbers to the Trainer's history, and to what callbacks behind this one log.
+        """Add the gates' numbers to the Trainer's history, and to what later callbacks log.
 
         Trackers named in ``report_to`` stand before it in ``trainer.callback_handler.callbacks``.
         """

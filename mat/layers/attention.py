@@ -1,10 +1,10 @@
 """The core of attention, from queries, keys and values to context, with frozen heads left out.
 
-In ``cut`` active and frozen heads run apart, the frozen ones without gradients: any attention kernel
-does. In ``exact`` the core is differentiated whole.
+In ``cut`` active and frozen heads run apart, the frozen ones without gradients: any attention
+kernel does. In ``exact`` the core is differentiated whole.
 
-Shapes: B sequences, T queries, S keys, H query heads, G key-value heads (H when not grouped), K head
-width. Units are key-value heads with the queries that share them.
+Shapes: B sequences, T queries, S keys, H query heads, G key-value heads (H when not grouped), K
+head width. Units are key-value heads with the queries that share them.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from mat.layers.gate import Gate, Index, put, take
 from mat.layers.once import once
 from mat.layers.site import Shares
 
-# From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K), and
-# attention weights (B, h, T, S) if the kernel has them.
+# From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K),
+# and attention weights (B, h, T, S) if the kernel has them.
 Attend = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor | None]]
 
 
@@ -43,15 +43,14 @@ def attend_apart(
     active, frozen, _ = gate.units()
     q_active, q_frozen, _ = gate.units(q.shape[1] // k.shape[1])
     with torch.no_grad():
-        parts = [take(each, i, 1) for each, i in ((q, q_frozen), (k, frozen), (v, frozen))]
+        parts = take(q, q_frozen, 1), take(k, frozen, 1), take(v, frozen, 1)
         still, still_weights = attend(*parts, q_frozen)
-    parts = [take(each, i, 1) for each, i in ((q, q_active), (k, active), (v, active))]
+    parts = take(q, q_active, 1), take(k, active, 1), take(v, active, 1)
     if gate.n_active:
         moving, weights = attend(*parts, q_active)
     else:  # nothing to attend with, but the projections' gradients are zeros rather than missing
-        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(
-            -1, q.shape[2], -1, q.shape[3]
-        )
+        nothing = sum((part.sum((2, 3)) for part in parts[1:]), parts[0].sum((2, 3)))  # (B, 0)
+        moving = nothing[:, None, :, None].expand(-1, q.shape[2], -1, q.shape[3])
         weights = still_weights
     context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])
     if still_weights is not None and gate.n_active:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mat.layers.gate import Gate, GatedPart, Index, length, put, take
 from mat.layers.linear import Way, bias_gradient, compute_dtype, home
 from mat.layers.once import once
-from mat.layers.site import Product, Shares, Site, compact_of, stand_in, with_compact
+from mat.layers.site import Operation, Shares, Site, compact_of, stand_in, with_compact
 from mat.units import IntArray
 
 BLOCK = 16  # channels that a product runs in
@@ -102,7 +102,7 @@ class ConvolutionSite(Site):
             into = index(*self.below)
         return Way(rows, columns, self.bias, through, into)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; weight gradients are filled up in both modes."""
         way, filters = self.way(executed), self.module.out_channels
         shares = way.shares(self.module.weight)

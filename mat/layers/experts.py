@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mat.layers.gate import Gate, GatedPart, take
-from mat.layers.site import Product, Shares, Site
+from mat.layers.site import Operation, Shares, Site
 from mat.units import IntArray
 
 # From names of weight and bias (or None) in the module, number of the expert, rows of the input
@@ -51,7 +51,7 @@ class ExpertSite(Site):
         weights = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return call_with(self, weights, *inputs, **named)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`."""
         return expert_shares(self.gate, [self.unit])
 
@@ -113,9 +113,9 @@ class StackedSite(Site):
         y: Tensor = (every.view(*index.shape, -1) * weights[..., None]).sum(1).to(x.dtype)  # (N, D)
         return y if count else reaching(y, self.module, self.parts)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; an implementation that hides who computes counts all alike."""
-        rows = product.stacked or (1,) * self.gate.n_units
+        rows = operation.stacked or (1,) * self.gate.n_units
         return expert_shares(self.gate, np.repeat(np.arange(self.gate.n_units), rows))
 
     def _run(self, moving: bool, *inputs: Tensor) -> Any:

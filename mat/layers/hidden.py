@@ -1,8 +1,8 @@
 """Hidden layers: the first matrices of a feed-forward network and its activation, as one layer.
 
 Units are groups of hidden neurons: rows of the first matrix (with a gated activation: of both) with
-their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``cut`` the activation of
-frozen neurons is not differentiated, and nothing of them is kept.
+their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``cut`` the activation
+of frozen neurons is not differentiated, and nothing of them is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
 from mat.layers.once import once
-from mat.layers.site import Product, Shares, Site, gathered, rows_of, stand_in, with_compact
+from mat.layers.site import Operation, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
 
@@ -50,7 +50,7 @@ class HiddenSite(Site):
         """What is differentiated of every first matrix, with the gate as it stands."""
         return [by_rows(*pair) for pair in zip(self.weights, self.biases, strict=True)]
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; the first matrices are alike."""
         return self.ways()[0].shares(self.firsts[0].weight)
 
@@ -80,7 +80,8 @@ class _Hidden(torch.autograd.Function):
         x = x.to(dtype)
         homes, values = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         values = tuple(None if v is None else v.to(dtype) for v in values)
-        z = [F.linear(x, *values[i : i + 2]) for i in range(0, len(values), 2)]  # type: ignore[arg-type]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        z = [F.linear(x, weight, bias) for weight, bias in pairs if weight is not None]
         hidden = activation(*z)
         index, part = ways[0].through, ways[0].rows
         assert part is not None

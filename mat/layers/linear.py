@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
 from mat.layers.once import once
 from mat.layers.site import (
-    Product,
+    Operation,
     Shares,
     Site,
     compact_of,
@@ -99,7 +99,7 @@ class LinearSite(Site):
             into = self.below[0].divide(self.below[1])[0]
         return Way(rows, columns, self.bias, through, into)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; there is no padding."""
         return self.way().shares(self.module.weight)
 
@@ -145,7 +145,8 @@ class _Linear(torch.autograd.Function):
     """``F.linear``, and a backward of what :class:`Way` names.
 
     Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and
-    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
+    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or
+    None.
     """
 
     @staticmethod

@@ -25,7 +25,9 @@ class MaskedSite(Site):
 
     def attach(self) -> None:
         """Hook the parameters."""
-        self.handles = [p.parameter.register_hook(Clear(p)) for p in self.parts]  # type: ignore[no-untyped-call]
+        for part in self.parts:
+            hook = part.parameter.register_hook(Clear(part))  # type: ignore[no-untyped-call]
+            self.handles.append(hook)
 
     def detach(self) -> None:
         """Take the hooks off."""

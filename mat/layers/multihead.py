@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mat.layers.attention import attend_apart, core_shares, of_heads
 from mat.layers.gate import Gate, GatedPart, Index
 from mat.layers.linear import by_rows, product
-from mat.layers.site import Product, Shares, Site
+from mat.layers.site import Operation, Shares, Site
 from mat.units import Part
 
 
@@ -32,9 +32,9 @@ class MultiheadSite(Site):
         super().__init__(module, gate)
         self.gate, self.weight, self.bias = gate, weight, bias
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; the output projection has a site of its own."""
-        if product.weight.endswith("in_proj_weight"):
+        if operation.weight.endswith("in_proj_weight"):
             return by_rows(self.weight, self.bias).shares(self.module.in_proj_weight)
         return core_shares(self.gate)
 
@@ -49,7 +49,10 @@ class MultiheadSite(Site):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``: (T, B, E), (B, T, E) or (T, E); ``attn_mask`` says what is causal."""
+        """As ``nn.MultiheadAttention``: (T, B, E), (B, T, E) or (T, E).
+
+        ``is_causal`` is a hint that ``attn_mask`` is causal; the mask itself is used.
+        """
         batched = query.dim() == 3
         swap = batched and not self.module.batch_first
         if query is key and key is value:
@@ -60,11 +63,11 @@ class MultiheadSite(Site):
                 self.module.in_proj_bias,
                 by_rows(self.weight, self.bias),
             )
-            projected = stacked.chunk(3, -1)  # (B, T, E) each
+            projected = list(stacked.chunk(3, -1))  # (B, T, E) each
         else:
             projected = self.project_apart(query, key, value)
-        q, k, v = (  # (B, H, T, K)
-            each.unflatten(-1, (self.gate.n_units, -1)).transpose(1, 2) for each in projected
+        q, k, v = (  # (B, T, E) to (B, H, T, K)
+            each.view(*each.shape[:2], self.gate.n_units, -1).transpose(1, 2) for each in projected
         )
         mask = merged(attn_mask, key_padding_mask, q)
 

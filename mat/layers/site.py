@@ -15,8 +15,8 @@ from mat.layers.gate import Gate, Index, take
 
 
 @dataclass(frozen=True)
-class Product:
-    """A matrix product, convolution or attention kernel of a dense forward pass.
+class Operation:
+    """What costs FLOPs in a dense forward: a matrix product, convolution or attention kernel.
 
     Attributes:
         path: Paths of the modules that it runs in, the innermost last.
@@ -35,7 +35,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Shares:
-    """What runs of a product, as shares of its dense forward.
+    """What runs of an operation, as shares of its dense forward.
 
     Attributes:
         forward: 1, but for padding that is not counted.
@@ -83,7 +83,7 @@ class Site:
             return self.earlier(*inputs, **named)
         return getattr(type(self.module), self.method)(self.module, *inputs, **named)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
         if self.untouched(*inputs):
@@ -98,11 +98,11 @@ class Site:
         """The same while some units are frozen."""
         raise NotImplementedError
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
-        """What runs of a product, with the gates as they stand; all of it if not said otherwise.
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
+        """What runs of an operation, with the gates as they stand; all of it if not said otherwise.
 
         Args:
-            product: Of the module's own forward, or with a weight of its own.
+            operation: Of the module's own forward, or with a weight of its own.
             executed: What runs, padding included; else what the active set needs.
         """
         return WHOLE

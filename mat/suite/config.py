@@ -155,11 +155,11 @@ class ImageConfig(DatasetConfig):
     """Labelled square images for classification."""
 
     modality: str = "image"
-    source_size: int = number(1, 2**12)  # pixels a side in the data
+    source_size: int = number(1, 2**14)  # pixels a side in the data
     # Pixels a side that the model reads: resized (bilinear) when the cache is made
     size: int = number(1, 2**12)
     channels: int = 3  # 3, or 1 for grey; what is stored otherwise is converted
-    classes: int = number(2, 2**20)
+    classes: int = number(2, 2**16)
     validation: int = number(1)  # images held out of the training split, the same for all seeds
     # Training images move up to so many pixels each way, black coming in
     padding: int = number(0, default=4)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mat import ntk
+from mat import flops, ntk
 from mat.adapters import find_units
 from mat.flops import Flops, Ledger
 from mat.gates import attach_
@@ -118,7 +118,10 @@ class Training:
         self.config, self.files = config, files = settled(config, begun), files
         precision = config.hardware.precision
         check_matched(config)
-        self.data = datasets.load(config.dataset, config.seed)
+        try:
+            self.data = datasets.load(config.dataset, config.seed)
+        except KeyboardInterrupt:  # while they are prepared; that leaves nothing half done
+            raise Interrupted from None
         check_memory(config, self.data.outputs)
         torch.manual_seed(config.seed)
         self.model = build(config, self.data.outputs).to(self.device)
@@ -322,29 +325,33 @@ class Training:
         assert self.probe is not None
         if self._online:
             batch = self._train_batch()
-            return self._step_cost(batch) + Flops(overhead=self._kernel_flops(batch, 1))
+            return self._step_cost(batch) + Flops(overhead=self._kernel_flops(batch))
         if self._estimate_cost is None:
             reduction = self._reduction()
             count = self.config.selection.projections if reduction == "random" else 1
             if reduction == "full":
                 count = self._outputs()
-            measured = {
-                p.parameter.rpartition(".")[0] for la in self.units.layers for p in la.parts
-            }
-            kernels = self._kernel_flops(self.probe, count)
-            ledger = self._ledger_of(self.probe, training=False)
-            self._estimate_cost = ledger.estimate(measured, count, kernels)
+            with self._autocast():
+                self._estimate_cost = flops.estimate(
+                    self.model,
+                    self.probe,
+                    self.units,
+                    passes=count,
+                    samples=self.probe.samples,
+                    memory_bytes=self.config.hardware.estimator_bytes,
+                    vocabulary=("decoder",),
+                )
         return self._estimate_cost
 
-    def _kernel_flops(self, batch: Batch, each: int) -> int:
-        """FLOPs of all units' kernels on a batch, with so many rows for each sample."""
+    def _kernel_flops(self, batch: Batch) -> int:
+        """FLOPs of all units' kernels on a batch, a row for each sample."""
         key = tuple(tensor.shape for tensor in vars(batch).values())
         if key not in self._kernels:
             there = batch.to(self.device)
             with self._autocast():
                 shapes = ntk.kernel_shapes(self.model, there, self.units, samples=batch.samples)
-            memory, rows = self.config.hardware.estimator_bytes, batch.samples * each
-            self._kernels[key] = ntk.kernel_flops(shapes, len(self.units), rows, memory)
+            memory, count = self.config.hardware.estimator_bytes, len(self.units)
+            self._kernels[key] = ntk.kernel_flops(shapes, count, batch.samples, memory)
         return self._kernels[key]
 
     @torch.no_grad()

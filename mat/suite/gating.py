@@ -6,7 +6,6 @@ Their linear layers, feed-forward networks and convolutions are found as any mod
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.attention import core_shares
-from mat.layers.experts import block
+from mat.layers.experts import Record, block
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.once import once
 from mat.layers.site import (
-    Product,
+    Operation,
     Shares,
     Site,
     compact_of,
@@ -30,7 +29,6 @@ from mat.layers.site import (
 )
 from mat.suite.models.bert import Attention, FeedForward
 from mat.suite.models.switch import Backward, Experts, expert_mlp
-from mat.taps import Tape, recorder
 from mat.units import Part, UnitLayer
 
 
@@ -85,16 +83,15 @@ class CoreSite(Site):
         width = self.module.head_width
         active, frozen, count = self.gate.units(3 * width)
         columns, others, context = self.gate.units(width)
-        if not count:
-            moving = qkv[..., :0]
-        else:
+        moving = qkv[..., :0]
+        if count:
             moving = self.original(_Select.apply(qkv, compact_of(qkv, active), active))
         with torch.no_grad():
             still = self.original(take(qkv, frozen, 2))
         values, compact = _Join.apply(moving, still, columns, others, context)
         return with_compact(values, compact, columns)
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`."""
         return core_shares(self.gate)
 
@@ -157,7 +154,8 @@ def experts(place: Place) -> Iterator[UnitLayer]:
         assert gate is not None
         return ExpertsSite(module, gate, place.under(""))
 
-    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)])
+    recording = place.path, record_experts
+    yield UnitLayer("experts", place.path, count, parts, [(place.path, core)], recording=recording)
 
 
 class ExpertsSite(Site):
@@ -170,6 +168,21 @@ class ExpertsSite(Site):
         self.gate = gate
         self.parts = [gate.parts[f"{prefix}{name}"] for name in STACKED]
 
+    def shares(self, operation: Operation, executed: bool = True) -> Shares:
+        """See :meth:`Site.shares`; empty slots are not needed, with tokens spread evenly."""
+        if operation.weight:
+            return Shares()  # the router's
+        tokens, count = math.prod(operation.shape[:-1]), self.gate.n_units  # of x (B, T, D)
+        capacity = self.module.capacity(tokens)
+
+        def share(experts: int) -> Fraction:
+            slots = experts * capacity
+            used = slots if executed else min(slots, experts * tokens // count)
+            return Fraction(used, count * capacity)
+
+        trains, every = share(self.gate.n_active), share(count)
+        return Shares(every, trains if self.gate.mode == "cut" else every, trains)
+
     def gated(self, rows: Tensor) -> Tensor:
         """Rows (E, C, D) through their experts."""
         active, frozen, _ = self.gate.units()
@@ -178,36 +191,7 @@ class ExpertsSite(Site):
         exact = self.gate.mode == "exact"
         return expert_mlp(rows, weights, Backward(active, frozen, exact, tuple(blocks)))
 
-    def shares(self, product: Product, executed: bool = True) -> Shares:
-        """See :meth:`Site.shares`: all slots run; needed are the experts' even shares of tokens."""
-        if product.weight.endswith("router.weight"):
-            return Shares()
-        tokens, experts = math.prod(product.shape[:-1]), self.gate.n_units
-        slots = self.module.capacity(tokens)
 
-        def share(count: int) -> Fraction:
-            rows = count * slots if executed else min(count * slots, count * tokens // experts)
-            return Fraction(rows, experts * slots)
-
-        active = self.gate.n_active
-        passed = active if self.gate.mode == "cut" else experts
-        return Shares(share(experts), share(passed), share(active))
-
-
-@recorder
-def experts_recorder(module: nn.Module) -> Callable[..., Tensor] | None:
-    """How the estimator sees a layer of experts: no token is dropped."""
-    return partial(_record_experts, module) if isinstance(module, Experts) else None
-
-
-def _record_experts(module: Experts, tape: Tape, x: Tensor) -> Tensor:
-    """What the layer computes, (B, T, D) to (B, T, D), every token through its expert."""
-    tokens = x.shape[:-1].numel()
-    sample = torch.arange(tokens, device=x.device) // (tokens // tape.samples)
-
-    def record(expert: Tensor, rows: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        count = module.experts * tape.samples
-        sizes = torch.bincount(expert * tape.samples + sample, minlength=count)
-        return tape.routed(rows, y, weight, bias, sizes.view(-1, tape.samples))
-
+def record_experts(module: Experts, record: Record, x: Tensor) -> Tensor:
+    """What the layer computes, (B, T, D) to (B, T, D), for the estimator: no token is dropped."""
     return module.without_drops(x, record)

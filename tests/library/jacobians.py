@@ -1,6 +1,7 @@
-"""Small ordinary models with units, and their explicit Jacobians, one sample and output at a time."""
+"""Small ordinary models with units, and their Jacobians, one sample and output at a time."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat import ntk
 from mat.adapters import find_units
-from mat.taps import Tape, recorder
 from mat.units import Part, Unit, UnitLayer, Units, by_hand, cols, rows
 
 IDS = {"pad_token_id": 0, "attn_implementation": "sdpa"}
@@ -31,6 +32,7 @@ class Case:
     singles: list[Any]
     samples: int | None = None
     output: Callable[[Any], Tensor] | None = None
+    rtol: float = 1e-9
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,14 +50,15 @@ class Case:
 
 def jacobian(case: Case) -> dict[str, Tensor]:
     """(n, k, *shape) of every parameter; batch norm has the statistics of the whole probe."""
-    model = copy.deepcopy(case.model).eval()
-    fix_statistics(model, case)
+    model = evaluated(case)
     parameters = dict(model.named_parameters())
     found: list[list[tuple[Tensor, ...]]] = []
     for single in case.singles:
         outputs = case.outputs(model, single)
         found.append([
-            torch.autograd.grad(y, list(parameters.values()), retain_graph=True, materialize_grads=True)
+            torch.autograd.grad(
+                y, list(parameters.values()), retain_graph=True, materialize_grads=True
+            )
             for y in outputs
         ])  # fmt: skip
     return {
@@ -64,8 +67,9 @@ def jacobian(case: Case) -> dict[str, Tensor]:
     }
 
 
-def fix_statistics(model: nn.Module, case: Case) -> None:
-    """Make the running statistics those of the probe, layer after layer."""
+def evaluated(case: Case) -> nn.Module:
+    """A copy whose running statistics are those of the probe, layer after layer."""
+    model = copy.deepcopy(case.model).eval()
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def take(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
@@ -77,6 +81,7 @@ def fix_statistics(model: nn.Module, case: Case) -> None:
         case.outputs(model, case.batch)
     for hook in hooks:
         hook.remove()
+    return model
 
 
 def unit_jacobians(case: Case, found: dict[str, Tensor]) -> list[Tensor]:
@@ -108,6 +113,27 @@ def build(name: str) -> Case:
         for parameter in case.model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
     return case
+
+
+@functools.cache
+def reference(name: str) -> tuple[Case, dict[str, Tensor], list[Tensor]]:
+    case = build(name)
+    found = jacobian(case)
+    return case, found, unit_jacobians(case, found)
+
+
+def mean_square(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.square().mean()
+
+
+def estimate(case: Case, **options: Any) -> ntk.Mntk:
+    """With kernels and signs of seed 7."""
+    settings = {"loss": mean_square, "kernels": True, "seed": 7, **case.options, **options}
+    return ntk.estimate(case.model, settings.pop("batch", case.batch), case.units, **settings)
+
+
+def assert_equal(a: Tensor | None, b: Tensor | None, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-2 * rtol)
 
 
 def _irregular() -> Case:
@@ -149,7 +175,9 @@ def _bert() -> Case:
     import transformers as t
 
     off = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
-    model = t.BertForSequenceClassification(t.BertConfig(**SIZES, **IDS, **off, num_labels=3)).double()
+    model = t.BertForSequenceClassification(
+        t.BertConfig(**SIZES, **IDS, **off, num_labels=3)
+    ).double()
     return _texts(model, [5, 2, 4])
 
 
@@ -158,11 +186,7 @@ def _llama() -> Case:
     import transformers as t
 
     config = t.LlamaConfig(**SIZES | {"num_attention_heads": 6}, **IDS, num_key_value_heads=2)
-    model = t.LlamaForCausalLM(config)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":  # it rounds to float32
-                setattr(module, name, nn.RMSNorm(12))
+    model = with_exact_norms(t.LlamaForCausalLM(config))
     case = _texts(model.double(), [3, 3, 3])
     case.output = lambda result: result.logits[:, -1]
     return case
@@ -240,67 +264,83 @@ def _sequence_first() -> Case:
 
 
 class Experts(nn.Module):
-    """Every token goes to one expert; matrices stacked, or one linear layer each."""
+    """Every token goes to one expert; the matrices are stacked."""
 
-    def __init__(self, stacked: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(4, 3)
-        if stacked:
-            self.weight = nn.Parameter(torch.randn(3, 4, 4))
-            self.bias = nn.Parameter(torch.randn(3, 4))
-        else:
-            self.each = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.weight = nn.Parameter(torch.randn(3, 4, 4))
+        self.bias = nn.Parameter(torch.randn(3, 4))
 
-    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
-        flat = x.flatten(0, 1)
-        gate, expert = self.router(flat).softmax(-1).max(-1)
-        if hasattr(self, "each"):
-            weights: Any = [linear.weight for linear in self.each]
-            biases: Any = [linear.bias for linear in self.each]
-        else:
-            weights, biases = self.weight, self.bias
-        order = expert.argsort(stable=True)
-        inputs = flat[order]
-        loads = expert.bincount(minlength=3).tolist()
-        pieces = [
-            F.linear(*each) for each in zip(inputs.split(loads), weights, biases, strict=True)
-        ]
-        y = torch.cat(pieces)
-        if tape is not None:
-            sample = torch.arange(len(flat)) // (len(flat) // tape.samples)
-            sizes = torch.bincount(expert * tape.samples + sample, minlength=3 * tape.samples)
-            y = tape.routed(inputs, y, weights, biases, sizes.view(3, -1))
-        return (y * gate[order, None])[order.argsort()].view_as(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return record_experts(self, lambda *product: product[4], x)
 
 
-@recorder
-def small_experts(module: nn.Module) -> Callable[..., Any] | None:
-    if not isinstance(module, Experts):
-        return None
-    return lambda tape, x: Experts.forward(module, x, tape)
+def record_experts(module: Experts, record: Callable[..., Tensor], x: Tensor) -> Tensor:
+    flat = x.flatten(0, 1)
+    gate, expert = module.router(flat).softmax(-1).max(-1)
+    total = torch.zeros_like(flat)
+    for e in expert.unique().tolist():
+        token = (expert == e).nonzero()[:, 0]
+        y = F.linear(flat[token], module.weight[e], module.bias[e])
+        y = record("weight", "bias", e, flat[token], y, token)
+        total = total.index_add(0, token, y * gate[token, None])
+    return total.view_as(x)
 
 
 class Routed(nn.Module):
-    def __init__(self, stacked: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.low, self.experts, self.out = nn.Linear(4, 4), Experts(stacked), nn.Linear(4, 2)
+        self.low, self.experts, self.out = nn.Linear(4, 4), Experts(), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.tanh(self.experts(torch.tanh(self.low(x))))).mean(1)
 
 
-def _experts(stacked: bool) -> Case:
-    if stacked:
-        parts = [Part(f"experts.{name}", 0, np.arange(3)) for name in ("weight", "bias")]
-    else:
-        parts = [
-            Part(f"experts.each.{e}.{name}", 0, np.full(4, e))
-            for e in range(3)
-            for name in ("weight", "bias")
-        ]
-    units = Units([UnitLayer("experts", "experts", 3, parts)])
+def _stacked_experts() -> Case:
+    parts = [Part(f"experts.{name}", 0, np.arange(3)) for name in ("weight", "bias")]
+    layer = UnitLayer("experts", "experts", 3, parts, recording=("experts", record_experts))
     x = torch.randn(3, 5, 4).double()
-    return Case(Routed(stacked).double(), units, x, [each[None] for each in x])
+    return Case(Routed().double(), Units([layer]), x, [each[None] for each in x])
+
+
+def _mixtral() -> Case:
+    import transformers as t
+
+    sizes = SIZES | {"num_hidden_layers": 1, "num_key_value_heads": 3}
+    sizes |= {"num_local_experts": 3, "num_experts_per_tok": 2}
+    model = with_exact_norms(t.MixtralForCausalLM(t.MixtralConfig(**sizes, **IDS)))
+    model.set_experts_implementation("eager")
+    case = _texts(model.double(), [4, 4, 4])
+    case.output = lambda result: result.logits[:, -1, :5]
+    case.rtol = 1e-5  # its router rounds to float32
+    return case
+
+
+def _switch() -> Case:
+    """Experts that are modules of their own, none too full."""
+    import transformers as t
+
+    config = t.SwitchTransformersConfig(
+        vocab_size=20, d_model=8, d_kv=4, d_ff=6, num_layers=2, num_sparse_encoder_layers=1,
+        num_heads=2, num_experts=3, expert_capacity=9, dropout_rate=0.0, pad_token_id=0,
+    )  # fmt: skip
+    model = with_exact_norms(t.SwitchTransformersEncoderModel(config))
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            module.dtype = torch.float64  # it rounds to float32
+    case = _texts(model.double(), [4, 4, 4])
+    case.output = lambda result: result.last_hidden_state[:, :2, :3]
+    return case
+
+
+def with_exact_norms(model: nn.Module) -> nn.Module:
+    """With norms in place of those that round to float32."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith(("RMSNorm", "TransformersLayerNorm")):
+                setattr(module, name, nn.RMSNorm(len(child.weight)))
+    return model
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -310,6 +350,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "llama": _llama,
     "filters": _filters,
     "sequence_first": _sequence_first,
-    "stacked_experts": lambda: _experts(True),
-    "separate_experts": lambda: _experts(False),
+    "stacked_experts": _stacked_experts,
+    "mixtral": _mixtral,
+    "switch": _switch,
 }

@@ -24,7 +24,7 @@ class Estimator:
         self.calls.append({"batch": batch, **options})
         return self.result()
 
-    def Online(self, model: nn.Module, units: Any) -> "Estimator":  # noqa: N802
+    def Online(self, model: nn.Module, units: Any) -> "Estimator":
         return self
 
     def __enter__(self) -> "Estimator":
@@ -41,7 +41,12 @@ class Estimator:
 @pytest.fixture
 def estimator(monkeypatch: pytest.MonkeyPatch) -> Estimator:
     # Two layers of three units; from one selection to the next, the first unit changes ever less.
-    scores = [[1, 2, 3, 4, 5, 6], [2, 2.5, 9, 8, 1, 3], [2.0004, 7, 8, 7, 8.5, 0], [9, 1, 2, 3, 9, 9]]
+    scores = [
+        [1, 2, 3, 4, 5, 6],
+        [2, 2.5, 9, 8, 1, 3],
+        [2.0004, 7, 8, 7, 8.5, 0],
+        [9, 1, 2, 3, 9, 9],
+    ]
     stub = Estimator(scores)
     monkeypatch.setitem(sys.modules, "mat.ntk", stub)
     monkeypatch.setattr(mat, "ntk", stub, raising=False)
@@ -87,7 +92,7 @@ def test_missing_probe_is_named(estimator: Estimator) -> None:
 
 def test_gradient_norms_are_scores_of_the_loss(estimator: Estimator) -> None:
     gates = attached(score="gradnorm")
-    gates.maybe_select(0, torch.ones(2, 4), loss=torch.sum)
+    gates.maybe_select(0, torch.ones(2, 4), loss=lambda out, batch: out.sum())
     assert estimator.calls[0]["reduction"] == "loss"
     assert gates.policy.state.score.tolist() == [1, 2, 3, 4, 5, 6]
 
@@ -102,6 +107,31 @@ def test_online_scores_come_from_a_step_of_all_units(estimator: Estimator) -> No
     assert history[2:10] == [(False, 6)] * 8
     assert history[10] == (False, 6) and history[11] == (True, 2)
     assert history[12:] == [(False, 2)] * 2
+
+
+def test_scores_of_a_step_survive_a_checkpoint(estimator: Estimator) -> None:
+    first, second = attached(reduction="online", alpha=0.5), attached(reduction="online", alpha=0.5)
+    for step in range(11):
+        first.maybe_select(step)
+    second.load_state_dict(first.state_dict())  # between the step that is read and the next
+    assert first.maybe_select(11) and second.maybe_select(11)
+    assert (first.active == second.active).all() and not first.active.all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "gradnorm"}, {"reduction": "online"}], ids=["mntk", "norms", "online"]
+)
+def test_estimators_scores_select_a_share(options: dict[str, Any]) -> None:
+    ids = torch.arange(24).view(4, 6)
+    batch = {"input_ids": ids, "labels": ids}
+    model, _ = build("bert")
+    gates = mat.attach_(model, mat.MATConfig(share=0.5, every=2, log=False, **options))
+    for step in range(4):
+        gates.maybe_select(step, batch)
+        model(**batch).loss.backward()
+        model.zero_grad()
+    assert gates.policy.state.t == 1 and gates.active.sum() == 12
+    assert len(set(gates.policy.state.score.tolist())) == 24
 
 
 @pytest.mark.parametrize(("rule", "counts"), [("random", [6, 2, 2]), ("all", [6, 6, 6])])
@@ -190,7 +220,7 @@ def test_state_of_another_partition_is_refused_by_name() -> None:
     saved = attached().state_dict()
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     other = mat.attach_(model, mat.MATConfig(groups=2, log=False))
-    with pytest.raises(ValueError, match="units of 0 are 2 ffn .* here and 3 ffn"):
+    with pytest.raises(ValueError, match=r"units of 0 are 2 ffn .* here and 3 ffn"):
         other.load_state_dict(saved)
     bert = mat.attach_(build("bert")[0], mat.MATConfig(log=False))
     with pytest.raises(ValueError, match=r"units of bert.* are in this model alone"):

@@ -14,7 +14,9 @@ from mat.gates import Gates
 
 
 def lion(parameters: Any) -> Optimizer:
-    made: Optimizer = pytest.importorskip("lion_pytorch").Lion(parameters, lr=0.01, weight_decay=0.1)
+    made: Optimizer = pytest.importorskip("lion_pytorch").Lion(
+        parameters, lr=0.01, weight_decay=0.1
+    )
     return made
 
 
@@ -59,7 +61,9 @@ def frozen_values(gates: Gates, optimiser: Optimizer) -> list[Tensor]:
     for part in gates.parts():
         assert isinstance(part.frozen, slice | Tensor)
         tensors = [part.parameter, *optimiser.state[part.parameter].values()]
-        values += [t[part.frozen].detach().clone() for t in tensors if t.shape == part.parameter.shape]
+        values += [
+            t[part.frozen].detach().clone() for t in tensors if t.shape == part.parameter.shape
+        ]
     return values
 
 
@@ -153,6 +157,11 @@ def test_restored_optimiser_stays_guarded() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(frozen_values(gates, optimiser), frozen, strict=True)
     )
+
+
+def test_optimisers_that_know_units_are_left_alone() -> None:
+    _, optimiser = attached(mat.AdamW)
+    assert not optimiser._optimizer_step_pre_hooks
 
 
 def test_detached_model_trains_whole_again() -> None:

@@ -1,89 +1,92 @@
-"""What is made once from the data and kept on disk: a folder that exists is complete."""
+"""Prepared data on disk: whole or not there, and checked whenever they are loaded."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sized
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from filelock import FileLock
-from numpy.typing import DTypeLike, NDArray
-from tqdm import tqdm
 
-from mat.suite.data.sources import Stream
+from mat.suite.config import DatasetConfig
+from mat.suite.errors import UserError
 
-T = TypeVar("T", bound=Sized)
+CHECKSUMS = "checksums.json"
+FORMAT = 2  # of what is prepared
 
 
-def cached(root: str | Path, name: str, identity: list[Any], write: Callable[[Path], None]) -> Path:
-    """The cache folder of some content; made if it is not there.
+def prepared(
+    config: DatasetConfig, identity: list[Any], write: Callable[[Path], None]
+) -> tuple[Path, str]:
+    """The folder of a dataset's prepared data; made if it is not there or damaged.
 
-    One process at a time makes folders below a root: the other runs of a sweep wait and then find theirs. A killed
-    one leaves an unfinished folder, which the next removes.
+    One process at a time prepares data: the other runs of a sweep wait and then find theirs. A
+    killed one leaves an unfinished folder, which the next removes.
 
     Args:
-        root: Folder of all caches.
-        name: First part of the folder's name.
-        identity: Plain values that say what the content is; their hash is the last part of the name.
+        config: The dataset's configuration.
+        identity: Plain values that say what the content is.
         write: Writes the content into an empty folder.
 
     Returns:
-        The folder.
+        The folder, and the fingerprint of its content.
+
+    Raises:
+        UserError: If ``dataset.cache`` cannot be written.
     """
-    root = Path(root).expanduser()
-    folder = root / f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
-    if folder.is_dir():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".lock"):
-        if not folder.is_dir():
-            for stale in root.glob(".unfinished-*"):
-                shutil.rmtree(stale)
-            unfinished = root / f".unfinished-{folder.name}"
-            unfinished.mkdir()
-            try:
-                write(unfinished)
-                os.replace(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    root = Path(config.cache).expanduser()
+    folder = root / f"{config.name}-{_short_hash([FORMAT, *identity])}"
+    try:
+        if (fingerprint := _fingerprint(folder)) is None:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):
+                fingerprint = _fingerprint(folder) or _make(folder, write)
+    except OSError as error:
+        reason = f"dataset.cache={config.cache} cannot be written ({error.strerror or error})"
+        raise UserError(f"{reason}: make room there, or choose another folder.") from error
+    return folder, fingerprint
 
 
-def save_rows(path: Path, pieces: Iterable[NDArray[Any]], dtype: DTypeLike, shape: tuple[int, ...] = ()) -> int:
-    """Write ``<path>`` as ``numpy.save`` writes the concatenated pieces, holding one of them at a time.
-
-    Args:
-        path: The .npy file.
-        pieces: Arrays of any number of rows.
-        dtype: Of the file.
-        shape: Of a row.
-
-    Returns:
-        Number of rows.
-    """
-    rows = 0
-    with open(path, "wb") as file:
-
-        def header() -> None:  # numpy leaves room in it for any number of rows
-            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-            header = {"descr": descr, "fortran_order": False, "shape": (rows, *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-
-        header()
-        for piece in pieces:
-            np.asarray(piece, dtype).tofile(file)
-            rows += len(piece)
-        file.seek(0)
-        header()
-    return rows
+def _make(folder: Path, write: Callable[[Path], None]) -> str:
+    if folder.exists():
+        print(f"{folder} is damaged: it is made again.", file=sys.stderr)
+        shutil.rmtree(folder)
+    for stale in folder.parent.glob(".unfinished-*"):
+        shutil.rmtree(stale)
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    unfinished.mkdir()
+    try:
+        write(unfinished)
+        checksums = _checksums(unfinished)
+        (unfinished / CHECKSUMS).write_text(json.dumps(checksums))
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return _short_hash(checksums)
 
 
-def progress(stream: Stream[T], label: str) -> Iterator[T]:
-    """The pieces of a stream under a progress bar over its rows, in a terminal; a piece's length is its rows."""
-    with tqdm(total=stream.rows, desc=label, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
-        for piece in stream:
-            yield piece
-            bar.update(len(piece))
+def _fingerprint(folder: Path) -> str | None:
+    """The fingerprint of a folder's content; None if that is not what was written."""
+    try:
+        checksums = _checksums(folder)
+        whole = json.loads((folder / CHECKSUMS).read_text()) == checksums
+    except (OSError, ValueError):
+        return None
+    return _short_hash(checksums) if whole else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short_hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

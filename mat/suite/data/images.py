@@ -1,12 +1,7 @@
-"""Labelled images: decoded once to a uint8 cache, then whole batches cropped, mirrored and normalised at once.
+"""Labelled images: decoded once to uint8, then cropped, mirrored and normalised batch by batch."""
 
-A training image moves up to ``padding`` pixels each way, black coming in, and is mirrored with probability 1/2; every
-image is normalised by the mean and deviation of each channel over the training split. The validation images are held
-out of the stored training split, evenly spaced within each class, the same for all seeds.
-"""
-
-import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mat.suite.config import ImageConfig
-from mat.suite.data.base import Data, entropy, spaced
-from mat.suite.data.cache import cached, progress
-from mat.suite.data.sources import Columns, is_packaged, open_splits, origin, source_key
+from mat.suite.data.base import Data, Rows, entropy, evenly, spaced
+from mat.suite.data.cache import prepared
+from mat.suite.data.source import Column, origin, read, source_key
 from mat.suite.errors import UserError
 from mat.suite.interface import Batch
 
 STORED = ("train", "test")
-CACHE_FORMAT = 1
-DIGITS_TEST = 360  # of scikit-learn's digits, evenly of every class
+IMAGE = Column(("img", "image"), "encoded images")
+LABEL = Column(("label", "labels"), "class numbers", "int64")
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
@@ -49,183 +44,155 @@ class ImageBatch(Batch):
         return [ImageBatch(images, targets) for images, targets in pairs]
 
 
-# --- from files to the cache
+def _decode(stored: Any, row: str) -> Image.Image:
+    """An image upright (as its EXIF data say) and of 8 bits a channel."""
+    from datasets import Image as Feature
+
+    try:
+        fields = stored if isinstance(stored, dict) else {"bytes": stored, "path": None}
+        image: Image.Image = Feature().decode_example(fields)
+    except Exception as error:  # decoders raise many kinds; all mean that this is no whole image
+        raise UserError(f"{row} holds no readable image: copy the file again.") from error
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(f"{row} holds 32 bits a pixel: give images of 8 or 16 bits a channel.")
+    return image
 
 
-def _columns() -> Columns:
-    import pyarrow.types as kinds
-
-    def is_image(kind: Any) -> bool:
-        return bool(kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-
-    return {"img": ("encoded images", is_image), "label": ("class numbers", kinds.is_integer)}
-
-
-def _pixels(config: ImageConfig, image: Image.Image) -> Pixels:
+def _pixels(config: ImageConfig, image: Image.Image, row: str) -> Pixels:
     """The (size, size, channels) pixels of an image."""
+    side = config.source_size
+    if image.size != (side, side):
+        raise UserError(
+            f"{row} holds an image of {image.width} x {image.height} pixels instead of {side} x "
+            f"{side}: give square images of one size, or set dataset.source_size."
+        )
     image = image.convert("RGB" if config.channels == 3 else "L")
-    if config.size != config.source_size:
+    if config.size != side:
         image = image.resize((config.size, config.size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(config.size, config.size, config.channels)
 
 
-def _decode(config: ImageConfig, encoded: bytes | None, row: str) -> Pixels:
-    try:
-        image = Image.open(io.BytesIO(encoded or b""))
-        image.load()
-    except Exception as error:  # the decoders raise many kinds; all mean that this is no whole image
-        raise UserError(f"{row} holds no readable image: copy the file again.") from error
-    if image.size != (config.source_size, config.source_size):
-        raise UserError(
-            f"{row} holds an image of {image.width} x {image.height} pixels instead of {config.source_size} x "
-            f"{config.source_size}: give square images of one size, or set dataset.source_size."
-        )
-    return _pixels(config, image)
-
-
-def _from_files(config: ImageConfig) -> Iterator[tuple[str, Pixels, Labels]]:
-    for split, stream in open_splits(config, STORED, _columns()).items():
-        pixels, labels = [], []
-        for piece in progress(stream, f"decoding {config.name} {split}"):
-            encoded, classes = (piece.table.column(name).to_pylist() for name in ("img", "label"))
-            for number, (image, label) in enumerate(zip(encoded, classes, strict=True), start=piece.first):
-                row = f"{piece.where}, row {number},"
-                if label is None or not 0 <= label < config.classes:
-                    raise UserError(
-                        f"{row} has the label {label}, which is none of the {config.classes} classes: copy the file "
-                        "again, or set dataset.classes."
-                    )
-                pixels.append(_decode(config, image and image["bytes"], row))
-            labels += classes
-        if not pixels:
+def decode(config: ImageConfig, folder: Path) -> None:
+    """Write ``<split>_images.bin``, uint8 (N, size, size, channels), and labels, int64 (N,)."""
+    for split in STORED:
+        classes: list[int] = []
+        with open(folder / f"{split}_images.bin", "wb") as file:
+            for where, first, (images, labels) in read(config, split, "decoding", IMAGE, LABEL):
+                pairs = zip(images.to_pylist(), labels.to_pylist(), strict=True)
+                for number, (stored, label) in enumerate(pairs, first):
+                    row = f"{where}, row {number},"
+                    if label is None or not 0 <= label < config.classes:
+                        raise UserError(
+                            f"{row} has the label {label}, which is none of the {config.classes} "
+                            "classes: copy the file again, or set dataset.classes."
+                        )
+                    file.write(_pixels(config, _decode(stored, row), row).tobytes())
+                    classes.append(label)
+        if not classes:
             raise UserError(f"{origin(config)} has an empty {split} split: get the data again.")
-        yield split, np.stack(pixels), np.array(labels, np.int64)
-
-
-def _digits(config: ImageConfig) -> Iterator[tuple[str, Pixels, Labels]]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; its 17 shades of grey become 0..255."""
-    from sklearn.datasets import load_digits
-
-    shades, labels = load_digits(return_X_y=True)
-    grey = np.rint(shades * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    pixels = np.stack([_pixels(config, Image.fromarray(image)) for image in grey])
-    test = _evenly(labels, DIGITS_TEST)
-    for split, part in (("train", ~test), ("test", test)):
-        yield split, pixels[part], labels[part]
-
-
-def _evenly(labels: Labels, count: int) -> NDArray[np.bool_]:
-    """So many samples, evenly spaced within each class, as a mask."""
-    chosen = np.zeros(len(labels), bool)
-    chosen[np.argsort(labels, kind="stable")[spaced(count, len(labels))]] = True
-    return chosen
-
-
-def cached_images(config: ImageConfig) -> Path:
-    """The cache folder of a dataset; made if it is not there.
-
-    Args:
-        config: The dataset's configuration.
-
-    Returns:
-        A folder with ``<split>_images.npy`` (N, size, size, channels), uint8, and ``<split>_labels.npy`` (N,), for
-        the splits train and test.
-
-    Raises:
-        UserError: If the data cannot be had, or an image or a label is not what it should be, naming its row.
-    """
-
-    def write(folder: Path) -> None:
-        for split, pixels, labels in _digits(config) if is_packaged(config) else _from_files(config):
-            np.save(folder / f"{split}_images.npy", pixels)
-            np.save(folder / f"{split}_labels.npy", labels)
-
-    key = ["digits"] if is_packaged(config) else source_key(config, STORED)
-    layout = [config.source_size, config.size, config.channels, config.classes]
-    return cached(config.cache, config.name, [CACHE_FORMAT, config.name, *layout, *key], write)
-
-
-# --- from the cache to batches
+        (folder / f"{split}_labels.bin").write_bytes(np.array(classes, np.int64).tobytes())
 
 
 class Images(Data):
     """Images as reproducible batches.
 
+    A training image moves up to ``padding`` pixels each way, black coming in, and is mirrored with
+    probability 1/2. Every image is normalised by the mean and deviation of each channel over the
+    training split. The validation images are held out of the stored training split, evenly spaced
+    within each class, the same for all seeds.
+
     Args:
         config: The dataset's configuration.
         seed: Seed of the order of the training images and of their crops and flips.
-        pixels: (N, size, size, channels) by split: train, validation, test.
-        labels: (N,) by split.
+
+    Attributes:
+        splits: Pixels (N, size, size, channels) and labels (N,), stored, and the split's rows.
+
+    Raises:
+        UserError: If the data cannot be had, or too few images are left for training.
     """
 
-    def __init__(self, config: ImageConfig, seed: int, pixels: dict[str, Pixels], labels: dict[str, Labels]) -> None:
-        super().__init__(len(labels["train"]), seed, config.classes)
-        self.config, self.pixels, self.labels = config, pixels, labels
-        parts = np.array_split(pixels["train"].reshape(-1, config.channels), 64)  # counting takes 8 bytes a value
-        counts = np.stack([sum(np.bincount(p[:, c], minlength=256) for p in parts) for c in range(config.channels)])
+    def __init__(self, config: ImageConfig, seed: int) -> None:
+        layout = [config.source_size, config.size, config.channels, config.classes]
+        identity = [*layout, *source_key(config, STORED)]
+        folder, fingerprint = prepared(config, identity, partial(decode, config))
+        shape = (-1, config.size, config.size, config.channels)
+        train, test = (np.memmap(folder / f"{s}_images.bin", np.uint8, "r") for s in STORED)
+        train_labels, test_labels = (np.fromfile(folder / f"{s}_labels.bin", int) for s in STORED)
+        if config.validation >= len(train_labels):
+            raise UserError(
+                f"dataset.validation={config.validation} leaves none of the {len(train_labels)} "
+                "training images: hold out fewer."
+            )
+        held_out = evenly(train_labels, config.validation)
+        self.splits: dict[str, tuple[Pixels, Labels, Rows]] = {
+            "train": (train.reshape(shape), train_labels, np.flatnonzero(~held_out)),
+            "validation": (train.reshape(shape), train_labels, np.flatnonzero(held_out)),
+            "test": (test.reshape(shape), test_labels, np.arange(len(test_labels))),
+        }
+        count = len(train_labels) - config.validation
+        super().__init__(count, seed, config.classes, fingerprint)
+        self.config = config
+        counts = np.zeros((config.channels, 256), np.int64)
+        for rows in np.array_split(np.arange(count), 64):  # counting takes 8 bytes a value
+            values = self.images("train", rows)[0].reshape(-1, config.channels)
+            counts += [np.bincount(channel, minlength=256) for channel in values.T]
         share, value = counts / counts.sum(1, keepdims=True), np.arange(256)
         mean = share @ value
         deviation = np.sqrt((share * (value - mean[:, None]) ** 2).sum(1))
         if not deviation.all():
-            raise UserError(f"{origin(config)} has a channel that is the same in all images: get the data again.")
-        self.mean, self.deviation = mean.astype(np.float32), deviation.astype(np.float32)  # (channels,), of 0..255
-
-    @classmethod
-    def load(cls, config: ImageConfig, seed: int) -> "Images":
-        """Read the cache (made first if need be).
-
-        Raises:
-            UserError: If the data cannot be had or damaged, or too few images are left for training.
-        """
-        folder = cached_images(config)
-        pixels = {split: np.load(folder / f"{split}_images.npy", mmap_mode="r") for split in STORED}
-        labels = {split: np.load(folder / f"{split}_labels.npy") for split in STORED}
-        stored = len(labels["train"])
-        if config.validation >= stored:
-            raise UserError(
-                f"dataset.validation={config.validation} leaves none of the {stored} training images: hold out fewer."
-            )
-        held = _evenly(labels["train"], config.validation)
-        for split, part in (("validation", held), ("train", ~held)):  # train is cut last
-            pixels[split], labels[split] = pixels["train"][part], labels["train"][part]
-        return cls(config, seed, pixels, labels)
+            alike = "has a channel that is the same in all images"
+            raise UserError(f"{origin(config)} {alike}: get the data again.")
+        self.mean = mean.astype(np.float32)  # (channels,), of 0..255, as is the deviation
+        self.deviation = deviation.astype(np.float32)
 
     def train_batch(self, step: int, batch: int) -> tuple[ImageBatch, int]:
-        """The batch of a step, cropped and mirrored, and its epoch; every epoch is a new permutation."""
+        """The batch of a step, cropped and mirrored, and its epoch."""
         rows, key, epoch = self._train_rows(step, batch)
-        moved = self._moved(self.pixels["train"][rows], np.random.default_rng(key))
-        return self._batch(moved, self.labels["train"][rows]), epoch
+        pixels, labels = self.images("train", rows)
+        return self._batch(self._moved(pixels, np.random.default_rng(key)), labels), epoch
 
-    def evaluation_batches(self, split: str, samples: int | None, batch: int) -> Iterator[ImageBatch]:
-        """Evenly spaced images of a split as they are, the same for all methods and seeds."""
-        rows = spaced(samples, len(self.labels[split]))
+    def evaluation_batches(
+        self, split: str, samples: int | None, batch: int
+    ) -> Iterator[ImageBatch]:
+        """Evenly spaced images of a split (all when None) as they are, the same for all seeds."""
+        rows = spaced(samples, len(self.splits[split][2]))
         for part in np.array_split(rows, -(-len(rows) // batch)):
-            yield self._batch(self.pixels[split][part], self.labels[split][part])
+            yield self._batch(*self.images(split, part))
 
     def probe_batch(self, samples: int) -> ImageBatch:
-        """The estimator's images, drawn once from the training split, as they are; the same at every selection."""
-        rows = self._probe_rows(samples)
-        return self._batch(self.pixels["train"][rows], self.labels["train"][rows])
+        """The estimator's images, drawn once from the training split, as they are."""
+        return self._batch(*self.images("train", self._probe_rows(samples)))
 
     def facts(self) -> dict[str, float]:
-        """The entropy of the validation labels in nats: the loss of a model that ignores the image."""
-        return {"class_entropy": entropy(np.bincount(self.labels["validation"]))}
+        """Entropy in nats of the validation labels: the loss of a model that ignores the image."""
+        _, labels, rows = self.splits["validation"]
+        return {"class_entropy": entropy(np.bincount(labels[rows]))}
+
+    def images(self, split: str, rows: Rows) -> tuple[Pixels, Labels]:
+        """Copies of some images of a split (B, size, size, channels) and their labels (B,)."""
+        pixels, labels, stored = self.splits[split]
+        return np.asarray(pixels[stored[rows]]), labels[stored[rows]]
 
     def _moved(self, pixels: Pixels, random: np.random.Generator) -> Pixels:
-        """Every image mirrored (in place) or not, and moved, on its own: (B, size, size, channels)."""
+        """Every image mirrored (in place) or not, and moved: (B, size, size, channels)."""
         count, size, padding = len(pixels), self.config.size, self.config.padding
         mirrored = (random.random(count) < 0.5) & self.config.flip
         pixels[mirrored] = pixels[mirrored, :, ::-1]
         padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        # (B, 2 padding + 1, 2 padding + 1, channels, size, size), a view
         places = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
         down, right = random.integers(0, 2 * padding + 1, (2, count))
         moved: Pixels = places[np.arange(count), down, right].transpose(0, 2, 3, 1)
         return moved
 
     def _batch(self, pixels: Pixels, labels: Labels) -> ImageBatch:
-        # A line of an image at a time: numpy is slow at short last axes, and torch would wake its threads for this.
+        # A line of an image at a time: numpy is slow at short last axes, and torch would wake its
+        # threads for this.
         line = self.config.size * self.config.channels
-        normal = pixels.reshape(-1, line).astype(np.float32)
+        normal = pixels.reshape(-1, line).astype(np.float32)  # (B * size, size * channels)
         normal -= np.resize(self.mean, line)
         normal /= np.resize(self.deviation, line)
         images = torch.from_numpy(normal.reshape(pixels.shape)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""Batches for masked language modelling: which tokens are hidden, reproducibly (Devlin et al. 2019, section 3.1).
+"""Which tokens a masked language model has to predict, reproducibly (Devlin et al. 2019, 3.1).
 
-Every sequence hides the same number M of tokens, so that each sample has the same number of outputs and a step's
-FLOPs do not depend on chance. Of the hidden tokens 80 % become [MASK], 10 % a random piece, 10 % stay.
+Every sequence hides the same number M of tokens, so that a step's FLOPs do not depend on chance.
+Of the hidden tokens 80 % become [MASK], 10 % a random piece, 10 % stay.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,9 @@ class MaskedBatch(Batch):
     def take(self, rows: Tensor) -> "MaskedBatch":
         """The samples with these numbers, masks included."""
         within = self.positions.view(self.samples, -1) % self.length  # (B, M)
-        positions = within[rows] + torch.arange(len(rows), device=rows.device)[:, None] * self.length
-        return MaskedBatch(self.inputs[rows], self.targets.view(self.samples, -1)[rows].flatten(), positions.flatten())
+        first = torch.arange(len(rows), device=rows.device)[:, None] * self.length  # (rows, 1)
+        targets = self.targets.view(self.samples, -1)[rows].flatten()  # (rows * M,)
+        return MaskedBatch(self.inputs[rows], targets, (within[rows] + first).flatten())
 
     def split(self, parts: int) -> list["MaskedBatch"]:
         """Equal consecutive parts (fewer when there are fewer samples than parts)."""
@@ -51,7 +52,12 @@ def masked_per_sequence(length: int, mask_share: float) -> int:
 
 
 def mask(
-    sequences: NDArray[np.uint16], mask_share: float, mask_id: int, first_piece: int, vocabulary: int, key: list[int]
+    sequences: NDArray[np.uint16],
+    mask_share: float,
+    mask_id: int,
+    first_piece: int,
+    vocabulary: int,
+    key: list[int],
 ) -> MaskedBatch:
     """Hide tokens of a batch.
 
@@ -59,23 +65,20 @@ def mask(
         sequences: (B, T) token ids.
         mask_share: Share of tokens to hide.
         mask_id: Id of [MASK].
-        first_piece: Ids below are special tokens, which are never drawn as random replacements.
+        first_piece: Ids below are special tokens, which never replace another.
         vocabulary: Number of ids.
-        key: Seed of this batch's randomness, such as [seed, stream, step].
-
-    Returns:
-        The batch; the same key gives the same batch.
+        key: Seed of this batch's randomness; the same key gives the same batch.
     """
     random = np.random.default_rng(key)
     batch, length = sequences.shape
     masked = masked_per_sequence(length, mask_share)
-    chosen = np.sort(np.argpartition(random.random((batch, length)), masked - 1, axis=1)[:, :masked], axis=1)
-    positions = (chosen + np.arange(batch)[:, None] * length).reshape(-1)
-    tokens = sequences.astype(np.int64).reshape(-1)
+    lowest = np.argpartition(random.random((batch, length)), masked - 1, axis=1)[:, :masked]
+    positions = (np.sort(lowest, axis=1) + np.arange(batch)[:, None] * length).reshape(-1)  # (P,)
+    tokens = sequences.astype(np.int64).reshape(-1)  # (B * T,)
     targets = tokens[positions]
     draw = random.random(len(positions))
-    replaced = np.where(draw < MASK_TO_MASK, mask_id, targets)
-    to_random = (draw >= MASK_TO_MASK) & (draw < MASK_TO_MASK + MASK_TO_RANDOM)
-    replaced = np.where(to_random, random.integers(first_piece, vocabulary, len(positions)), replaced)
-    tokens[positions] = replaced
-    return MaskedBatch(*(torch.from_numpy(a) for a in (tokens.reshape(batch, length), targets, positions)))
+    pieces = random.integers(first_piece, vocabulary, len(positions))
+    replaced = np.where(draw < MASK_TO_MASK + MASK_TO_RANDOM, pieces, targets)
+    tokens[positions] = np.where(draw < MASK_TO_MASK, mask_id, replaced)
+    inputs = tokens.reshape(batch, length)
+    return MaskedBatch(*(torch.from_numpy(a) for a in (inputs, targets, positions)))

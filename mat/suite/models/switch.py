@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens, N = B * T, D width, F hidden neurons, E experts, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.layers.experts import Record
 from mat.layers.gate import Index, put, take
 from mat.layers.once import once
 from mat.suite.config import SwitchConfig
 from mat.suite.models.bert import MaskedEncoder, initial_weight, linear
 
-Record = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 CACHE_BYTES = 4 * 2**20  # of one weight of the experts that a CPU computes at once
 
 
@@ -112,21 +112,24 @@ class Experts(nn.Module):
 
         Args:
             x: (B, T, D).
-            record: Shown every product: the tokens' experts (N,), rows (N, .) sorted by these before
-                and after, weight and bias; gives the rows to go on with.
+            record: Shown every product of every expert that has tokens, see
+                :data:`mat.layers.experts.Record`.
         """
         tokens = x.flatten(0, 1)  # (N, D)
-        probability, expert, load = self.route(tokens)
-        order, loads = expert.argsort(stable=True), load.tolist()
+        probability, expert, _ = self.route(tokens)
+        y = torch.zeros_like(tokens)
+        for unit in range(self.experts):
+            token = (expert == unit).nonzero()[:, 0]
 
-        def product(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            each = zip(torch.split(rows, loads), weight, bias, strict=True)
-            y = torch.cat([F.linear(r, w, b) for r, w, b in each])  # (N, .)
-            return y if record is None else record(expert, rows, y, weight, bias)
+            def product(rows: Tensor, name: str, unit: int = unit, token: Tensor = token) -> Tensor:
+                weight, bias = f"{name}_weight", f"{name}_bias"
+                z = F.linear(rows, getattr(self, weight)[unit], getattr(self, bias)[unit])
+                return z if record is None else record(weight, bias, unit, rows, z, token)
 
-        hidden = F.gelu(product(tokens[order], self.in_weight, self.in_bias))
-        y = product(hidden, self.out_weight, self.out_bias)
-        return (y * probability[order, None])[order.argsort()].view_as(x)
+            if len(token):
+                rows = product(F.gelu(product(tokens[token], "in")), "out")  # (n, D)
+                y = y.index_add(0, token, (rows * probability[token, None]).to(y.dtype))
+        return y.view_as(x)
 
     def capacity(self, tokens: int) -> int:
         """C: slots per expert in training."""
