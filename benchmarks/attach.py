@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from mat.suite.precision import machine_precision
 from torch import Tensor, nn
 
 import mat
 from benchmarks.harness import DEVICE, Action, Row, autocast, medians, row, write
 from mat.flops import Ledger
+from mat.suite.precision import machine_precision
 
 RATE = 1e-4
 REPEATS = 7

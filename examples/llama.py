@@ -23,7 +23,7 @@ from examples.meter import Meter, now, schedule
 from examples.report import Curve, curves_plot, curves_table
 
 RATE = 2e-3
-METHODS = {
+METHODS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "fitted": None,
     "mat": {"rule": "threshold"},
@@ -90,10 +90,10 @@ def train(method: str, text: Tensor, test: Tensor, given: argparse.Namespace) ->
     whole = Meter(model, loss).step() * given.steps
     budget = whole * (1.0 if method == "full" else given.flops)
     gates = None
-    if METHODS[method] is not None:
+    if (chosen := METHODS[method]) is not None:
         choices = mat.MATConfig(
             share=given.share, mode="cut", every=given.every, reduction="online", log=False,
-            seed=given.seed, **METHODS[method],
+            seed=given.seed, **chosen,
         )  # fmt: skip
         gates = mat.attach_(model, choices)
     optimiser = mat.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, compact=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mat.flops import Ledger, estimate
-from mat.probe import samples_of
 from torch import Tensor, nn
 
 from mat import Gates, ntk
+from mat.flops import Ledger, estimate
+from mat.probe import samples_of
 
 
 class Meter:

@@ -10,6 +10,7 @@ import argparse
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -25,7 +26,7 @@ from examples.report import Curve, curves_plot, curves_table
 
 RATE = 0.05
 PROBE = 16  # images that scores are measured on
-METHODS = {
+METHODS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "fitted": None,
     "mat": {"rule": "threshold"},
@@ -105,10 +106,10 @@ def train(method: str, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor,
     whole = Meter(model, loss).step() * given.epochs * (len(train_set[0]) // given.batch)
     budget = whole * (1.0 if method == "full" else given.flops)
     gates = None
-    if METHODS[method] is not None:
+    if (chosen := METHODS[method]) is not None:
         config = mat.MATConfig(
             share=given.share, mode="exact", units=("filters",), every=given.every, log=False,
-            seed=given.seed, **METHODS[method],
+            seed=given.seed, **chosen,
         )  # fmt: skip
         gates = mat.attach_(model, config)
         gates.guard(optimiser)

@@ -44,7 +44,8 @@ class Method:
 
 def mat_config(**choices: Any) -> mat.MATConfig:
     """Scores read off training steps unless said otherwise."""
-    return mat.MATConfig(**{"every": EVERY, "reduction": "online", "log": False} | choices)
+    defaults: dict[str, Any] = {"every": EVERY, "reduction": "online", "log": False}
+    return mat.MATConfig(**defaults | choices)
 
 
 METHODS = {

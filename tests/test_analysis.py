@@ -10,17 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mat.suite.units import UnitIndex, unit_layers
 
-from mat.suite import analysis, engine, ntk
+from mat import ntk
+from mat.suite import analysis, engine
 from mat.suite.analysis import OBSERVERS, Scene, effective_rank, layers_of, scene
 from mat.suite.data import load
 from mat.suite.data.tokens import MaskedText
 from mat.suite.errors import UserError
+from mat.suite.models.bert import Attention
 from mat.suite.validation import ANALYSES
-from tests.naive import gradients, jacobian, rotate, unit_jacobian
+from tests.gradients import attach, gradients, jacobian, unit_jacobian
+from tests.references import rotate
 from tests.short_runs import assert_same, one_sentence, result, small
-from tests.tiny import tiny_batch, tiny_bert
+from tests.small_models import tiny_batch, tiny_bert
 
 OBSERVED = "analysis=[attention,kernels,descent]"
 
@@ -28,8 +30,16 @@ OBSERVED = "analysis=[attention,kernels,descent]"
 def seen(projections: int = 3, **config: object) -> Scene:
     """A scene of a tiny model with a few frozen heads, which the copy must not have."""
     model = tiny_bert(**config)  # type: ignore[arg-type]
-    unit_layers(model)[0].set_active(np.array([True, False, False]))
-    return scene(model, tiny_batch(), projections, 0, 2**20)
+    gates = attach(model)
+    gates.set_active(np.arange(len(gates.units)) != 1)
+    return scene(model, gates.units, tiny_batch(), projections, 0, 2**20)
+
+
+def head_of(layer: Attention, sequence: torch.Tensor, u: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys (T, K) of one head for a sequence (T, D), rotated if the model does that."""
+    own = slice(3 * layer.head_width * u, 3 * layer.head_width * (u + 1))
+    q, k, _ = (sequence @ layer.qkv.weight[own].T + layer.qkv.bias[own]).chunk(3, -1)
+    return (q, k) if layer.rotary is None else (rotate(q), rotate(k))
 
 
 # --- effective rank
@@ -58,13 +68,11 @@ def test_attention_matrices_are_those_of_the_model(config: dict[str, str]) -> No
     view = seen(**config)
     table = OBSERVERS["attention"](view)
     assert len(table) == 2 * 3 and set(table["kind"]) == {"heads"}
-    layer = unit_layers(view.model)[0]
+    layer = next(m for m in view.model.modules() if isinstance(m, Attention))
     x = torch.randn(2, 6, 12, dtype=torch.float64)
     for b, sequence in enumerate(x):
         for u in range(3):
-            q, k, _ = (sequence @ layer.qkv_weight[u].T + layer.qkv_bias[u]).chunk(3, -1)
-            if layer.rotary is not None:
-                q, k = rotate(q, layer.rotary), rotate(k, layer.rotary)
+            q, k = head_of(layer, sequence, u)
             torch.testing.assert_close(layer.probabilities(x)[b, u], torch.softmax(q @ k.T / 2, -1))
 
 
@@ -72,17 +80,16 @@ def test_attention_matrices_are_those_of_the_model(config: dict[str, str]) -> No
 def test_effective_rank_column_against_one_sample_at_a_time(config: dict[str, str]) -> None:
     view = seen(**config)
     inputs: dict[torch.nn.Module, torch.Tensor] = {}
-    for layer in unit_layers(view.model):
+    layers = [module for module in view.model.modules() if isinstance(module, Attention)]
+    for layer in layers:
         layer.register_forward_hook(lambda module, given, _: inputs.update({module: given[0]}))
     view.model(view.probe)
     expected = []
-    for layer in (layer for layer in unit_layers(view.model) if layer.kind == "heads"):
-        for u in range(layer.n_units):
+    for layer in layers:
+        for u in range(layer.heads):
             ranks = []
             for sample in inputs[layer].detach():
-                q, k, _ = (sample @ layer.qkv_weight[u].T + layer.qkv_bias[u]).detach().chunk(3, -1)
-                if layer.rotary is not None:
-                    q, k = rotate(q, layer.rotary), rotate(k, layer.rotary)
+                q, k = (part.detach() for part in head_of(layer, sample, u))
                 weights = torch.exp(q @ k.T / math.sqrt(q.shape[1]))
                 singular = torch.linalg.svdvals(weights / weights.sum(1, keepdim=True))
                 share = singular / singular.sum()
@@ -101,7 +108,8 @@ def reduction(view: Scene) -> tuple[torch.Tensor, torch.Tensor]:
     m, n = view.projections, view.probe.samples
     with torch.no_grad():
         outputs = view.model(view.probe)
-    cotangents = ntk.Reducer("random", m, view.seed, n).cotangents(view.model, view.probe, outputs, 0)
+    reducer = ntk.Reducer("random", m, view.seed, n)
+    cotangents = reducer.cotangents(outputs, view.probe, outputs, 0, n)
     return torch.cat([c.view(n, -1) for c, _ in cotangents]) / m**0.5, torch.arange(n).repeat(m)
 
 
@@ -115,13 +123,16 @@ def test_kernel_table_against_explicit_jacobians(config: dict[str, object]) -> N
         rows = torch.einsum("rk,rkp->rp", reduce, columns[samples])
         return torch.linalg.eigvalsh(rows @ rows.T).flip(0).tolist()
 
-    tops = [eigenvalues(unit_jacobian(exact, name, u))[0] for name, layer in view.model.named_modules()
-            if layer in unit_layers(view.model) for u in range(layer.n_units)]  # fmt: skip
+    tops = [
+        eigenvalues(unit_jacobian(exact, layer, u))[0]
+        for layer in view.units.layers
+        for u in range(layer.n_units)
+    ]
     scopes = {scope: rows for scope, rows in table.groupby("scope")}
     assert scopes["unit"]["eigenvalue"].tolist() == pytest.approx(tops)
     blocks = [torch.cat([j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1)
               for i in range(len(view.model.blocks))]  # units, and the block's own norms and biases  # fmt: skip
-    assert len(layers_of(view.model)) == len(blocks) == scopes["layer"]["layer"].nunique()
+    assert len(layers_of(view)) == len(blocks) == scopes["layer"]["layer"].nunique()
     for i, columns in enumerate(blocks):
         mine = scopes["layer"][scopes["layer"]["layer"] == i]
         assert mine["rank"].tolist() == list(range(1, 13))
@@ -138,15 +149,15 @@ def test_kernel_table_against_explicit_jacobians(config: dict[str, object]) -> N
 def test_descent_against_explicit_gradients() -> None:
     view = seen(projections=4)
     table = OBSERVERS["descent"](view)
-    exact, loss_gradient = jacobian(view.model, view.probe), gradients(view.model, view.probe)
+    exact = jacobian(view.model, view.probe)
+    loss_gradient = gradients(view.model, view.probe, set())
     reduce, samples = reduction(view)
     row = 0
-    for name, layer in view.model.named_modules():
-        if layer not in unit_layers(view.model):
-            continue
+    with_axes = {name: gradient[None, None] for name, gradient in loss_gradient.items()}
+    for layer in view.units.layers:
         for u in range(layer.n_units):
-            a = torch.einsum("rk,rkp->rp", reduce, unit_jacobian(exact, name, u)[samples])
-            g = torch.cat([loss_gradient[f"{name}.{p}"][u].flatten() for p in layer.unit_parameters()])  # type: ignore
+            a = torch.einsum("rk,rkp->rp", reduce, unit_jacobian(exact, layer, u)[samples])
+            g = unit_jacobian(with_axes, layer, u).flatten()
             _, s, v = torch.linalg.svd(a, full_matrices=False)
             line = table.iloc[row]
             assert line["lambda_max"] == pytest.approx(s[0].item() ** 2)
@@ -173,15 +184,14 @@ def test_descent_leaves_the_copy_as_it_was() -> None:
 
 def test_distances() -> None:
     model = tiny_bert()
-    index = UnitIndex(unit_layers(model))
-    start = analysis.unit_values(index)
-    layer = index.layers[1]
-    with torch.no_grad():
-        layer.in_weight[2, 0, 0] += 3
-        layer.in_bias[2, 1] -= 4
-    expected = np.zeros(len(index))
+    gates = attach(model)
+    start = analysis.unit_values(gates)
+    with torch.no_grad():  # the third group of four neurons
+        model.get_parameter("blocks.0.ffn.up.weight")[8, 0] += 3
+        model.get_parameter("blocks.0.ffn.down.weight")[5, 11] -= 4
+    expected = np.zeros(len(gates.units))
     expected[3 + 2] = 5
-    np.testing.assert_allclose(analysis.distances(index, start), expected)
+    np.testing.assert_allclose(analysis.distances(gates, start), expected)
 
 
 def test_frozen_units_keep_their_distance(cache: Path, tmp_path: Path) -> None:

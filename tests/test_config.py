@@ -254,7 +254,7 @@ REFUSED = [  # overrides, a part of the sentence
     ("hardware.estimator_bytes=1", "hardware.estimator_bytes=1"),
     ("dataset.root=${no.such.key}", "dataset.root"),
     ("dataset.name=../up", "dataset.name='../up' is no name"),
-    ("dataset.cache=''", "dataset.cache is empty"),
+    ("dataset.cache=''", "dataset.cache"),
     ("dataset.name=''", "dataset.name='' is no name"),
 ]
 

@@ -254,8 +254,7 @@ def test_double_precision_is_of_model_and_images(cache, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["baseline", "mat"])
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_resuming_on_other_data_is_refused(split, method, cache, tmp_path, monkeypatch):
+def test_resuming_on_other_data_is_refused(method, cache, tmp_path, monkeypatch):
     """The configuration does not tell other text below the same dataset.root."""
     config = small(cache, f"method={method}", steps=12)
     run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
@@ -263,7 +262,7 @@ def test_resuming_on_other_data_is_refused(split, method, cache, tmp_path, monke
 
     def other(dataset: Any, seed: int) -> Any:
         text = load(dataset, seed)
-        text.sequences[split] = text.sequences[split][::-1]
+        text.fingerprint = "of another text, in whatever split"
         return text
 
     monkeypatch.setattr(engine.datasets, "load", other)

@@ -7,6 +7,8 @@ import naive
 import numpy as np
 import pytest
 import torch
+from mat.suite.attention import attention, rotary_table
+from mat.suite.units import BackwardMode, unit_layers
 from short_runs import SWITCH, VGG, events, small
 from test_switch import without_gaps
 from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units
@@ -14,9 +16,7 @@ from tiny import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 from mat import gram
 from mat.suite import engine, ntk
-from mat.suite.attention import attention, rotary_table
 from mat.suite.stepper import Stepper
-from mat.suite.units import BackwardMode, unit_layers
 
 pytestmark = [
     pytest.mark.gpu,

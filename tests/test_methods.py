@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+from mat.policy import PolicyState, highest, settled, threshold
 from mat.suite.config import MethodConfig, SelectionConfig
 from mat.suite.errors import UserError
-from mat.policy import PolicyState, highest, settled, threshold
 from mat.suite.methods import Method
 from mat.units import UnitLayer, Units
 

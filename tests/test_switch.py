@@ -13,6 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mat.suite.bert import FeedForward
+from mat.suite.optim import UnitAdamW
+from mat.suite.switch import Experts, Switch, fill_slots
+from mat.suite.units import BackwardMode, UnitIndex, UnitLayer, unit_layers
 from short_runs import SWITCH, composed, events, one_sentence, small
 from test_units import (
     active_gradients,
@@ -27,15 +31,11 @@ from torch import Tensor, nn
 
 from mat import gram
 from mat.suite import engine, flops, ntk, switch
-from mat.suite.bert import FeedForward
 from mat.suite.compose import resolve
 from mat.suite.config import MethodConfig, SelectionConfig, SwitchConfig
 from mat.suite.errors import UserError
 from mat.suite.interface import Flops
 from mat.suite.methods import Method
-from mat.suite.optim import UnitAdamW
-from mat.suite.switch import Experts, Switch, fill_slots
-from mat.suite.units import BackwardMode, UnitIndex, UnitLayer, unit_layers
 
 WIDTH, HIDDEN = 5, 7
 

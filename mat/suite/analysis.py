@@ -166,7 +166,8 @@ def eigenvalues(scene: Scene) -> pd.DataFrame:
     trace = result.kernels.diagonal(dim1=1, dim2=2).sum(1)
     top = torch.from_numpy(result.lambda_max)
     tables = [_unit_rows(scene.units, eigenvalue=top, trace=trace).assign(scope="unit", rank=1)]
-    layers = [result.kernel_of(scene.model, path).detach().double() for path in layers_of(scene)]
+    blocks = [scene.model.get_submodule(path) for path in layers_of(scene)]
+    layers = [result.kernel_of(scene.model, block).double() for block in blocks]
     scopes = [("layer", i, kernel) for i, kernel in enumerate(layers)]
     for scope, i, kernel in (*scopes, ("network", -1, torch.stack(layers).sum(0))):
         values = torch.linalg.eigvalsh(kernel).clamp_min(0).flip(0).cpu().numpy()
@@ -194,7 +195,7 @@ def descent(scene: Scene) -> pd.DataFrame:
     Returns:
         Columns kind, layer, unit, lambda_max, predicted, first_order (||g||²), measured, eta.
     """
-    probe = scene.probe.split(-(-scene.probe.samples // SAMPLES))[0].double()
+    probe = scene.probe.split(-(-scene.probe.samples // SAMPLES))[0]  # of text: numbers of tokens
     scene = replace(scene, model=copy.deepcopy(scene.model).double(), probe=probe)
     model, units = scene.model, scene.units
     outputs = model(probe)
@@ -212,7 +213,9 @@ def descent(scene: Scene) -> pd.DataFrame:
     assert kernels is not None
     top, vectors = torch.linalg.eigh(kernels)
     reducer = ntk.Reducer("random", scene.projections, scene.seed, probe.samples)
-    signs = reducer.signs(outputs, probe.samples) / scene.projections**0.5  # (m, n, k)
+    vectors_of = reducer.cotangents(outputs, probe, outputs, 0, probe.samples)
+    signs = torch.stack([vector.view(probe.samples, -1) for vector, _ in vectors_of])  # (m, n, k)
+    signs /= scene.projections**0.5
     measured: list[Tensor] = []
     along: list[Tensor] = []
     with torch.no_grad():
