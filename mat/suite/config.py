@@ -346,10 +346,15 @@ class Config(Group):
             if kind not in kinds and kind in itertools.chain(*KINDS.values()):
                 raise UserError(f"selection.units={kind} is none of model={model.name}: add {SUITS[model.family]}.")
             one_of("selection.units", kind, kinds)
-        if selection.reduction == "online" and model.family != "bert":  # batch norm, capacity: samples are coupled
+        if selection.reduction == "online" and model.family in COUPLES:
             raise UserError(
                 "selection.reduction=online cannot tell apart the samples of a training step of "
                 f"model={model.family}, which its forward pass couples: choose random."
+            )
+        if self.train.accumulation > 1 and model.family in COUPLES:
+            raise UserError(
+                f"train.accumulation={self.train.accumulation} changes the gradient of model={model.family}, where "
+                f"{COUPLES[model.family]}: set train.accumulation=1 and lower train.batch if memory is short."
             )
         if method.policy == "random" and selection.share is None:
             raise UserError(
@@ -363,6 +368,10 @@ UNFIT_FOR_IMAGES = {
     "descent": "compares kernels under the probe's batch statistics with steps under running ones",
 }
 KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
+COUPLES = {  # models in whose forward pass a sample's outputs depend on the batch
+    "switch": "the capacity of experts is that of a batch",
+    "vgg": "batch norm takes the statistics of a batch",
+}
 MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
 SUITS = {  # what to choose beside a model
     "bert": "selection=mini", "switch": "selection=experts_mini", "vgg": "selection=filters_mini train=images_mini",
