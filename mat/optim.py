@@ -173,6 +173,8 @@ class AdamW(UnitOptimiser):
                 )  # fmt: skip
         for finish in afterwards:
             finish()
+        for _, kept in self._views.values():
+            kept.gradients = []  # their memory is the next step's
         return loss
 
     def _state(self, parameter: nn.Parameter, part: GatedPart | None) -> dict[str, Tensor]:
@@ -208,7 +210,8 @@ class AdamW(UnitOptimiser):
                 views = [[t[a:b] for _, a, b in part.active_runs] for t in tensors]
                 rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
                 kept = self._views[id(parameter)] = key, rows
-            kept[1].gradients = list(torch.split(gradient.contiguous(), part.run_lengths))
+            laid_out = _laid_out_like(gradient, parameter)
+            kept[1].gradients = list(torch.split(laid_out, part.run_lengths))
             return kept[1]
         whole = [t.transpose(0, 1) for t in tensors]  # columns first
         blocks = [take(t, part.active, 0).contiguous() for t in whole]
@@ -235,6 +238,14 @@ class AdamW(UnitOptimiser):
         if group["weight_decay"]:
             moved.mul_(torch.where(steps > 0, 1 - lr * group["weight_decay"], 1.0))
         moved.sub_(direction * lr)
+
+
+def _laid_out_like(rows: Tensor, parameter: Tensor) -> Tensor:
+    """Rows with the strides of a parameter's: the fused kernel takes both for the same numbers."""
+    like = parameter.detach()[: len(rows)]
+    if rows.stride() == like.stride():
+        return rows
+    return torch.empty_like(like, dtype=rows.dtype).copy_(rows)
 
 
 def _steps(step: Tensor, part: GatedPart) -> list[Tensor]:
