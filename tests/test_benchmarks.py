@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_models import tiny_batch, tiny_bert
 
 from benchmarks import gpu, harness
 from benchmarks.fidelity import compare
 from benchmarks.subjects import Subject
 from mat.suite.config import TrainConfig
+from tests.small_models import tiny_batch, tiny_bert
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""What needs a CUDA device (``pytest -m gpu``, ``make gpu-check``): the same numbers as on the CPU, and a whole run."""
+"""What needs a CUDA device (``pytest -m gpu``, ``make gpu``): the CPU's numbers, and a whole run."""
 
 import copy
 from pathlib import Path

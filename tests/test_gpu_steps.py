@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +16,7 @@ import mat.suite.gating  # noqa: F401 (the finders of our own layers)
 from mat.layers.gate import BackwardMode
 from mat.optim import UnitOptimiser
 from mat.suite.stepper import Stepper
+from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 MODELS: dict[str, Callable[[], Any]] = {

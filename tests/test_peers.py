@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_models import tiny_batch, tiny_bert
 
 from benchmarks.peers import Contenders
 from benchmarks.subjects import gates_of
 from mat import ntk
+from tests.small_models import tiny_batch, tiny_bert
 
 
 @pytest.fixture(scope="module")
