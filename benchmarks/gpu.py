@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA device, as far as the time goes; call it until it says that all is done.
+"""What needs a CUDA device, as far as the time goes; call it until it says that all is done.
 
     python -m benchmarks.gpu --minutes 9 --data DATA --out OUT
     python -m benchmarks.gpu --dry                 # every step at toy size, on a CPU
@@ -6,9 +6,9 @@
     python -m benchmarks.gpu unpack PARTS DATA     # and back; also what OUT holds, into "."
 
 Steps run one after the other, each in a process of its own: tests, benchmarks, training runs, the
-fine-tuning example. Near the end of the time the present one is asked to stop: a training run writes
-a checkpoint and goes on in the next call, everything else begins again. Tests and benchmarks are
-made again when the code has changed, runs never. No network is needed. DATA has ``wikitext-2``,
+fine-tuning example. Near the end of the time the present one is asked to stop: a training run
+writes a checkpoint and goes on in the next call, everything else begins again. Tests and benchmarks
+are made again when the code has changed, runs never. No network is needed. DATA has ``wikitext-2``,
 ``cifar10``, ``reuters-r8`` and ``20newsgroups`` (Parquet files) and ``minilm`` (a BERT's folder); a
 step without its data is left out.
 
@@ -65,10 +65,10 @@ class Step:
 
     Attributes:
         name: Of the step.
-        command: Arguments of Python.
+        command: Arguments of Python; ``{data}`` stands for the folder of the data.
         toy: The same at toy size.
         least: Seconds below which it is not begun.
-        needs: Folder of the data without which it is left out.
+        needs: Folders of the data without which it is left out.
         runs: Run folders, below ``runs``, that are complete when it is done; for other steps the
             record says so.
     """
@@ -77,19 +77,21 @@ class Step:
     command: tuple[str, ...]
     toy: tuple[str, ...]
     least: float
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
 
 
 def tests() -> Step:
+    """The tests that are marked gpu."""
     command = ("-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider")
     toy = (*command, "--collect-only", "-q")
     return Step("tests", (*command, *CUDA_TESTS), (*toy, *CUDA_TESTS), 60)
 
 
-def benchmark(name: str, *arguments: str, least: float = 45) -> Step:
+def benchmark(name: str, *arguments: str) -> Step:
+    """A benchmark; BENCHMARK_TOY makes it small."""
     command = ("-m", f"benchmarks.{name}", *arguments)
-    return Step(" ".join((name, *arguments)), command, command, least)
+    return Step(" ".join((name, *arguments)), command, command, 45)
 
 
 def runs(
@@ -108,13 +110,15 @@ def runs(
     folders = [f"{experiment}/method={m}{of_model}/seed={seed}" for seed in each for m in every]
     name = f"{experiment}: {methods}{of_model} seed {seeds}"
     small = (*sweep(every[:2], each[:1]), *toy)
-    return Step(name, sweep(every, each), small, 75, data, tuple(folders))
+    return Step(name, sweep(every, each), small, 75, (data,), tuple(folders))
 
 
 def fine_tuning(data: str, *arguments: str) -> Step:
-    out = WORK / "finetune" / data
-    command = ("-m", "examples.finetune_text", "--out", str(out), *arguments)
-    return Step(f"finetune {data}", command, ("-m", "examples.finetune_text", "--help"), 60, data)
+    """The example on one data set."""
+    command = ("-m", "examples.finetune_text", "--out", str(WORK / "finetune" / data))
+    command += ("--model", "{data}/minilm", "--data", f"{{data}}/{data}", *arguments)
+    toy = ("-m", "examples.finetune_text", "--help")  # it has tests of its own
+    return Step(f"finetune {data}", command, toy, 60, ("minilm", data))
 
 
 def steps() -> list[Step]:
@@ -201,7 +205,7 @@ def code_digest() -> str:
 
 
 def in_time(command: Sequence[str], log: Path, end: float) -> int | None:
-    """Run Python until a time on the monotonic clock; its exit status, or None if it was stopped."""
+    """Run Python until a time on the monotonic clock; its exit status, None if it was stopped."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -273,7 +277,7 @@ def without_checkpoints() -> None:
 
 
 def seed_results() -> None:
-    """Begin with the results that are committed: a benchmark may measure a part of its cases only."""
+    """Begin with the committed results: a benchmark may measure a part of its cases only."""
     folder = WORK / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     for path in (ROOT / "benchmarks" / "results").glob("*-cuda.*"):
@@ -288,8 +292,9 @@ def todo(record: Record, code: str, data: Path | None, only: Sequence[str]) -> I
             continue
         if record.has(step, code) and not only:
             continue
-        if step.needs and (data is None or not (data / step.needs).is_dir()):
-            print(f"== {step.name}: left out, --data has no {step.needs}", flush=True)
+        missing = [name for name in step.needs if data is None or not (data / name).is_dir()]
+        if missing:
+            print(f"== {step.name}: left out, --data has no {', '.join(missing)}", flush=True)
             continue
         yield step
 
@@ -300,7 +305,7 @@ def make(minutes: float, data: Path | None, out: Path, only: Sequence[str] = ())
     os.environ |= {"BENCHMARK_RESULTS": str(WORK / "benchmarks"), "HF_HUB_OFFLINE": "1"}
     os.environ |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     if data is not None:
-        os.environ["MAT_DATA"] = str(data.resolve())
+        os.environ["MAT_DATA"] = str(data)
     seed_results()
     record, code, failed, waiting = Record(KEPT, WORK), code_digest(), 0, 0
     for number, step in enumerate(todo(record, code, data, only)):
@@ -310,9 +315,7 @@ def make(minutes: float, data: Path | None, out: Path, only: Sequence[str] = ())
             continue
         print(f"== {step.name}", flush=True)
         log = WORK / "logs" / f"{number}.log"
-        command = step.command
-        if command[:2] == ("-m", "examples.finetune_text") and data is not None:
-            command += ("--model", str(data / "minilm"), "--data", str(data / str(step.needs)))
+        command = [argument.replace("{data}", str(data)) for argument in step.command]
         status = in_time(command, log, end)
         said = log.read_text(errors="replace")
         print("\n".join(said.splitlines()[-12:]), flush=True)
@@ -397,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: there is no CUDA device: python -m benchmarks.gpu --dry", file=sys.stderr)
         return 2
-    data = Path(options.data) if options.data else None
+    data = Path(options.data).resolve() if options.data else None
     return make(options.minutes, data, (options.out or KEPT).resolve(), options.only)
 
 

@@ -1,8 +1,8 @@
 """Measure things in turn, A B A B, on a CPU or a CUDA device, and write ratios of medians.
 
-Results lie in ``benchmarks/results/<name>.json``, or ``<name>-cuda.json`` of a CUDA device, with the
-machine and versions; BENCHMARK_RESULTS names another folder. With BENCHMARK_TOY everything is small
-and measured once, to see that it runs: such numbers mean nothing.
+Results lie in ``benchmarks/results/<name>.json``, or ``<name>-cuda.json`` of a CUDA device, with
+the machine and versions; BENCHMARK_RESULTS names another folder. With BENCHMARK_TOY everything is
+small and measured once, to see that it runs: such numbers mean nothing.
 """
 
 import ctypes

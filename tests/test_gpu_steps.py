@@ -1,4 +1,4 @@
-"""Gated steps as CUDA graphs: replayed they are the launched ones, and nothing forbids a capture."""
+"""Gated steps as CUDA graphs: replayed they are the launched ones; nothing forbids a capture."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mat
-import mat.suite.gating  # noqa: F401 (the finders of our own layers)
+import mat.suite.gating  # the finders of our own layers
 from mat.layers.gate import BackwardMode
 from mat.optim import UnitOptimiser
 from mat.suite.stepper import Stepper
