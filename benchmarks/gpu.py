@@ -103,18 +103,23 @@ def code_digest() -> str:
 def in_time(command: Sequence[str], log: Path, end: float) -> int | None:
     """Run Python until a time on the monotonic clock; its exit status, None if it was stopped."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    stopped = False
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-        )
-        stopped = False
-        for moment, signal_ in ((end - STOP, signal.SIGTERM), (end - KILL, signal.SIGKILL)):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, moment - time.monotonic()))
-                break
-            stopped = True
-            process.send_signal(signal_)
-        status = process.wait()
+            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            for moment, number in ((end - STOP, signal.SIGTERM), (end - KILL, signal.SIGKILL)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, moment - time.monotonic()))
+                    break
+                stopped = True
+                process.send_signal(number)
+            status = process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what it has started ends with it
+                os.killpg(process.pid, signal.SIGKILL)
     return None if stopped else status
 
 

@@ -97,6 +97,7 @@ def steps() -> list[Step]:
     table3 = {"data": "cifar10", "toy": TOY_IMAGES}
     shallow = {"model": "bert_shallow", **table1}
     every = "baseline,mat,fitted,static,rand,multirate"
+    few = ("--methods", "full", "fitted", "mat-alpha", "mat-share")
     return [
         tests(),
         *(benchmark("gates", case) for case in ("bert_base", "switch_block", "vgg16", "bert_mini")),
@@ -108,8 +109,8 @@ def steps() -> list[Step]:
         runs("table1", every, "2,3", **table1),
         runs("table1", "baseline", "2,3", **shallow),
         runs("table3", every, "1", **table3),
-        fine_tuning("reuters-r8", "--alone"),
-        fine_tuning("20newsgroups", "--seeds", "1", "2", "3"),
+        fine_tuning("reuters-r8", "--processes", "12", "--alone"),
+        fine_tuning("20newsgroups", "--processes", "12", "--seeds", "1", "2", "3", *few),
         replace(benchmark("attach"), toy=("-m", "benchmarks.attach", "--help")),
         *(benchmark(name) for name in ("switch", "vgg", "scaling", "compiled", "fidelity")),
     ]
