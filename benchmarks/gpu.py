@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --minutes 9 --data DATA --out OUT
     python -m benchmarks.gpu --dry                 # every step at toy size, on a CPU
-    python -m benchmarks.gpu pack DATA PARTS       # each folder of DATA in parts of under 64 MiB
+    python -m benchmarks.gpu pack DATA PARTS       # each folder of DATA in parts of 24 MiB
     python -m benchmarks.gpu unpack PARTS DATA     # and back; also what OUT holds, into "."
 
 Steps run one after the other, each in a process of its own: tests, benchmarks, training runs, the
@@ -39,7 +39,8 @@ from benchmarks.gpu_steps import ROOT, Step, steps
 WORK = ROOT / "runs" / "gpu"
 KEPT = ROOT / "results" / "gpu"  # where the record of an earlier machine lies
 MIB = 2**20
-DATA_PART, OUT_PART, OUT_FILES = 60 * MIB, 16 * MIB, 8
+# A part of the data travels beside the repository itself, which is some 30 MiB.
+DATA_PART, OUT_PART, OUT_FILES = 24 * MIB, 16 * MIB, 8
 STOP, KILL = 45.0, 12.0  # seconds before the end: ask a step to stop; end it, and pack
 CODE = ("mat/**/*.py", "benchmarks/*.py", "tests/test_gpu*.py", "conf/**/*.yaml")
 
