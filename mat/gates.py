@@ -19,9 +19,9 @@ from mat.adapters import find_units
 from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
-from mat.policy import FloatArray, MATConfig, Policy
+from mat.policy import MATConfig, Policy
 from mat.tables import active_by_kind, gates_table, skipped_share
-from mat.units import BoolArray, Unit, Units
+from mat.units import BoolArray, FloatArray, Unit, Units
 
 
 class Gates:

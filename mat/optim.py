@@ -33,7 +33,7 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def __init__(self, params: Given, defaults: dict[str, Any], compact: bool = False) -> None:
         self.compact = compact
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
 
     def parts(self) -> Iterable[tuple[dict[str, Any], nn.Parameter, GatedPart | None]]:
         """Every parameter with its group, and what a gate has of it."""
@@ -176,7 +176,7 @@ class AdamW(UnitOptimiser):
         return loss
 
     def _state(self, parameter: nn.Parameter, part: GatedPart | None) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             shape = () if part is None else (len(part.runs),)
             state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)

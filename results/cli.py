@@ -4,7 +4,7 @@ import argparse
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mat.suite.compose import explain
 from mat.suite.files import keep_streams, replacing, say
@@ -48,7 +48,8 @@ def save_figure(figure: "Figure", stem: Path, dpi: int) -> list[Path]:
     """Write a figure as PNG and SVG, each as a whole or not at all; the same runs make the same files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-    for path, options in zip(files, ({"dpi": dpi}, {"metadata": {"Date": None}}), strict=True):
+    each: tuple[dict[str, Any], ...] = ({"dpi": dpi}, {"metadata": {"Date": None}})
+    for path, options in zip(files, each, strict=True):
         with replacing(path) as file:
             figure.savefig(file, format=path.suffix[1:], **options)
     return files

@@ -37,8 +37,8 @@ from mat.suite import engine
 from mat.suite.config import Config, validate
 from mat.suite.engine import PFLOP, Training
 from mat.suite.errors import RunFailed, UserError
-from mat.suite.runs import RunFolder
 from mat.suite.models.vgg import Vgg
+from mat.suite.runs import RunFolder
 from mat.suite.stepper import Stepper
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
@@ -73,7 +73,12 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    assert set(summary.pop("sha256")) >= {"summary.json", "metrics.jsonl", "config.yaml", "environment.json"}
+    assert set(summary.pop("sha256")) >= {
+        "summary.json",
+        "metrics.jsonl",
+        "config.yaml",
+        "environment.json",
+    }
     return summary
 
 
@@ -85,7 +90,9 @@ def test_run_folder_is_complete(finished):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files - {".lock"} == {"config.yaml", "environment.json", "metrics.jsonl", "units.parquet", "summary.json",
                      "checkpoint/latest.pt", f"checkpoint/best-{summary_of(folder)['best_step']}.pt"}  # fmt: skip
-    assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == dataclasses.asdict(config)
+    assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == dataclasses.asdict(
+        config
+    )
     environment = json.loads((folder / "environment.json").read_text())
     assert environment.keys() == {"command", "commit", "dirty", "versions", "device", "device_name", "threads",
                                   "precision", "exclusive"}  # fmt: skip
@@ -100,7 +107,9 @@ def test_run_folder_is_complete(finished):
     for column in ("step", "epoch", "pflops", "pflops_vocabulary", "seconds"):
         values = [line[column] for line in lines]
         assert values == sorted(values), column
-    assert [e["step"] for e in lines if e["event"] == "train"] == list(range(5, lines[-1]["step"] + 1, 5))
+    assert [e["step"] for e in lines if e["event"] == "train"] == list(
+        range(5, lines[-1]["step"] + 1, 5)
+    )
 
 
 @pytest.mark.parametrize("name", ["PATH", "GIT_DIR"])  # no git there; no repository there
@@ -136,7 +145,9 @@ def test_units_have_a_row_per_selection_and_unit(finished):
                                    "active", "stopped", "distance"]  # fmt: skip
     n = summary_of(folder)["selections"]
     assert n >= 14 and len(units) == n * 6  # two heads and four groups
-    assert not units.duplicated(["t", "kind", "layer", "unit"]).any() and sorted(set(units["t"])) == list(range(n))
+    assert not units.duplicated(["t", "kind", "layer", "unit"]).any() and sorted(
+        set(units["t"])
+    ) == list(range(n))
     shares = units.groupby("t")["active"].mean()
     assert shares[0] == 1.0 and (shares[1:] <= 0.5).all()
     assert not (units["active"] & units["stopped"]).any() and (units["lambda_max"] > 0).all()
@@ -152,7 +163,9 @@ def test_complete_run_is_skipped(finished, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_complete_run_stands_whatever_it_was_made_on_but_a_begun_one_goes_on_there(cache, tmp_path):
+def test_a_complete_run_stands_whatever_it_was_made_on_but_a_begun_one_goes_on_there(
+    cache, tmp_path
+):
     config = small(cache, "method=mat", steps=12)
     other, rougher = (
         dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, **changed))
@@ -168,14 +181,17 @@ def test_a_complete_run_stands_whatever_it_was_made_on_but_a_begun_one_goes_on_t
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("train.lr", 2e-2), ("selection.share", 0.5), ("dataset.length", 8), ("method.budget", 0.5)]
+    ("key", "value"),
+    [("train.lr", 2e-2), ("selection.share", 0.5), ("dataset.length", 8), ("method.budget", 0.5)],
 )
 def test_folder_of_another_run_is_refused_by_name(finished, key, value):
     config, folder = finished("method=mat")
     other = OmegaConf.create(dataclasses.asdict(config))
     OmegaConf.update(other, key, value)
     group, name = key.split(".")
-    changed = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+    changed = dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **{name: value})}
+    )
     with pytest.raises(UserError, match=f"holds a run with another {key}") as caught:
         engine.run(changed, folder)
     assert one_sentence(str(caught.value)) and str(folder) in str(caught.value)
@@ -195,7 +211,9 @@ def test_a_run_made_before_a_key_existed_had_its_default(cache, tmp_path):
         engine.run(other, tmp_path / "run")
 
 
-def test_a_run_made_when_a_key_still_existed_stands_at_the_value_that_is_left_of_it(cache, tmp_path):
+def test_a_run_made_when_a_key_still_existed_stands_at_the_value_that_is_left_of_it(
+    cache, tmp_path
+):
     config = small(cache, "method=baseline", steps=6)
     summary, known = engine.run(config, tmp_path / "run"), tmp_path / "run" / "config.yaml"
     unseal(tmp_path / "run")
@@ -227,7 +245,13 @@ def test_what_is_not_science_may_change(finished):
 
 @pytest.mark.parametrize(
     "overrides",
-    [*((f"method={m}",) for m in ("baseline", "rand", "multirate", "mat", "static", "gradnorm", "fitted")), ONLINE],
+    [
+        *(
+            (f"method={m}",)
+            for m in ("baseline", "rand", "multirate", "mat", "static", "gradnorm", "fitted")
+        ),
+        ONLINE,
+    ],
     ids=",".join,
 )
 def test_budget_is_used_and_never_exceeded(finished, overrides):
@@ -242,7 +266,10 @@ def test_budget_is_used_and_never_exceeded(finished, overrides):
 def test_run_ends_with_an_evaluation_when_a_selection_does_not_fit_any_more(finished):
     config, folder = finished("method=mat", "selection.samples=16", steps=20)
     last = events(folder, "evaluation")[-1]
-    assert last["step"] == summary_of(folder)["steps"] and last["pflops"] == summary_of(folder)["pflops"]
+    assert (
+        last["step"] == summary_of(folder)["steps"]
+        and last["pflops"] == summary_of(folder)["pflops"]
+    )
     spent, budget = last["pflops"], config.train.pflops * config.method.budget
     first_estimate = events(folder, "selection")[0]["pflops_overhead"]
     assert spent <= budget < spent + first_estimate  # it was a selection that did not fit
@@ -253,7 +280,9 @@ def test_run_may_end_when_all_units_have_stopped(stop, cache, tmp_path, monkeypa
     monkeypatch.setattr(policy, "settled", lambda delta, *rest: np.ones(len(delta), bool))
     config = small(cache, "method=mat", f"train.stop_when_settled={stop}")
     summary = engine.run(config, tmp_path / "run")
-    assert summary is not None and summary["selections"] == 3  # all stop at t = 2; there is nothing left to select
+    assert (
+        summary is not None and summary["selections"] == 3
+    )  # all stop at t = 2; there is nothing left to select
     evaluations = events(tmp_path / "run", "evaluation")
     assert evaluations[-1]["step"] == summary["steps"]
     budget = config.train.pflops * config.method.budget
@@ -272,10 +301,19 @@ def test_run_without_a_single_step_is_refused(cache, tmp_path):
 
 @pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
 def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
-    marks = [0.25, 0.3484, 0.35, 0.65]  # of the plan; all but one meet a regular evaluation, the last one the end
+    marks = [
+        0.25,
+        0.3484,
+        0.35,
+        0.65,
+    ]  # of the plan; all but one meet a regular evaluation, the last one the end
     pflops = 51 * STEP["text"]  # here they meet but for rounding
     assert 14 * 0.025 * (pflops * PFLOP) != 0.35 * pflops * PFLOP
-    given = [f"train.marks={[m * pflops for m in marks]}", f"train.pflops={pflops}", "method.budget=0.65"]
+    given = [
+        f"train.marks={[m * pflops for m in marks]}",
+        f"train.pflops={pflops}",
+        "method.budget=0.65",
+    ]
     config, folder = finished(f"method={method}", *given)
     evaluations = events(folder, "evaluation")
     for mark in config.train.marks:
@@ -285,7 +323,9 @@ def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
         assert later is None or later["pflops"] > mark - 0.025 * pflops
     assert len(evaluations) == 26 + 1
     overhead = max(np.diff([e["pflops_overhead"] for e in evaluations]))
-    assert max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP["text"] + overhead
+    assert (
+        max(np.diff([e["pflops"] for e in evaluations])) <= 0.025 * pflops + STEP["text"] + overhead
+    )
     assert evaluations[-1]["step"] == summary_of(folder)["steps"]
 
 
@@ -326,7 +366,9 @@ LEDGERS = [  # method, reduction, mode
 
 
 @pytest.mark.parametrize(("method", "reduction", "mode"), LEDGERS)
-def test_ledger_equals_what_a_counter_sees_over_a_run(method, reduction, mode, cache, tmp_path, monkeypatch):
+def test_ledger_equals_what_a_counter_sees_over_a_run(
+    method, reduction, mode, cache, tmp_path, monkeypatch
+):
     given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2",
              f"selection.reduction={reduction}"]  # fmt: skip
     config = small(cache, *given, steps=24)
@@ -342,7 +384,9 @@ def test_ledger_equals_what_a_counter_sees_over_a_run(method, reduction, mode, c
 
 @pytest.mark.parametrize("mode", ["exact", "cut"])
 @pytest.mark.parametrize("family", ["vgg", "switch"])
-def test_ledger_of_filters_and_experts_equals_the_counter(family, mode, cache, tmp_path, monkeypatch):
+def test_ledger_of_filters_and_experts_equals_the_counter(
+    family, mode, cache, tmp_path, monkeypatch
+):
     monkeypatch.setattr(convolution, "BLOCK", 1)
     model, modality = (VGG, "image") if family == "vgg" else (SWITCH, "text")
     given = (*model, "method=mat", f"selection.mode={mode}")
@@ -355,8 +399,12 @@ def test_ledger_of_filters_and_experts_equals_the_counter(family, mode, cache, t
 
 
 @pytest.mark.parametrize(("method", "row"), [("mat", "lambda_max"), ("gradnorm", "gradnorm")])
-def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(method, row, cache, tmp_path, monkeypatch):
-    config = small(cache, f"method={method}", "selection.reduction=online", "train.accumulation=2", steps=16)
+def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(
+    method, row, cache, tmp_path, monkeypatch
+):
+    config = small(
+        cache, f"method={method}", "selection.reduction=online", "train.accumulation=2", steps=16
+    )
     training = Training(config, RunFolder(tmp_path / "run", config))
     expected, shares, steps = [], [], []
     select, step = Training._select, Training._train_step
@@ -423,10 +471,14 @@ def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(cache, tmp_pa
     for event in logged:
         last = seen[max(0, event["step"] - 9) : event["step"]]
         correct = sum(accuracy * n for accuracy, n in last)
-        assert event.get("accuracy") == (None if len(last) < 9 else pytest.approx(correct / 1137, rel=1e-12))
+        assert event.get("accuracy") == (
+            None if len(last) < 9 else pytest.approx(correct / 1137, rel=1e-12)
+        )
 
 
-def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(cache, tmp_path, monkeypatch):
+def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(
+    cache, tmp_path, monkeypatch
+):
     """Not from those of the lowest loss, nor from the last ones, nor from an equal accuracy later on."""
     config = small(cache, *VGG, "method=baseline", modality="image", steps=12)
     scores_on, weights = Training._scores_on, []
@@ -441,7 +493,10 @@ def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(
     engine.run(config, tmp_path / "run")
     evaluations, summary = events(tmp_path / "run", "evaluation"), summary_of(tmp_path / "run")
     assert summary["best_validation_accuracy"] == max(e["accuracy"] for e in evaluations) == 0.75
-    assert (summary["best_step"], summary["best_validation_loss"]) == (evaluations[10]["step"], 1 / 11)
+    assert (summary["best_step"], summary["best_validation_loss"]) == (
+        evaluations[10]["step"],
+        1 / 11,
+    )
     assert 0 < summary["best_step"] < evaluations[13]["step"] < summary["steps"]
     training = Training(config, RunFolder(tmp_path / "twin", config))
     training.model.load_state_dict(weights[10])
@@ -470,7 +525,10 @@ def test_baseline_learns(finished):
     losses = [e["loss"] for e in events(folder, "evaluation")]
     assert losses[0] == pytest.approx(math.log(256), abs=0.2)
     summary = summary_of(folder)
-    assert summary["best_validation_loss"] < losses[0] - 0.35 and summary["test_loss"] < losses[0] - 0.35
+    assert (
+        summary["best_validation_loss"] < losses[0] - 0.35
+        and summary["test_loss"] < losses[0] - 0.35
+    )
     assert 3 < summary["unigram_entropy"] < math.log(256)
 
 
@@ -494,7 +552,9 @@ def test_empty_active_set_trains_the_rest_alone(finished, mode):
 def test_seed_decides_the_start_and_the_method_does_not(cache, tmp_path):
     def start(*overrides: str) -> dict[str, torch.Tensor]:
         config = small(cache, *overrides)
-        return Training(config, RunFolder(tmp_path / "_".join(overrides), config)).model.state_dict()
+        return Training(
+            config, RunFolder(tmp_path / "_".join(overrides), config)
+        ).model.state_dict()
 
     first = start("method=mat", "seed=1")
     for method in ("baseline", "rand", "multirate", "gradnorm"):
@@ -503,7 +563,10 @@ def test_seed_decides_the_start_and_the_method_does_not(cache, tmp_path):
 
 
 def test_seeds_differ_from_the_first_step_on(finished):
-    losses = [events(finished("method=rand", f"seed={seed}")[1], "evaluation")[-1]["loss"] for seed in (0, 1)]
+    losses = [
+        events(finished("method=rand", f"seed={seed}")[1], "evaluation")[-1]["loss"]
+        for seed in (0, 1)
+    ]
     assert losses[0] != losses[1]
 
 
@@ -511,7 +574,10 @@ def test_seeds_differ_from_the_first_step_on(finished):
 def test_accumulation_is_the_same_step(finished, precision):
     folders = [finished("method=baseline", f"hardware.precision={precision}", f"train.accumulation={n}", steps=10)[1]
                for n in (1, 4)]  # fmt: skip
-    losses = [[e["loss"] for e in events(folder) if e["event"] in ("train", "evaluation")] for folder in folders]
+    losses = [
+        [e["loss"] for e in events(folder) if e["event"] in ("train", "evaluation")]
+        for folder in folders
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "float32" else 1e-2)
 
 
@@ -547,7 +613,13 @@ INTERRUPTIONS = [  # overrides, verb, call, how
 
 
 OTHER_MODELS = [  # modality, overrides, verb, call, how
-    ("image", (*VGG, "method=mat", "selection.mode=cut"), "_train_step", 12, "before"),  # past the first full epoch
+    (
+        "image",
+        (*VGG, "method=mat", "selection.mode=cut"),
+        "_train_step",
+        12,
+        "before",
+    ),  # past the first full epoch
     ("image", (*VGG, "method=mat"), "_train_step", 4, "sigterm"),
     ("image", (*VGG, "method=mat"), "_train_step", 12, "after"),
     ("image", (*VGG, "method=mat"), "_evaluate", 17, "after"),
@@ -558,25 +630,37 @@ OTHER_MODELS = [  # modality, overrides, verb, call, how
 
 
 @pytest.mark.parametrize(
-    ("modality", "overrides", "verb", "call", "how"), [*(("text", *row) for row in INTERRUPTIONS), *OTHER_MODELS]
+    ("modality", "overrides", "verb", "call", "how"),
+    [*(("text", *row) for row in INTERRUPTIONS), *OTHER_MODELS],
 )
-def test_interrupted_run_gives_the_same_numbers(modality, overrides, verb, call, how, finished, tmp_path):
+def test_interrupted_run_gives_the_same_numbers(
+    modality, overrides, verb, call, how, finished, tmp_path
+):
     config, reference = finished(*overrides, modality=modality)
     run_interrupted(config, tmp_path / "run", verb, call, how)
     assert engine.run(config, tmp_path / "run") is not None
     assert_same(result(tmp_path / "run"), result(reference))
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert [e["device"] for e in environment.get("resumed", [])] in (["cpu"], [])  # nothing to go on from
+    assert [e["device"] for e in environment.get("resumed", [])] in (
+        ["cpu"],
+        [],
+    )  # nothing to go on from
 
 
 def test_checkpoint_right_at_a_selection(finished, tmp_path):
-    config, reference = finished("method=mat", "selection.samples=1", steps=60)  # selections two steps apart
+    config, reference = finished(
+        "method=mat", "selection.samples=1", steps=60
+    )  # selections two steps apart
     units = pd.read_parquet(reference / "units.parquet")
     step = int(units[units["t"] == 7]["step"].iloc[0])
     assert step >= 7 and step - int(units[units["t"] == 6]["step"].iloc[0]) > 1
     run_interrupted(config, tmp_path / "run", "_train_step", step, "sigterm")
-    assert pd.read_parquet(tmp_path / "run" / "units.parquet")["t"].max() == 6  # the eighth is made after resuming
-    shutil.move(tmp_path / "run", tmp_path / "moved")  # nothing in a folder depends on where it lies
+    assert (
+        pd.read_parquet(tmp_path / "run" / "units.parquet")["t"].max() == 6
+    )  # the eighth is made after resuming
+    shutil.move(
+        tmp_path / "run", tmp_path / "moved"
+    )  # nothing in a folder depends on where it lies
     engine.run(config, tmp_path / "moved")
     assert_same(result(tmp_path / "moved"), result(reference))
 
@@ -638,7 +722,9 @@ FAILURES = [  # before which call of what numbers go bad, a part of the sentence
 
 
 @pytest.mark.parametrize(("verb", "call", "part"), FAILURES)
-def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(verb, call, part, finished, tmp_path, monkeypatch):
+def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(
+    verb, call, part, finished, tmp_path, monkeypatch
+):
     config, reference = finished("method=mat")
     folder = tmp_path / "run"
     original, count = getattr(Training, verb), 0
@@ -668,7 +754,9 @@ def test_too_high_a_learning_rate_fails_by_itself(cache, tmp_path):
     config = small(cache, "method=baseline", "train.lr=1e30")
     with pytest.raises(RunFailed, match=r"loss .*nan.* at step \d+.*: lower train.lr"):
         engine.run(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "failure.json").read_text())["reason"].startswith(str(tmp_path))
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["reason"].startswith(
+        str(tmp_path)
+    )
 
 
 def test_missing_cuda_device_is_one_sentence(cache, tmp_path, monkeypatch):
@@ -690,10 +778,14 @@ def test_interrupted_run_on_a_gpu_gives_the_same_numbers(method, cache, tmp_path
     assert_same(result(tmp_path / "run"), result(tmp_path / "reference"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal needs a machine without a CUDA device")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the refusal needs a machine without a CUDA device"
+)
 def test_run_that_was_refused_leaves_its_folder_to_another(cache, tmp_path):
     with pytest.raises(UserError, match="choose hardware=cpu"):
-        engine.run(small(cache, "method=baseline", "hardware.device=cuda", steps=3), tmp_path / "run")
+        engine.run(
+            small(cache, "method=baseline", "hardware.device=cuda", steps=3), tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
     summary = engine.run(small(cache, "method=baseline", steps=3), tmp_path / "run")
     assert summary is not None and not (tmp_path / "run" / "failure.json").exists()

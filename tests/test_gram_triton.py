@@ -62,7 +62,9 @@ print(built.metadata.shared)
 
 @pytest.mark.parametrize("samples", [16, 32, 64])
 @pytest.mark.parametrize("capability, kilobytes", [(80, 163), (90, 227)])
-def test_kernel_compiles_ahead_of_time(capability: int, kilobytes: int, samples: int, tmp_path: Path) -> None:
+def test_kernel_compiles_ahead_of_time(
+    capability: int, kilobytes: int, samples: int, tmp_path: Path
+) -> None:
     """Products on tensor cores, on-chip memory within what a program has on an A100 and on an H100."""
     code = COMPILED.format(capability=capability, samples=samples)
     assert 0 < int(run(code, TRITON_CACHE_DIR=str(tmp_path))) <= kilobytes * 1024

@@ -103,9 +103,7 @@ def test_an_estimate_leaves_the_model_as_it_was(measured: Measured) -> None:
 def test_an_expert_without_tokens_never_stops() -> None:
     model, batch = switch_with_an_unused_expert(), tiny_batch()
     units = attach(model, kinds=["experts"]).units
-    selection = SelectionConfig(
-        units=["experts"], interval=0.05, mode="cut", share=1.0, beta=0.5
-    )
+    selection = SelectionConfig(units=["experts"], interval=0.05, mode="cut", share=1.0, beta=0.5)
     given = MethodConfig(name="mat", policy="threshold", temporal=True)
     method = Method(given, selection, units, 0)
     score = ntk.estimate(model, batch, units).lambda_max

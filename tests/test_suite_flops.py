@@ -97,7 +97,9 @@ def test_padding_of_a_layer_of_experts_by_hand() -> None:
         gates.set_active((gates.units.kind == "experts") & (gates.units.unit < count))
         differences[count] = [ledger.step(executed=e) for e in (True, False)]
     slot, layers = 2 * 2 * 12 * 21, 2
-    executed, needed = (differences[1][i].weight_grad - differences[0][i].weight_grad for i in (0, 1))
+    executed, needed = (
+        differences[1][i].weight_grad - differences[0][i].weight_grad for i in (0, 1)
+    )
     assert (executed, needed) == (layers * 30 * slot, layers * 10 * slot)
     assert differences[0][0].forward - differences[0][1].forward == layers * (90 - 30) * slot
 

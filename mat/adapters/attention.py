@@ -105,7 +105,7 @@ class CoreSite(Site):
         return core_shares(self.gate)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_core(
     module: Any,
     query: Tensor,
@@ -129,7 +129,7 @@ def run_core(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     chosen = module.config.config._attn_implementation
     kernel: Any = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager)
     heads = query.shape[1]

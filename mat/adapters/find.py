@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from mat.layers.convolution import ConvolutionSite, geometry
 from mat.layers.gate import Gate, GatedPart
@@ -70,7 +70,7 @@ class Place:
             return None
         return linear if is_plain(linear) and self.trains(linear.weight) else None
 
-    def trains(self, weight: nn.Parameter) -> bool:
+    def trains(self, weight: Tensor) -> bool:
         """Whether a weight trains, for one module alone."""
         return weight.requires_grad and id(weight) not in self.tied
 

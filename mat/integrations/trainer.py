@@ -63,9 +63,12 @@ class MATCallback(TrainerCallback, ExportableState):
         if file.exists():
             self.gates.load_state_dict(torch.load(file, weights_only=False))
             return
-        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks or {}
+        kept = callbacks.get(type(self).__name__)
         if not isinstance(kept, dict):
-            raise ValueError(f"the checkpoint of step {state.global_step} has no state of MATCallback")
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} has no state of MATCallback"
+            )
         self.gates.load_state_dict(kept["attributes"]["saved"])
 
     def on_step_begin(

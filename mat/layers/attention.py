@@ -43,14 +43,16 @@ def attend_apart(
     active, frozen, _ = gate.units()
     q_active, q_frozen, _ = gate.units(q.shape[1] // k.shape[1])
     with torch.no_grad():
-        parts = [take(each, i, 1) for each, i in ((q, q_frozen), (k, frozen), (v, frozen))]
+        parts = take(q, q_frozen, 1), take(k, frozen, 1), take(v, frozen, 1)
         still, still_weights = attend(*parts, q_frozen)
-    parts = [take(each, i, 1) for each, i in ((q, q_active), (k, active), (v, active))]
+    parts = take(q, q_active, 1), take(k, active, 1), take(v, active, 1)
     if gate.n_active:
         moving, weights = attend(*parts, q_active)
     else:  # nothing to attend with, but the projections' gradients are zeros rather than missing
-        moving = sum(part.sum((2, 3)) for part in parts)[:, None, :, None].expand(
-            -1, q.shape[2], -1, q.shape[3]
+        moving = (
+            torch.stack([part.sum((2, 3)) for part in parts])
+            .sum(0)[:, None, :, None]
+            .expand(-1, q.shape[2], -1, q.shape[3])
         )
         weights = still_weights
     context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])

@@ -3,6 +3,8 @@
 Shapes: B sequences, T queries, S keys, E width, H heads, K = E / H.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,11 +62,11 @@ class MultiheadSite(Site):
                 self.module.in_proj_bias,
                 by_rows(self.weight, self.bias),
             )
-            projected = stacked.chunk(3, -1)  # (B, T, E) each
+            projected: Sequence[Tensor] = stacked.chunk(3, -1)  # (B, T, E) each
         else:
             projected = self.project_apart(query, key, value)
         q, k, v = (  # (B, H, T, K)
-            each.unflatten(-1, (self.gate.n_units, -1)).transpose(1, 2) for each in projected
+            each.view(*each.shape[:2], self.gate.n_units, -1).transpose(1, 2) for each in projected
         )
         mask = merged(attn_mask, key_padding_mask, q)
 

@@ -83,7 +83,7 @@ class Site:
             return self.earlier(*inputs, **named)
         return getattr(type(self.module), self.method)(self.module, *inputs, **named)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
         if self.untouched(*inputs):

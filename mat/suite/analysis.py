@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mat import ntk
 from mat.gates import Gates, detach_
 from mat.layers.gate import GatedPart
+from mat.reduction import Reducer
 from mat.suite.interface import Batch, Model
 from mat.suite.models.bert import Attention
 from mat.units import REST, Part, Units
@@ -212,7 +213,7 @@ def descent(scene: Scene) -> pd.DataFrame:
     kernels = _estimate(scene, rest=False).kernels
     assert kernels is not None
     top, vectors = torch.linalg.eigh(kernels)
-    reducer = ntk.Reducer("random", scene.projections, scene.seed, probe.samples)
+    reducer = Reducer("random", scene.projections, scene.seed, probe.samples)
     vectors_of = reducer.cotangents(outputs, probe, outputs, 0, probe.samples)
     signs = torch.stack([vector.view(probe.samples, -1) for vector, _ in vectors_of])  # (m, n, k)
     signs /= scene.projections**0.5

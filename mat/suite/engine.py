@@ -27,6 +27,7 @@ from mat.adapters import find_units
 from mat.flops import Flops, Ledger
 from mat.gates import attach_
 from mat.policy import MATConfig
+from mat.reduction import Reduction
 from mat.suite import analysis, checkpoint
 from mat.suite import data as datasets
 from mat.suite.allocator import keep_freed_memory
@@ -93,7 +94,9 @@ def settled(config: Config, begun: dict[str, Any] | None) -> Config:
     if begun is not None:
         threads, precision = begun["environment"]["threads"], begun["environment"]["precision"]
         if hardware.threads not in (None, threads):
-            say(f"hardware.threads={hardware.threads} would change the numbers: the run goes on with {threads}.")
+            say(
+                f"hardware.threads={hardware.threads} would change the numbers: the run goes on with {threads}."
+            )
         hardware = replace(hardware, threads=begun["config"]["hardware"]["threads"])
     elif precision == "auto":
         precision = machine_precision(hardware.device)
@@ -355,7 +358,8 @@ class Training:
     def _outputs(self) -> int:
         """Number k of outputs of a probe's sample."""
         assert self.probe is not None
-        return self.model.eval()(self.probe).numel() // self.probe.samples
+        outputs: torch.Tensor = self.model.eval()(self.probe)
+        return outputs.numel() // self.probe.samples
 
     def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
@@ -403,10 +407,10 @@ class Training:
                 )
         self.records += 1
 
-    def _reduction(self) -> ntk.Reduction:
+    def _reduction(self) -> Reduction:
         if self.config.method.score == "gradnorm":
             return "loss"
-        return cast(ntk.Reduction, self.config.selection.reduction)
+        return cast(Reduction, self.config.selection.reduction)
 
     def _score(self, cost: Flops) -> FloatArray:
         """Scores of all units, and their cost spent."""
@@ -480,7 +484,9 @@ class Training:
         total: dict[str, float] = {}
         count = 0
         for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
-            if self._interrupt and split == "test":  # only then is the latest checkpoint of this step
+            if (
+                self._interrupt and split == "test"
+            ):  # only then is the latest checkpoint of this step
                 raise Interrupted
             batch = batch_in(batch.to(self.device), self.config.hardware.precision)
             with self._autocast():
@@ -584,7 +590,9 @@ class Training:
                 "folder."
             )
         if state["matched"] != self.matched:
-            raise UserError(f"{where}with another method.matched: name that run, or remove this folder.")
+            raise UserError(
+                f"{where}with another method.matched: name that run, or remove this folder."
+            )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.method.policy.load_state_dict(state["method"])
@@ -608,7 +616,9 @@ class Training:
         def ask(number: int, frame: FrameType | None) -> None:
             self._interrupt = True
 
-        if threading.current_thread() is not threading.main_thread():  # others may not handle signals
+        if (
+            threading.current_thread() is not threading.main_thread()
+        ):  # others may not handle signals
             yield
             return
         handlers = {number: signal.getsignal(number) for number in STOPPING}

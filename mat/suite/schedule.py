@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from mat.suite.config import TrainConfig
 
 DROP = 0.1  # step: the factor at each of ``train.drops``
-START, END = 1 / 25, 1e-4 / 25  # onecycle: where the cycle begins and ends, as shares of the peak (torch's OneCycleLR)
+START, END = (
+    1 / 25,
+    1e-4 / 25,
+)  # onecycle: where the cycle begins and ends, as shares of the peak (torch's OneCycleLR)
 
 
 def learning_rate(train: TrainConfig, progress: float) -> float:
@@ -24,7 +27,9 @@ def learning_rate(train: TrainConfig, progress: float) -> float:
     part = progress / train.warmup if rising else (progress - train.warmup) / (1 - train.warmup)
     if train.schedule == "onecycle":
         low = START if rising else END
-        return train.lr * (low + (1 - low) * (1 + math.cos(math.pi * (1 - part if rising else part))) / 2)
+        return train.lr * (
+            low + (1 - low) * (1 + math.cos(math.pi * (1 - part if rising else part))) / 2
+        )
     if rising:
         return train.lr * part
     if train.schedule == "linear":
@@ -32,7 +37,9 @@ def learning_rate(train: TrainConfig, progress: float) -> float:
     return train.lr * DROP ** sum(progress >= drop for drop in train.drops)
 
 
-def evaluation_points(pflops: float, budget: float, interval: float, marks: Sequence[float]) -> list[float]:
+def evaluation_points(
+    pflops: float, budget: float, interval: float, marks: Sequence[float]
+) -> list[float]:
     """PFLOPs at which a run is evaluated: every mark, its end, and every interval of the planned length.
 
     Args:

@@ -28,7 +28,12 @@ def gradients(model: nn.Module, loss: Loss) -> dict[str, Tensor]:
 
 
 def expected(
-    model: nn.Module, loss: Loss, units: Units, active: BoolArray, mode: str, owned: Units | None = None
+    model: nn.Module,
+    loss: Loss,
+    units: Units,
+    active: BoolArray,
+    mode: str,
+    owned: Units | None = None,
 ) -> dict[str, Tensor]:
     """What an attached model's gradients must be.
 
@@ -98,7 +103,10 @@ class NaiveMultihead:
                 projected.append(x @ weight.T + module.in_proj_bias[start : start + size])
             q, k, v = projected
             scores = q @ k.transpose(1, 2) / size**0.5  # (B, T, S)
-            for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None]):
+            for mask in (
+                attn_mask,
+                None if key_padding_mask is None else key_padding_mask[:, None],
+            ):
                 if mask is not None:
                     hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
                     scores = scores.masked_fill(hidden, float("-inf"))

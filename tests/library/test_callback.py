@@ -62,7 +62,9 @@ def test_resumed_run_has_the_uninterrupted_weights(
     trainer = trainer_of(output, **options)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     gates, wanted = trainer.model._gates, whole.model._gates
-    assert (gates.active == wanted.active).all() and gates.policy.state.t == wanted.policy.state.t == 2
+    assert (
+        gates.active == wanted.active
+    ).all() and gates.policy.state.t == wanted.policy.state.t == 2
     ours, theirs = weights(trainer), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

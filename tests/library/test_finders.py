@@ -88,7 +88,9 @@ def test_unbatched_and_weighted_attention_is_as_before() -> None:
 
 
 def test_units_by_hand_get_zero_gradients_anywhere() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 6, 1), nn.Flatten(), nn.Linear(30, 8), nn.Linear(8, 2)).double()
+    model = nn.Sequential(
+        nn.Conv1d(4, 6, 1), nn.Flatten(), nn.Linear(30, 8), nn.Linear(8, 2)
+    ).double()
     units = [
         mat.Unit("left", mat.rows("0.weight", 0, 3), mat.rows("2.weight", 0, 4), mat.cols("3.weight", 0, 4)),
         mat.Unit("right", mat.rows("0.weight", 3, 6), mat.rows("2.weight", 4, 8)),
@@ -122,7 +124,12 @@ def test_subclasses_and_frozen_layers_are_left_out() -> None:
         pass
 
     model = nn.Sequential(
-        nn.Linear(8, 8), nn.ReLU(), Quantised(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        Quantised(8, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 2),
     )
     model[3].requires_grad_(False)
     units = mat.find_units(model)

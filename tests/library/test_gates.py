@@ -24,7 +24,7 @@ class Estimator:
         self.calls.append({"batch": batch, **options})
         return self.result()
 
-    def Online(self, model: nn.Module, units: Any) -> "Estimator":  # noqa: N802
+    def Online(self, model: nn.Module, units: Any) -> "Estimator":
         return self
 
     def __enter__(self) -> "Estimator":
@@ -41,7 +41,12 @@ class Estimator:
 @pytest.fixture
 def estimator(monkeypatch: pytest.MonkeyPatch) -> Estimator:
     # Two layers of three units; from one selection to the next, the first unit changes ever less.
-    scores = [[1, 2, 3, 4, 5, 6], [2, 2.5, 9, 8, 1, 3], [2.0004, 7, 8, 7, 8.5, 0], [9, 1, 2, 3, 9, 9]]
+    scores = [
+        [1, 2, 3, 4, 5, 6],
+        [2, 2.5, 9, 8, 1, 3],
+        [2.0004, 7, 8, 7, 8.5, 0],
+        [9, 1, 2, 3, 9, 9],
+    ]
     stub = Estimator(scores)
     monkeypatch.setitem(sys.modules, "mat.ntk", stub)
     monkeypatch.setattr(mat, "ntk", stub, raising=False)

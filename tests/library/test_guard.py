@@ -14,7 +14,9 @@ from mat.gates import Gates
 
 
 def lion(parameters: Any) -> Optimizer:
-    made: Optimizer = pytest.importorskip("lion_pytorch").Lion(parameters, lr=0.01, weight_decay=0.1)
+    made: Optimizer = pytest.importorskip("lion_pytorch").Lion(
+        parameters, lr=0.01, weight_decay=0.1
+    )
     return made
 
 
@@ -59,7 +61,9 @@ def frozen_values(gates: Gates, optimiser: Optimizer) -> list[Tensor]:
     for part in gates.parts():
         assert isinstance(part.frozen, slice | Tensor)
         tensors = [part.parameter, *optimiser.state[part.parameter].values()]
-        values += [t[part.frozen].detach().clone() for t in tensors if t.shape == part.parameter.shape]
+        values += [
+            t[part.frozen].detach().clone() for t in tensors if t.shape == part.parameter.shape
+        ]
     return values
 
 

@@ -50,7 +50,9 @@ def _transformers(name: str, attention: str) -> Case:
         )  # fmt: skip
         model = t.DistilBertForSequenceClassification(config)
     elif name == "vit":
-        small = {key: value for key, value in sizes.items() if "vocab" not in key and "max" not in key}
+        small = {
+            key: value for key, value in sizes.items() if "vocab" not in key and "max" not in key
+        }
         model = t.ViTForImageClassification(t.ViTConfig(image_size=8, patch_size=4, **small, **off))
         images = torch.randn(2, 3, 8, 8)
         dtype_of = lambda m: next(m.parameters()).dtype  # noqa: E731
