@@ -114,8 +114,8 @@ class Gates:
     ) -> bool:
         """Select every ``config.every`` steps; call it between optimiser steps, before each one.
 
-        The first call is selection t = 0, which leaves all units active. With data-parallel training
-        the scores of rank 0 count on every rank.
+        The first call is selection t = 0, which leaves all units active. With data-parallel
+        training the scores of rank 0 count on every rank.
 
         Args:
             step: Number of the training step that comes next.
@@ -194,7 +194,7 @@ class Gates:
             print(f"MAT: selection {state.t}{when}: {active_by_kind(self)}")
 
     def log_numbers(self) -> dict[str, float]:
-        """Numbers for a tracker: shares of 1, and the threshold of every kind (mean of its scopes)."""
+        """Numbers for a tracker: shares of 1, and every kind's threshold (mean of its scopes)."""
         state = self.policy.state
         numbers = {
             "mat/active": float(self.active.mean()),
@@ -208,7 +208,7 @@ class Gates:
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Active and stopped sets, scores, t, probe, and what they belong to; for ``torch.save``."""
+        """Active and stopped sets, scores, t, probe, and what they belong to (to be saved)."""
         return {
             "layers": self._partition(),
             "active": self.active.tolist(),
@@ -246,7 +246,8 @@ class Gates:
         described = {}
         for layer in self.units.layers:
             parts = [
-                f"{part.parameter} {'x'.join(map(str, self.model.get_parameter(part.parameter).shape))}"
+                f"{part.parameter} "
+                f"{'x'.join(map(str, self.model.get_parameter(part.parameter).shape))}"
                 f" axis {part.dim} owners {part.fingerprint()}"
                 for part in layer.parts
             ]

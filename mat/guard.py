@@ -1,8 +1,8 @@
 """Any torch optimiser on a gated model: hooks around its step keep frozen slices bit-identical.
 
 An optimiser that does not know units updates whole tensors: zero gradients still decay weights and
-move along old momentum. So before a step the frozen slices of every gated parameter and of its state
-are copied, and after it written back. ``mat.AdamW`` and ``mat.SGD`` skip that work instead.
+move along old momentum. So before a step the frozen slices of every gated parameter and of its
+state are copied, and after it written back. ``mat.AdamW`` and ``mat.SGD`` skip that work instead.
 
 A step count that an optimiser keeps per tensor counts every step, also those that a unit skipped:
 after thawing, Adam's bias correction is that of the tensor (1 to the last digit after some thousand

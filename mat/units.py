@@ -300,5 +300,6 @@ def _refuse_overlaps(layers: Sequence[UnitLayer]) -> None:
         for part in layer.parts:
             if owners.setdefault(part.parameter, layer.name) != layer.name:
                 raise ValueError(
-                    f"{part.parameter} belongs to units of {owners[part.parameter]} and of {layer.name}"
+                    f"{part.parameter} belongs to units of {owners[part.parameter]} "
+                    f"and of {layer.name}"
                 )

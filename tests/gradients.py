@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import references
 import torch
 import torch.nn.functional as F
+from small_models import ImageBatch
 from torch import Tensor, nn
 
 import mat
 import mat.suite.gating
 from mat.units import REST, UnitLayer
-from tests import references
-from tests.small_models import ImageBatch
 
 Frozen = set[tuple[str, int]]
 STAGES = ((4, 6), (5, 7))  # of tiny_vgg

@@ -8,8 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gradients import attach, gradients, jacobian, unit_jacobian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import rotate
+from short_runs import assert_same, one_sentence, result, small
+from small_models import tiny_batch, tiny_bert
 
 from mat import ntk
 from mat.suite import analysis, engine
@@ -19,10 +23,6 @@ from mat.suite.data import load
 from mat.suite.data.tokens import MaskedText
 from mat.suite.errors import UserError
 from mat.suite.models.bert import Attention
-from tests.gradients import attach, gradients, jacobian, unit_jacobian
-from tests.references import rotate
-from tests.short_runs import assert_same, one_sentence, result, small
-from tests.small_models import tiny_batch, tiny_bert
 
 OBSERVED = "analysis=[attention,kernels,descent]"
 
@@ -110,7 +110,7 @@ def test_effective_rank_column_against_one_sample_at_a_time(config: dict[str, st
 
 
 def reduction(view: Scene) -> tuple[torch.Tensor, torch.Tensor]:
-    """The random projections (m n, k) of the estimate over sqrt(m), projection-major, and each row's sample."""
+    """Projections (m n, k) over sqrt(m), projection-major, and the sample of each row."""
     m, n = view.projections, view.probe.samples
     with torch.no_grad():
         outputs = view.model(view.probe)
@@ -136,8 +136,12 @@ def test_kernel_table_against_explicit_jacobians(config: dict[str, object]) -> N
     ]
     scopes = {scope: rows for scope, rows in table.groupby("scope")}
     assert scopes["unit"]["eigenvalue"].tolist() == pytest.approx(tops)
-    blocks = [torch.cat([j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1)
-              for i in range(len(view.model.blocks))]  # units, and the block's own norms and biases  # fmt: skip
+    blocks = [
+        torch.cat(
+            [j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1
+        )
+        for i in range(len(view.model.blocks))
+    ]  # units, and the block's own norms and biases
     assert len(layers_of(view)) == len(blocks) == scopes["layer"]["layer"].nunique()
     for i, columns in enumerate(blocks):
         mine = scopes["layer"][scopes["layer"]["layer"] == i]

@@ -1,16 +1,8 @@
-"""Whole runs: the folder they leave, the budget they keep, and that an interrupted run gives what a whole one does."""
+"""Whole runs: the folder they leave, the budget they keep, and that they learn."""
 
-import copy
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,68 +10,41 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from short_runs import (
+    ONLINE,
     STEP,
-    SWITCH,
-    VGG,
     assert_same,
     events,
     one_sentence,
-    result,
     run_interrupted,
     small,
+    summary_of,
     unseal,
 )  # fmt: skip
 
-from mat import flops, ntk, policy
-from mat.flops import Flops
-from mat.layers import convolution
+from mat import policy
 from mat.suite import engine
-from mat.suite.config import Config, validate
 from mat.suite.engine import PFLOP, Training
-from mat.suite.errors import RunFailed, UserError
-from mat.suite.models.vgg import Vgg
+from mat.suite.errors import UserError
 from mat.suite.runs import RunFolder
-from mat.suite.stepper import Stepper
 
 COLUMNS = ["pflops_forward", "pflops_input_grad", "pflops_weight_grad", "pflops_overhead"]
-EVENT = {"event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary", "pflops_needed",
-         "seconds", *COLUMNS}  # fmt: skip
-EXTRA: dict[str, set[str]] = {"start": {"unigram_entropy"}, "train": {"lr", "active_now"}, "selection": {"active_now"},
-                              "evaluation": {"mark"}, "test": set()}  # fmt: skip
-SUMMARY = {"method", "model", "mode", "seed", "steps", *COLUMNS, "pflops", "pflops_vocabulary", "pflops_needed",
-           "seconds", "seconds_estimator", "best_validation_loss", "best_step", "pflops_to_best", "seconds_to_best",
-           "test_loss", "active_share", "unigram_entropy", "selections", "parameters"}  # fmt: skip
-
-ONLINE = ("method=mat", "selection.reduction=online")
-Finished = Callable[..., tuple[Config, Path]]
-
-
-@pytest.fixture(scope="module")
-def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Uninterrupted runs by their overrides, each made once."""
-    made: dict[tuple[str, ...], tuple[Config, Path]] = {}
-
-    def run(*overrides: str, steps: int = 26, modality: str = "text") -> tuple[Config, Path]:
-        key = (*overrides, str(steps), modality)
-        if key not in made:
-            config = small(cache, *overrides, steps=steps, modality=modality)
-            folder = tmp_path_factory.mktemp("finished") / "run"
-            assert engine.run(config, folder) is not None
-            made[key] = config, folder
-        return made[key]
-
-    return run
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    assert set(summary.pop("sha256")) >= {
-        "summary.json",
-        "metrics.jsonl",
-        "config.yaml",
-        "environment.json",
-    }
-    return summary
+EVENT = {
+    "event", "step", "epoch", "split", "loss", "active_share", "pflops", "pflops_vocabulary",
+    "pflops_needed", "seconds", *COLUMNS,
+}  # fmt: skip
+EXTRA: dict[str, set[str]] = {
+    "start": {"unigram_entropy"},
+    "train": {"lr", "active_now"},
+    "selection": {"active_now"},
+    "evaluation": {"mark"},
+    "test": set(),
+}
+SUMMARY = {
+    "method", "model", "mode", "seed", "steps", *COLUMNS, "pflops", "pflops_vocabulary",
+    "pflops_needed", "seconds", "seconds_estimator", "best_validation_loss", "best_step",
+    "pflops_to_best", "seconds_to_best", "test_loss", "active_share", "unigram_entropy",
+    "selections", "parameters",
+}  # fmt: skip
 
 
 # --- the run folder
@@ -88,14 +53,30 @@ def summary_of(folder: Path) -> dict[str, Any]:
 def test_run_folder_is_complete(finished):
     config, folder = finished("method=mat")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files - {".lock"} == {"config.yaml", "environment.json", "metrics.jsonl", "units.parquet", "summary.json",
-                     "checkpoint/latest.pt", f"checkpoint/best-{summary_of(folder)['best_step']}.pt"}  # fmt: skip
+    assert files - {".lock"} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "units.parquet",
+        "summary.json",
+        "checkpoint/latest.pt",
+        f"checkpoint/best-{summary_of(folder)['best_step']}.pt",
+    }
     assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == dataclasses.asdict(
         config
     )
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment.keys() == {"command", "commit", "dirty", "versions", "device", "device_name", "threads",
-                                  "precision", "exclusive"}  # fmt: skip
+    assert environment.keys() == {
+        "command",
+        "commit",
+        "dirty",
+        "versions",
+        "device",
+        "device_name",
+        "threads",
+        "precision",
+        "exclusive",
+    }
     assert environment["versions"]["torch"] == torch.__version__ and environment["threads"] == 1
 
     lines = events(folder)
@@ -127,8 +108,13 @@ def test_summary_agrees_with_the_events(finished, tmp_path):
     assert summary.keys() == SUMMARY
     evaluations = [e for e in lines if e["event"] == "evaluation"]
     best = min(evaluations, key=lambda e: e["loss"])
-    read = {"best_validation_loss": best["loss"], "best_step": best["step"], "pflops_to_best": best["pflops"],
-            "seconds_to_best": best["seconds"], "test_loss": lines[-1]["loss"]}  # fmt: skip
+    read = {
+        "best_validation_loss": best["loss"],
+        "best_step": best["step"],
+        "pflops_to_best": best["pflops"],
+        "seconds_to_best": best["seconds"],
+        "test_loss": lines[-1]["loss"],
+    }
     assert {key: summary[key] for key in read} == read
     assert all(summary[key] == lines[-1][key] for key in (*COLUMNS, "pflops", "seconds"))
     assert summary["selections"] == len([e for e in lines if e["event"] == "selection"])
@@ -141,8 +127,20 @@ def test_summary_agrees_with_the_events(finished, tmp_path):
 def test_units_have_a_row_per_selection_and_unit(finished):
     _, folder = finished("method=mat")
     units = pd.read_parquet(folder / "units.parquet")
-    assert list(units.columns) == ["t", "step", "pflops", "kind", "layer", "unit", "lambda_max", "delta", "threshold",
-                                   "active", "stopped", "distance"]  # fmt: skip
+    assert list(units.columns) == [
+        "t",
+        "step",
+        "pflops",
+        "kind",
+        "layer",
+        "unit",
+        "lambda_max",
+        "delta",
+        "threshold",
+        "active",
+        "stopped",
+        "distance",
+    ]
     n = summary_of(folder)["selections"]
     assert n >= 14 and len(units) == n * 6  # two heads and four groups
     assert not units.duplicated(["t", "kind", "layer", "unit"]).any() and sorted(
@@ -329,194 +327,6 @@ def test_evaluation_comes_often_enough_and_at_every_mark(finished, method):
     assert evaluations[-1]["step"] == summary_of(folder)["steps"]
 
 
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """FLOPs of every step and estimate of a run, as torch's counter sees them.
-
-    What the ledger itself runs once to record a model's products is left out, and so are evaluations.
-    """
-    found: list[int] = []
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            with flops.flop_counter() as counter:
-                answer = function(*arguments, **options)
-            found.append(counter.get_total_flops())
-            return answer
-
-        return run
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Training, "_scores_on", lambda *_: {"loss": 1.0, "accuracy": 0.5})
-        patched.setattr(Stepper, "step", watched(Stepper.step))
-        patched.setattr(ntk, "estimate", watched(ntk.estimate))
-        patched.setattr(ntk.Online, "result", watched(ntk.Online.result))
-        yield found
-
-
-LEDGERS = [  # method, reduction, mode
-    ("baseline", "random", "cut"),
-    ("multirate", "random", "cut"),
-    ("mat", "random", "cut"),
-    ("mat", "random", "exact"),
-    ("gradnorm", "random", "cut"),
-    ("static", "random", "exact"),
-    ("mat", "online", "cut"),
-]
-
-
-@pytest.mark.parametrize(("method", "reduction", "mode"), LEDGERS)
-def test_ledger_equals_what_a_counter_sees_over_a_run(
-    method, reduction, mode, cache, tmp_path, monkeypatch
-):
-    given = [f"method={method}", f"selection.mode={mode}", "train.accumulation=2", "model.layers=2",
-             f"selection.reduction={reduction}"]  # fmt: skip
-    config = small(cache, *given, steps=24)
-    training = Training(config, RunFolder(tmp_path / "run", config))
-    with counted(monkeypatch) as found:
-        summary = training.train()
-    assert training.spent.everything == sum(found)
-    assert summary["pflops"] + summary["pflops_vocabulary"] == pytest.approx(sum(found) / PFLOP)
-    assert summary["steps"] >= 3
-    few = {"baseline": 0, "multirate": 1, "static": 2}
-    assert summary["selections"] == few[method] if method in few else summary["selections"] > 2
-
-
-@pytest.mark.parametrize("mode", ["exact", "cut"])
-@pytest.mark.parametrize("family", ["vgg", "switch"])
-def test_ledger_of_filters_and_experts_equals_the_counter(
-    family, mode, cache, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(convolution, "BLOCK", 1)
-    model, modality = (VGG, "image") if family == "vgg" else (SWITCH, "text")
-    given = (*model, "method=mat", f"selection.mode={mode}")
-    config = small(cache, *given, modality=modality, steps=20)
-    training = Training(config, RunFolder(tmp_path / "run", config))
-    with counted(monkeypatch) as found:
-        summary = training.train()
-    assert summary["selections"] > 2 and summary["active_share"] < 1
-    assert training.spent.everything == sum(found)
-
-
-@pytest.mark.parametrize(("method", "row"), [("mat", "lambda_max"), ("gradnorm", "gradnorm")])
-def test_online_scores_are_those_of_the_batch_that_the_step_trains_on(
-    method, row, cache, tmp_path, monkeypatch
-):
-    config = small(
-        cache, f"method={method}", "selection.reduction=online", "train.accumulation=2", steps=16
-    )
-    training = Training(config, RunFolder(tmp_path / "run", config))
-    expected, shares, steps = [], [], []
-    select, step = Training._select, Training._train_step
-
-    def measured(self: Training, cost: Flops) -> None:
-        batch, _ = self.data.train_batch(self.step, config.train.batch)
-        found = ntk.estimate(self.model, batch, loss=self.model.loss_of_outputs, reduction="loss")
-        expected.append(found.lambda_max if method == "mat" else np.sqrt(found.squared_norm))
-        steps.append(self.step)
-        select(self, cost)
-
-    def watched(self: Training, *arguments: Any, **named: Any) -> None:
-        shares.append(float(self.gates.active.mean()))
-        step(self, *arguments, **named)
-
-    monkeypatch.setattr(Training, "_select", measured)
-    monkeypatch.setattr(Training, "_train_step", watched)
-    summary = training.train()
-    assert len(expected) > 2 and min(shares) < 1
-    assert all(shares[s] == 1 for s in steps)  # nothing is frozen in a step that is measured
-    assert summary["steps"] == len(shares) and summary["pflops_overhead"] > 0
-    assert 0 < summary["seconds_estimator"] < summary["seconds"]
-    units = pd.read_parquet(tmp_path / "run" / "units.parquet")
-    for t, wanted in enumerate(expected):
-        np.testing.assert_allclose(units[units["t"] == t][row], wanted, rtol=2e-4)
-
-
-# --- what Tables 2 and 3 read
-
-
-def test_a_step_back_propagates_the_loss_and_the_routers_losses(cache, tmp_path, monkeypatch):
-    config = small(cache, *SWITCH, "method=baseline")
-    training = Training(config, RunFolder(tmp_path / "run", config))
-    batch = training.data.train_batch(0, 8)[0]
-    twin = copy.deepcopy(training.model).train()
-    loss, extra = twin.loss(batch), twin.auxiliary_loss()
-    assert extra is not None and extra > 0.01  # what a step without it would lack
-    given, backward = [], torch.autograd.backward
-
-    def spy(tensor: torch.Tensor) -> None:
-        given.append(float(tensor.detach()))
-        backward(tensor)
-
-    monkeypatch.setattr(torch.autograd, "backward", spy)
-    training._train_step(batch, Flops())
-    assert given == pytest.approx([float((loss + extra).detach())], rel=1e-6)
-
-
-def test_running_accuracy_is_the_mean_over_the_last_epochs_samples(cache, tmp_path, monkeypatch):
-    """Digits: 1,137 training images, in nine steps of 128 but for the last, of 113."""
-    config = small(cache, *VGG, "method=baseline", modality="image", steps=24)
-    seen, metrics = [], Vgg.metrics
-
-    def spy(self: Vgg, outputs: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
-        found = metrics(self, outputs, batch)
-        if self.training:
-            seen.append((float(found["accuracy"]), batch.samples))
-        return found
-
-    monkeypatch.setattr(Vgg, "metrics", spy)
-    engine.run(config, tmp_path / "run")
-    logged = events(tmp_path / "run", "train")
-    assert [n for _, n in seen[:9]] == [128] * 8 + [113] and logged[-1]["step"] > 18
-    for event in logged:
-        last = seen[max(0, event["step"] - 9) : event["step"]]
-        correct = sum(accuracy * n for accuracy, n in last)
-        assert event.get("accuracy") == (
-            None if len(last) < 9 else pytest.approx(correct / 1137, rel=1e-12)
-        )
-
-
-def test_test_accuracy_is_read_from_the_weights_of_the_best_validation_accuracy(
-    cache, tmp_path, monkeypatch
-):
-    """Not from those of the lowest loss, nor from the last ones, nor from an equal accuracy later on."""
-    config = small(cache, *VGG, "method=baseline", modality="image", steps=12)
-    scores_on, weights = Training._scores_on, []
-
-    def scripted(self: Training, split: str, samples: int | None) -> dict[str, float]:
-        if split == "test":
-            return scores_on(self, split, samples)
-        weights.append(copy.deepcopy(self.model.state_dict()))
-        return {"loss": 1 / len(weights), "accuracy": {11: 0.75, 14: 0.75}.get(len(weights), 0.25)}
-
-    monkeypatch.setattr(Training, "_scores_on", scripted)
-    engine.run(config, tmp_path / "run")
-    evaluations, summary = events(tmp_path / "run", "evaluation"), summary_of(tmp_path / "run")
-    assert summary["best_validation_accuracy"] == max(e["accuracy"] for e in evaluations) == 0.75
-    assert (summary["best_step"], summary["best_validation_loss"]) == (
-        evaluations[10]["step"],
-        1 / 11,
-    )
-    assert 0 < summary["best_step"] < evaluations[13]["step"] < summary["steps"]
-    training = Training(config, RunFolder(tmp_path / "twin", config))
-    training.model.load_state_dict(weights[10])
-    (batch,) = training.data.evaluation_batches("test", None, 360)
-    with torch.no_grad():
-        correct = training.model.eval()(batch).argmax(1) == batch.targets
-    assert summary["test_accuracy"] == pytest.approx(float(correct.float().mean()), rel=1e-6)
-    assert events(tmp_path / "run", "test")[0]["accuracy"] == summary["test_accuracy"]
-
-
-def test_checkpoints_are_as_frequent_as_asked_whoever_makes_the_steps(cache, tmp_path, monkeypatch):
-    """An online selection makes a step of its own; here every other step is one, and the fifth is theirs."""
-    config = small(cache, *ONLINE, "train.checkpoint_steps=5", steps=24)
-    training = Training(config, RunFolder(tmp_path / "run", config))
-    saved, save = [], Training._save
-    monkeypatch.setattr(Training, "_save", lambda self: saved.append(self.step) or save(self))
-    steps = training.train()["steps"]
-    assert len(saved) >= 3 and max(np.diff([0, *saved, steps])) <= 6, saved
-
-
 # --- learning
 
 
@@ -572,221 +382,17 @@ def test_seeds_differ_from_the_first_step_on(finished):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_accumulation_is_the_same_step(finished, precision):
-    folders = [finished("method=baseline", f"hardware.precision={precision}", f"train.accumulation={n}", steps=10)[1]
-               for n in (1, 4)]  # fmt: skip
+    folders = [
+        finished(
+            "method=baseline",
+            f"hardware.precision={precision}",
+            f"train.accumulation={n}",
+            steps=10,
+        )[1]
+        for n in (1, 4)
+    ]
     losses = [
         [e["loss"] for e in events(folder) if e["event"] in ("train", "evaluation")]
         for folder in folders
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "float32" else 1e-2)
-
-
-# --- interruption
-
-
-DROPOUT = ("model.dropout=0.2", "hardware.precision=bfloat16")
-INTERRUPTIONS = [  # overrides, verb, call, how
-    (("method=mat",), "_train_step", 4, "after"),  # before the first checkpoint
-    (("method=mat",), "_train_step", 11, "before"),  # between steps
-    (("method=mat",), "_train_step", 10, "sigterm"),
-    (("method=mat",), "_select", 1, "after"),
-    (("method=mat",), "_select", 9, "before"),
-    (("method=mat",), "_select", 9, "after"),
-    (("method=mat",), "_select", 9, "sigterm"),
-    (("method=mat",), "_evaluate", 17, "after"),  # best-<step>.pt is newer than latest.pt
-    (("method=mat",), "_save", 2, "before"),
-    (("method=mat",), "_finish", 1, "before"),
-    (("method=multirate",), "_train_step", 3, "after"),  # in the first cycle of five
-    (("method=multirate",), "_train_step", 13, "sigterm"),  # in the middle of a cycle
-    (("method=multirate",), "_train_step", 18, "before"),
-    (("method=baseline",), "_train_step", 2, "sigterm"),
-    (("method=baseline",), "_train_step", 12, "after"),
-    (("method=baseline", *DROPOUT), "_train_step", 12, "sigterm"),
-    (("method=mat", *DROPOUT), "_train_step", 12, "before"),
-    (("method=rand",), "_train_step", 12, "before"),
-    (("method=gradnorm",), "_select", 6, "after"),
-    (("method=shuffled",), "_select", 6, "after"),
-    (ONLINE, "_select", 6, "before"),
-    (ONLINE, "_select", 6, "sigterm"),
-    (ONLINE, "_train_step", 8, "after"),
-]
-
-
-OTHER_MODELS = [  # modality, overrides, verb, call, how
-    (
-        "image",
-        (*VGG, "method=mat", "selection.mode=cut"),
-        "_train_step",
-        12,
-        "before",
-    ),  # past the first full epoch
-    ("image", (*VGG, "method=mat"), "_train_step", 4, "sigterm"),
-    ("image", (*VGG, "method=mat"), "_train_step", 12, "after"),
-    ("image", (*VGG, "method=mat"), "_evaluate", 17, "after"),
-    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_train_step", 9, "before"),
-    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_train_step", 10, "sigterm"),
-    ("text", (*SWITCH, "method=mat", "model.dropout=0.2"), "_select", 5, "before"),
-]
-
-
-@pytest.mark.parametrize(
-    ("modality", "overrides", "verb", "call", "how"),
-    [*(("text", *row) for row in INTERRUPTIONS), *OTHER_MODELS],
-)
-def test_interrupted_run_gives_the_same_numbers(
-    modality, overrides, verb, call, how, finished, tmp_path
-):
-    config, reference = finished(*overrides, modality=modality)
-    run_interrupted(config, tmp_path / "run", verb, call, how)
-    assert engine.run(config, tmp_path / "run") is not None
-    assert_same(result(tmp_path / "run"), result(reference))
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert [e["device"] for e in environment.get("resumed", [])] in (
-        ["cpu"],
-        [],
-    )  # nothing to go on from
-
-
-def test_checkpoint_right_at_a_selection(finished, tmp_path):
-    config, reference = finished(
-        "method=mat", "selection.samples=1", steps=60
-    )  # selections two steps apart
-    units = pd.read_parquet(reference / "units.parquet")
-    step = int(units[units["t"] == 7]["step"].iloc[0])
-    assert step >= 7 and step - int(units[units["t"] == 6]["step"].iloc[0]) > 1
-    run_interrupted(config, tmp_path / "run", "_train_step", step, "sigterm")
-    assert (
-        pd.read_parquet(tmp_path / "run" / "units.parquet")["t"].max() == 6
-    )  # the eighth is made after resuming
-    shutil.move(
-        tmp_path / "run", tmp_path / "moved"
-    )  # nothing in a folder depends on where it lies
-    engine.run(config, tmp_path / "moved")
-    assert_same(result(tmp_path / "moved"), result(reference))
-
-
-def test_run_interrupted_again_and_again(finished, tmp_path):
-    config, reference = finished("method=mat")
-    summary, times = None, 0
-    with pytest.MonkeyPatch.context() as patched:
-        original = Training._train_step
-
-        def every_fifth(self: Training, *arguments: Any) -> None:
-            original(self, *arguments)
-            if self.step % 5 == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        patched.setattr(Training, "_train_step", every_fifth)
-        while summary is None and times < 20:
-            summary, times = engine.run(config, tmp_path / "run"), times + 1
-    assert times >= 4
-    assert_same(result(tmp_path / "run"), result(reference))
-
-
-def test_signal_handlers_are_put_back(cache, tmp_path):
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    config = small(cache, "method=baseline")
-    run_interrupted(config, tmp_path / "run", "_train_step", 1, "sigterm")
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_checkpoint_is_old_or_new_never_half(cache, tmp_path, monkeypatch):
-    config = small(cache, "method=baseline")
-    run_interrupted(config, tmp_path / "run", "_train_step", 9, "sigterm")
-    path = tmp_path / "run" / "checkpoint" / "latest.pt"
-    before = path.read_bytes()
-
-    def torn(state: Any, file: Any) -> None:
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="disk full"):
-        engine.run(config, tmp_path / "run")
-    assert path.read_bytes() == before
-
-
-# --- failure
-
-
-def poison(self: Training) -> None:
-    with torch.no_grad():
-        self.model.get_parameter("transform.weight").fill_(math.nan)
-
-
-FAILURES = [  # before which call of what numbers go bad, a part of the sentence
-    ("_train_step", 11, "training diverged at step 10 (loss nan"),
-    ("_evaluate", 17, "the validation loss is nan"),
-    ("_select", 9, "has diverged"),
-]
-
-
-@pytest.mark.parametrize(("verb", "call", "part"), FAILURES)
-def test_divergence_fails_the_run_and_keeps_the_last_good_checkpoint(
-    verb, call, part, finished, tmp_path, monkeypatch
-):
-    config, reference = finished("method=mat")
-    folder = tmp_path / "run"
-    original, count = getattr(Training, verb), 0
-
-    def broken(self: Training, *arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call:
-            poison(self)
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patched, pytest.raises(RunFailed) as caught:
-        patched.setattr(Training, verb, broken)
-        engine.run(config, folder)
-    message = str(caught.value)
-    assert part in message and str(folder) in message and one_sentence(message), message
-    assert json.loads((folder / "failure.json").read_text()) == {"reason": message}
-    assert not (folder / "summary.json").exists()
-    kept = torch.load(folder / "checkpoint" / "latest.pt", weights_only=True)
-    assert kept["step"] == 7 and all(torch.isfinite(t).all() for t in kept["model"].values())
-    assert engine.run(config, folder) is not None
-    assert not (folder / "failure.json").exists()
-    assert_same(result(folder), result(reference))
-
-
-def test_too_high_a_learning_rate_fails_by_itself(cache, tmp_path):
-    config = small(cache, "method=baseline", "train.lr=1e30")
-    with pytest.raises(RunFailed, match=r"loss .*nan.* at step \d+.*: lower train.lr"):
-        engine.run(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "failure.json").read_text())["reason"].startswith(
-        str(tmp_path)
-    )
-
-
-def test_missing_cuda_device_is_one_sentence(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = small(cache, "hardware=cuda")
-    validate(config)
-    with pytest.raises(UserError, match=r"hardware.device=cuda.*hardware=cpu") as caught:
-        engine.run(config, tmp_path / "run")
-    assert one_sentence(str(caught.value))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["baseline", "mat", "multirate"])
-def test_interrupted_run_on_a_gpu_gives_the_same_numbers(method, cache, tmp_path):
-    config = small(cache, f"method={method}", *DROPOUT, "hardware=cuda")
-    assert engine.run(config, tmp_path / "reference") is not None
-    run_interrupted(config, tmp_path / "run", "_train_step", 12, "before")
-    assert engine.run(config, tmp_path / "run") is not None
-    assert_same(result(tmp_path / "run"), result(tmp_path / "reference"))
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the refusal needs a machine without a CUDA device"
-)
-def test_run_that_was_refused_leaves_its_folder_to_another(cache, tmp_path):
-    with pytest.raises(UserError, match="choose hardware=cpu"):
-        engine.run(
-            small(cache, "method=baseline", "hardware.device=cuda", steps=3), tmp_path / "run"
-        )
-    assert not (tmp_path / "run").exists()
-    summary = engine.run(small(cache, "method=baseline", steps=3), tmp_path / "run")
-    assert summary is not None and not (tmp_path / "run" / "failure.json").exists()
-    assert "device: cpu" in (tmp_path / "run" / "config.yaml").read_text()

@@ -109,16 +109,33 @@ def observed(path: Path, rng: np.random.Generator) -> None:
     rows[rows["kind"] == "heads"].assign(
         effective_rank=lambda f: rng.uniform(1, 9, len(f))
     ).to_parquet(path / "attention.parquet")
-    rows.assign(lambda_max=np.where(rows["kind"] == "heads", score, 101 - score), predicted=score / (3 + rows["t"]),
-                first_order=score, measured=score, eta=1e-3).to_parquet(path / "descent.parquet")  # fmt: skip
+    rows.assign(
+        lambda_max=np.where(rows["kind"] == "heads", score, 101 - score),
+        predicted=score / (3 + rows["t"]),
+        first_order=score,
+        measured=score,
+        eta=1e-3,
+    ).to_parquet(path / "descent.parquet")
     tables = [rows.assign(scope="unit", rank=1, eigenvalue=score, trace=2 * score)]
     for t in range(4):
         for scope, layer in (("layer", 0), ("layer", 1), ("network", -1)):
             values = np.sort(10.0 ** rng.uniform(-2, 2, 6))[::-1]
-            tables.append(pd.DataFrame({
-                "t": t, "step": 10 * t, "pflops": 0.9 * t, "scope": scope, "kind": "all", "layer": layer, "unit": -1,
-                "rank": np.arange(1, 7), "eigenvalue": values, "trace": values.sum(),
-            }))  # fmt: skip
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "t": t,
+                        "step": 10 * t,
+                        "pflops": 0.9 * t,
+                        "scope": scope,
+                        "kind": "all",
+                        "layer": layer,
+                        "unit": -1,
+                        "rank": np.arange(1, 7),
+                        "eigenvalue": values,
+                        "trace": values.sum(),
+                    }
+                )
+            )
     pd.concat(tables).to_parquet(path / "kernels.parquet")
 
 
@@ -171,10 +188,8 @@ def test_numbers_of_figure_1(root: Path) -> None:
     both = heads.assign(top=units["lambda_max"].to_numpy())
     start, end = both[both["t"] == 0], both[both["t"] == 3]
     said = figures.figure1(Source(root, "_mini"))[1]
-    assert (
-        f"heads {start['effective_rank'].mean():.1f} at the start, {end['effective_rank'].min():.1f} to"
-        in said
-    )
+    first, last = start["effective_rank"].mean(), end["effective_rank"].min()
+    assert f"heads {first:.1f} at the start, {last:.1f} to" in said
     assert f"grows by a factor {end['top'].mean() / start['top'].mean():.0f} and" in said
     assert (
         f"differs by a factor {end['top'].max() / end['top'].min():.0f} between heads at the end"
@@ -188,8 +203,10 @@ def test_numbers_of_figure_1(root: Path) -> None:
 
 def test_numbers_of_figure_2(tmp_path: Path) -> None:
     write_run(tmp_path, "baseline", 0, [9, 8], name="table1")
-    units = pd.DataFrame([(t, float(t), "heads", 0, unit, 9.0, 5.0) for t in range(5) for unit in range(4)],
-                         columns=["t", "pflops", "kind", "layer", "unit", "lambda_max", "threshold"])  # fmt: skip
+    units = pd.DataFrame(
+        [(t, float(t), "heads", 0, unit, 9.0, 5.0) for t in range(5) for unit in range(4)],
+        columns=["t", "pflops", "kind", "layer", "unit", "lambda_max", "threshold"],
+    )
     active = np.array(
         [[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=bool
     ).ravel()
@@ -250,8 +267,8 @@ def test_numbers_and_label_of_figure_5(root: Path) -> None:
     assert f"with {shares[0]:.2f} and {shares[1]:.2f} of the trace" in said
     clear = [separability(network[t]) for t in (0, 3)]
     assert (
-        f"separability {clear[0]:.2f} and {clear[1]:.2f}, of logs at equal distances {0.75 * 36 / 35:.2f}"
-        in said
+        f"separability {clear[0]:.2f} and {clear[1]:.2f}, of logs at equal "
+        f"distances {0.75 * 36 / 35:.2f}" in said
     )
     assert [text.get_position()[0] for text in figure.axes[0].texts] == [counts[1] + 0.5] * 2
 
@@ -280,8 +297,8 @@ def test_eq_3_marks_stopped_units_and_ends_with_the_records(root: Path) -> None:
         in mat
     )
     assert (
-        f"mean distance {each['distance'].mean():.2f} ({frozen:.2f} of those frozen most of the time"
-        in mat
+        f"mean distance {each['distance'].mean():.2f} ({frozen:.2f} of those frozen most "
+        "of the time" in mat
     )
     assert "gap at the end 3.50 nats" in mat
 

@@ -1,4 +1,4 @@
-"""What needs a CUDA device (``pytest -m gpu``, ``make gpu-check``): the same numbers as on the CPU, and a whole run."""
+"""What needs a CUDA device (``make gpu-check``): the CPU's numbers, and whole runs."""
 
 import copy
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import attach, gated_gradients
+from short_runs import SWITCH, VGG, events, small
+from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 import mat
 from mat import gram, ntk
 from mat.suite import engine
 from mat.suite.models.attention import attention, rotary_table
 from mat.suite.stepper import Stepper
-from tests.gradients import attach, gated_gradients
-from tests.short_runs import SWITCH, VGG, events, small
-from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 pytestmark = [
     pytest.mark.gpu,
@@ -171,7 +171,7 @@ def test_replayed_steps_are_the_launched_ones(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A whole run, selections and short batches included, with its steps captured as graphs and without."""
+    """A whole run, selections and short batches included, with and without graphs."""
     modality, overrides = RUNS[family]
     captured: list[object] = []
     plain = Stepper._capture
@@ -186,9 +186,14 @@ def test_replayed_steps_are_the_launched_ones(
         )  # fmt: skip
         assert engine.run(config, tmp_path / str(graphs)) is not None
         seen[graphs] = [
-            {name: value for name, value in event.items() if isinstance(value, float) and "seconds" not in name}
-            for event in events(tmp_path / str(graphs)) if event["event"] in ("train", "evaluation", "test")
-        ]  # fmt: skip
+            {
+                name: value
+                for name, value in event.items()
+                if isinstance(value, float) and "seconds" not in name
+            }
+            for event in events(tmp_path / str(graphs))
+            if event["event"] in ("train", "evaluation", "test")
+        ]
         assert bool(captured) == graphs and len(captured) < len(seen[graphs]) / 3
         captured.clear()
     for replayed, launched in zip(seen[True], seen[False], strict=True):

@@ -21,18 +21,30 @@ LAYERS = (("heads", 6), ("ffn", 9), ("heads", 6), ("ffn", 9))
 
 
 def make(
-    policy: str = "threshold", *, layers: Sequence[tuple[str, int]] = LAYERS, seed: int = 0, score: str = "lambda_max",
-    temporal: bool = False, slow_share: float = 0.5, slow_steps: int = 5, matched: str | None = None,
+    policy: str = "threshold",
+    *,
+    layers: Sequence[tuple[str, int]] = LAYERS,
+    seed: int = 0,
+    score: str = "lambda_max",
+    temporal: bool = False,
+    slow_share: float = 0.5,
+    slow_steps: int = 5,
+    matched: str | None = None,
     **selection: Any,
-) -> Method:  # fmt: skip
+) -> Method:
     """A method over made-up layers; ``selection`` goes to the selection's settings."""
     settings = {"units": ["heads", "ffn"], "interval": 0.05, "mode": "cut"}
     if not selection.keys() & {"share", "alpha"}:
         settings["share"] = 1 / 3
     config = MethodConfig(
-        name=policy, policy=policy, score=score, temporal=temporal, slow_share=slow_share, slow_steps=slow_steps,
+        name=policy,
+        policy=policy,
+        score=score,
+        temporal=temporal,
+        slow_share=slow_share,
+        slow_steps=slow_steps,
         matched=matched,
-    )  # fmt: skip
+    )
     units = Units([UnitLayer(kind, f"{kind} {i}", n, []) for i, (kind, n) in enumerate(layers)])
     return Method(config, SelectionConfig(**(settings | selection)), units, seed)
 
@@ -155,7 +167,8 @@ def test_settled(delta: float, previous: float, first: float, beta: float, expec
     assert found.tolist() == [expected]
 
 
-# Scores of five units at t = 0, 1, 2, ...; beta = 0.1. What is worked out by hand: Delta, active and stopped units.
+# Scores of five units at t = 0, 1, 2, ...; beta = 0.1. What is worked out by hand: Delta, active
+# and stopped units.
 COURSE: list[tuple[list[float], list[float], list[int], list[int]]] = [
     ([1, 4, 9, 2, 0], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4], []),  # the first interval trains all units
     ([3, 2, 9, 3, 1], [2, 2, 0, 1, 1], [2], []),  # threshold (1 + 9) / 2
@@ -376,8 +389,10 @@ def matched_rows(counts: dict[int, list[int]]) -> list[tuple[int, str, int, int,
     layers = [(kind, next(depth[kind]), n) for kind, n in LAYERS]
     return [
         (t, kind, layer, u, u < active)
-        for t, per in counts.items() for (kind, layer, n), active in zip(layers, per, strict=True) for u in range(n)
-    ]  # fmt: skip
+        for t, per in counts.items()
+        for (kind, layer, n), active in zip(layers, per, strict=True)
+        for u in range(n)
+    ]
 
 
 def test_matched_takes_the_counts_of_a_run(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import attach, jacobian, unit_jacobian
+from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 from torch import Tensor
 
 import mat
 from mat import ntk
 from mat.suite.config import MethodConfig, SelectionConfig
 from mat.suite.methods import Method
-from tests.gradients import attach, jacobian, unit_jacobian
-from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 
 def switch_with_an_unused_expert() -> Any:
@@ -56,7 +56,7 @@ def rows(measured: Measured, weight: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("memory_bytes", [2000, 2**25])
 def test_kernels_equal_the_explicit_jacobian(measured: Measured, memory_bytes: int) -> None:
     """Whatever the gates say; statistics of batch norm are constants, and no token is dropped."""
-    model, batch, gates, found = measured
+    model, batch, _, found = measured
     result = ntk.estimate(
         model, batch, reduction="full", rest=True, kernels=True, memory_bytes=memory_bytes
     )

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
+from gradients import attach, gated_gradients
 from torch import Tensor
 
 from mat.suite.config import TrainConfig
 from mat.suite.models import build_optimiser
 from mat.units import BoolArray, Units
-from tests import small_models
-from tests.gradients import attach, gated_gradients
 
 MODELS: dict[str, Callable[..., Any]] = {
     "bert pre": lambda **o: small_models.tiny_bert(**o),

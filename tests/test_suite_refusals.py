@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_runs import SWITCH, VGG, composed, events, one_sentence, small
 
 from mat.suite import engine
 from mat.suite.compose import resolve
 from mat.suite.errors import UserError
-from tests.short_runs import SWITCH, VGG, composed, events, one_sentence, small
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where the units of known models are: each file finds them by the shape of modules, not of models."""
+"""Where units are: each file finds them by the shape of modules, not of whole models."""
 
 from mat.adapters.find import find_units, finder
 

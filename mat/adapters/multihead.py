@@ -1,4 +1,4 @@
-"""Heads of ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer`` and its decoder."""
+"""Heads of ``nn.MultiheadAttention``, also within torch's encoder and decoder layers."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,7 @@
 """A callback for the Trainer of transformers: selections, guarded optimiser, resume, numbers.
 
-The state of the gates rides in the Trainer's checkpoint twice. ``trainer_state.json`` has all but the
-probe; ``gates.pt`` beside it has the probe, too. Neither needs
+The state of the gates rides in the Trainer's checkpoint twice. ``trainer_state.json`` has all but
+the probe; ``gates.pt`` beside it has the probe, too. Neither needs
 ``restore_callback_states_from_checkpoint``.
 """
 
@@ -86,7 +86,7 @@ class MATCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **named: Any,
     ) -> None:
-        """Add the gates' numbers to the Trainer's history, and to what callbacks behind this one log.
+        """Add the gates' numbers to the Trainer's history and to what later callbacks log.
 
         Trackers named in ``report_to`` stand before it in ``trainer.callback_handler.callbacks``.
         """

@@ -1,10 +1,10 @@
 """The core of attention, from queries, keys and values to context, with frozen heads left out.
 
-In ``cut`` active and frozen heads run apart, the frozen ones without gradients: any attention kernel
-does. In ``exact`` the core is differentiated whole.
+In ``cut`` active and frozen heads run apart, the frozen ones without gradients: any attention
+kernel does. In ``exact`` the core is differentiated whole.
 
-Shapes: B sequences, T queries, S keys, H query heads, G key-value heads (H when not grouped), K head
-width. Units are key-value heads with the queries that share them.
+Shapes: B sequences, T queries, S keys, H query heads, G key-value heads (H when not grouped), K
+head width. Units are key-value heads with the queries that share them.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from mat.layers.gate import Gate, Index, put, take
 from mat.layers.once import once
 from mat.layers.site import Shares
 
-# From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K), and
-# attention weights (B, h, T, S) if the kernel has them.
+# From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K),
+# and attention weights (B, h, T, S) if the kernel has them.
 Attend = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor | None]]
 
 

@@ -68,8 +68,8 @@ class GatedPart:
     """What a gate's units own of one parameter, with the gate as it stands.
 
     The gradient of the active rows has two homes. ``p.grad`` with the parameter's shape and zeros
-    in frozen rows is the usual one. With ``compact`` (an optimiser of ours asked for it) it is a block
-    of the active rows alone, rows first whatever ``dim``, and no full-size gradient is made.
+    in frozen rows is the usual one. With ``compact`` (an optimiser of ours asked for it) it is a
+    block of the active rows alone, rows first whatever ``dim``, and no full-size gradient is made.
 
     Attributes:
         gate: Whose units they are.

@@ -1,8 +1,8 @@
 """Hidden layers: the first matrices of a feed-forward network and its activation, as one layer.
 
 Units are groups of hidden neurons: rows of the first matrix (with a gated activation: of both) with
-their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``cut`` the activation of
-frozen neurons is not differentiated, and nothing of them is kept.
+their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``cut`` the activation
+of frozen neurons is not differentiated, and nothing of them is kept.
 """
 
 from collections.abc import Callable, Sequence

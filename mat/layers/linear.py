@@ -145,7 +145,8 @@ class _Linear(torch.autograd.Function):
     """``F.linear``, and a backward of what :class:`Way` names.
 
     Inputs: x (..., I), its stand-in (..., s) or None, the homes of the gradients of weight and
-    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), stand-in (..., r) or None.
+    bias, weight (O, I), bias (O,) or None, the way. Outputs: values (..., O), and a stand-in
+    (..., r) or None.
     """
 
     @staticmethod

@@ -51,7 +51,7 @@ class MultiheadSite(Site):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``: (T, B, E), (B, T, E) or (T, E); ``attn_mask`` says what is causal."""
+        """As ``nn.MultiheadAttention``: (T, B, E), (B, T, E) or (T, E); the mask may be causal."""
         batched = query.dim() == 3
         swap = batched and not self.module.batch_first
         if query is key and key is value:

@@ -17,7 +17,8 @@ def learning_rate(train: TrainConfig, progress: float) -> float:
 
     ``linear``    warm-up from 0 over ``train.warmup``, then linear decay to 0 (BERT);
     ``step``      the same warm-up, then ``train.lr``, times 0.1 at each of ``train.drops`` (VGG);
-    ``onecycle``  half a cosine up over ``train.warmup``, half a cosine down to nearly 0 (Smith & Topin 2018).
+    ``onecycle``  half a cosine up over ``train.warmup``, half a cosine down to nearly 0 (Smith &
+                  Topin 2018).
 
     Args:
         train: The recipe.
@@ -40,7 +41,7 @@ def learning_rate(train: TrainConfig, progress: float) -> float:
 def evaluation_points(
     pflops: float, budget: float, interval: float, marks: Sequence[float]
 ) -> list[float]:
-    """PFLOPs at which a run is evaluated: every mark, its end, and every interval of the planned length.
+    """PFLOPs at which a run is evaluated: every mark, the end, every interval of the plan.
 
     Args:
         pflops: The planned length.

@@ -1,4 +1,4 @@
-"""What each process of the data-parallel test does; imports little, for it is imported again there."""
+"""What each process of the data-parallel test does; it imports little, to start fast."""
 
 import numpy as np
 import torch

@@ -92,9 +92,14 @@ def test_units_by_hand_get_zero_gradients_anywhere() -> None:
         nn.Conv1d(4, 6, 1), nn.Flatten(), nn.Linear(30, 8), nn.Linear(8, 2)
     ).double()
     units = [
-        mat.Unit("left", mat.rows("0.weight", 0, 3), mat.rows("2.weight", 0, 4), mat.cols("3.weight", 0, 4)),
+        mat.Unit(
+            "left",
+            mat.rows("0.weight", 0, 3),
+            mat.rows("2.weight", 0, 4),
+            mat.cols("3.weight", 0, 4),
+        ),
         mat.Unit("right", mat.rows("0.weight", 3, 6), mat.rows("2.weight", 4, 8)),
-    ]  # fmt: skip
+    ]
     gates = mat.attach_(model, mat.MATConfig(mode="exact", log=False), units=units)
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     dense = gradients(model, lambda m: m(x).square().sum())

@@ -195,7 +195,7 @@ def test_state_of_another_partition_is_refused_by_name() -> None:
     saved = attached().state_dict()
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     other = mat.attach_(model, mat.MATConfig(groups=2, log=False))
-    with pytest.raises(ValueError, match="units of 0 are 2 ffn .* here and 3 ffn"):
+    with pytest.raises(ValueError, match=r"units of 0 are 2 ffn .* here and 3 ffn"):
         other.load_state_dict(saved)
     bert = mat.attach_(build("bert")[0], mat.MATConfig(log=False))
     with pytest.raises(ValueError, match=r"units of bert.* are in this model alone"):
