@@ -4,7 +4,7 @@ import argparse
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mat.suite.compose import explain
 from mat.suite.files import keep_streams, replacing, say

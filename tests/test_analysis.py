@@ -22,6 +22,7 @@ from mat.suite.data import load
 from mat.suite.data.tokens import MaskedText
 from mat.suite.errors import UserError
 from mat.suite.models.bert import Attention
+from mat.suite.validation import ANALYSES
 
 OBSERVED = "analysis=[attention,kernels,descent]"
 

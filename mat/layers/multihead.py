@@ -3,7 +3,6 @@
 Shapes: B sequences, T queries, S keys, E width, H heads, K = E / H.
 """
 
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
