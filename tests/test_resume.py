@@ -22,10 +22,9 @@ from short_runs import (
 )  # fmt: skip
 
 from mat.suite import engine
-from mat.suite.config import 
-from mat.suite.validation import validate
 from mat.suite.engine import Training
 from mat.suite.errors import RunFailed, UserError
+from mat.suite.validation import validate
 
 # --- interruption
 
