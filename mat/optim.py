@@ -51,12 +51,8 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def gradients(self) -> list[Tensor]:
         """All gradients there are; of gated parameters those of the active rows."""
-        found = []
-        for _, parameter, part in self.parts():
-            gradient = parameter.grad if part is None else part.gradient()
-            if gradient is not None:
-                found.append(gradient)
-        return found
+        every = (p.grad if part is None else part.gradient() for _, p, part in self.parts())
+        return [gradient for gradient in every if gradient is not None]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
@@ -71,8 +67,8 @@ class UnitOptimiser(torch.optim.Optimizer):
         gradients = self.gradients()
         norm = nn.utils.get_total_norm(gradients)
         if max_norm is not None:
-            held = [g for _, p, part in self.parts() if (g := _held(p, part)) is not None]
-            torch._foreach_mul_(held, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            stored = [g for _, p, part in self.parts() if (g := _stored(p, part)) is not None]
+            torch._foreach_mul_(stored, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -95,14 +91,20 @@ class UnitOptimiser(torch.optim.Optimizer):
             self._drift(moved, group, self.state[parameter], part)
             put(parameter, part.frozen, part.dim, moved)
 
+    def _note_use(self) -> None:
+        """Blocks are not to be added to after a step."""
+        for _, _, part in self.parts():
+            if part is not None:
+                part.used = part.block is not None
+
     def _drift(
         self, moved: Tensor, group: dict[str, Any], state: dict[str, Tensor], part: GatedPart
     ) -> None:
         raise NotImplementedError
 
 
-def _held(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
-    """The tensor that holds a parameter's gradient."""
+def _stored(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
+    """The tensor that a parameter's gradient is stored in."""
     if part is not None and part.block is not None:
         return part.block
     return parameter.grad
@@ -182,6 +184,7 @@ class AdamW(UnitOptimiser):
                 )  # fmt: skip
         for finish in afterwards:
             finish()
+        self._note_use()
         return loss
 
     def _state(self, parameter: nn.Parameter, part: GatedPart | None) -> dict[str, Tensor]:
@@ -301,13 +304,13 @@ class SGD(UnitOptimiser):
                 loss = closure()
         for group in self.param_groups:
             self._step_group(group)
+        self._note_use()
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         """A few list operations over all parameters of a group."""
-        found: list[
-            tuple[list[Tensor], Index, int]
-        ] = []  # tensors, and where their active rows are
+        # Tensors, and where their active rows are.
+        places: list[tuple[list[Tensor], Index, int]] = []
         lists: tuple[list[Tensor], ...] = ([], [], [])  # parameters, momenta, gradients
         for parameter in group["params"]:
             part: GatedPart | None = getattr(parameter, "_gated", None)
@@ -319,7 +322,7 @@ class SGD(UnitOptimiser):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             index, dim = (None, 0) if part is None else (part.active, part.dim)
             tensors = [parameter.detach(), state["momentum_buffer"]]
-            found.append((tensors, index, dim))
+            places.append((tensors, index, dim))
             if part is not None:
                 gradient = gradient.transpose(0, dim)
             rows = (*(take(t, index, dim) for t in tensors), gradient)
@@ -333,7 +336,7 @@ class SGD(UnitOptimiser):
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
         descend(parameters, momenta, group["lr"])
-        for i, (tensors, index, dim) in enumerate(found):
+        for i, (tensors, index, dim) in enumerate(places):
             if isinstance(index, Tensor):  # otherwise they were views
                 put(tensors[0], index, dim, parameters[i])
                 put(tensors[1], index, dim, momenta[i])

@@ -273,3 +273,19 @@ def test_another_division_goes_on_with_the_largest_step_count():
     mat.attach_(net, mat.MATConfig(groups=3, log=False))
     optimiser.step()
     assert optimiser.state[net[0].weight]["step"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("rule", MAKERS)
+def test_a_block_of_an_earlier_step_is_not_added_to(rule):
+    net, gates = layer()
+    optimiser = MAKERS[rule](net.parameters(), True)
+    gates.set_active(SETS[1])
+    hand_over(net, gates, gradients(net, 0), compact=True)
+    part = next(gates.parts())
+    assert part.home(net[0].weight).grad is not None  # accumulation before a step is fine
+    optimiser.step()
+    net.zero_grad()
+    with pytest.raises(RuntimeError, match=r"0.weight .* clear gradients with optimizer.zero_grad"):
+        part.home(net[0].weight)
+    optimiser.zero_grad()
+    assert part.home(net[0].weight).grad is None
