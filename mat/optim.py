@@ -33,12 +33,11 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def __init__(self, params: Given, defaults: dict[str, Any], compact: bool = False) -> None:
         self.compact = compact
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle."""
-        state: dict[str, Any] = super().__getstate__()
-        return state | {"compact": self.compact}
+        return {**super().__getstate__(), "compact": self.compact}
 
     def parts(self) -> Iterable[tuple[dict[str, Any], nn.Parameter, GatedPart | None]]:
         """Every parameter with its group, and what a gate has of it."""
@@ -185,10 +184,12 @@ class AdamW(UnitOptimiser):
         for finish in afterwards:
             finish()
         self._note_use()
+        for _, kept in self._views.values():
+            kept.gradients = []  # their memory is the next step's
         return loss
 
     def _state(self, parameter: nn.Parameter, part: GatedPart | None) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             shape = () if part is None else (len(part.runs),)
             state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
@@ -222,8 +223,8 @@ class AdamW(UnitOptimiser):
             rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
             kept = self._views[id(parameter)] = key, rows
         if kept is not None and kept[0] == key:
-            split = torch.split(gradient, part.run_lengths)
-            kept[1].gradients = list(map(_laid_out, split, kept[1].parameters))
+            runs = torch.split(gradient, part.run_lengths)
+            kept[1].gradients = list(map(_laid_out, runs, kept[1].parameters))
             return kept[1]
         whole = [t.transpose(0, part.dim) for t in tensors]  # rows first
         blocks = [take(t, part.active, 0).contiguous() for t in whole]
