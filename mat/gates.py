@@ -34,7 +34,6 @@ class Gates:
 
     Attributes:
         units: The table of units.
-        active: (N,) boolean: which units train now.
         layers: The gate of every layer.
         policy: Chooses at selections.
         probe: The batch that scores are measured on: a copy of the first one given.
@@ -45,7 +44,7 @@ class Gates:
 
     def __init__(self, model: nn.Module, units: Units, config: MATConfig) -> None:
         self.model, self.units, self.config = model, units, config
-        self.active: BoolArray = np.ones(len(units), bool)
+        self._active: BoolArray = np.ones(len(units), bool)
         self.policy = Policy(config, units)
         self.probe: Any = None
         self.calls = self.due = 0
@@ -55,7 +54,7 @@ class Gates:
         self.layers: list[Gate] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for layer, rows in units.slices():
-            gate = Gate(layer.kind, layer.name, self.active[rows], config.mode)
+            gate = Gate(layer.kind, layer.name, self._active[rows], config.mode)
             self.layers.append(gate)
             for part in layer.parts:
                 gate.add(parameters[part.parameter], part)
@@ -70,6 +69,13 @@ class Gates:
 
     def __repr__(self) -> str:
         return gates_table(self)
+
+    @property
+    def active(self) -> BoolArray:
+        """(N,) boolean, read-only: which units train now; :meth:`set_active` changes it."""
+        view = self._active.view()
+        view.flags.writeable = False
+        return view
 
     def parts(self) -> Iterator[GatedPart]:
         """Every gated part of a parameter."""
@@ -100,7 +106,7 @@ class Gates:
                 )
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
             if (wanted[rows] != self.active[rows]).any():
-                self.active[rows] = wanted[rows]
+                self._active[rows] = wanted[rows]
                 gate.update()
 
     def indices(self) -> list[Tensor]:
@@ -136,8 +142,8 @@ class Gates:
         self._read_online()
         call, self.calls = self.calls, self.calls + 1
         if self.pending is not None:
-            scores, self.pending = self.pending, None
-            self.select(scores, step)
+            self.select(self.pending, step)
+            self.pending = None
             return True
         if call < self.due or self.policy.done:
             return False
@@ -180,8 +186,10 @@ class Gates:
 
         Raises:
             ValueError: If scores are missing, of another shape, or not finite.
+            RuntimeError: If gradients are pending; nothing is selected then.
         """
-        if dist.is_available() and dist.is_initialized():  # every rank trains the same units
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed:  # every rank trains the same units
             shared = [scores]
             dist.broadcast_object_list(shared, 0)
             scores = shared[0]
@@ -194,9 +202,14 @@ class Gates:
                 raise ValueError(f"the score of {worst} is not finite")
         elif self.policy.needs_score:
             raise ValueError(f"rule={self.config.rule!r} needs a score per unit: select(scores)")
+        before = self.policy.state_dict()
         state = self.policy.select(scores)
-        self.set_active(state.active)
-        if self.config.log and (not dist.is_initialized() or dist.get_rank() == 0):
+        try:
+            self.set_active(state.active)
+        except RuntimeError:
+            self.policy.load_state_dict(before)
+            raise
+        if self.config.log and (not distributed or dist.get_rank() == 0):
             when = "" if step is None else f" at step {step}"
             print(f"MAT: selection {state.t}{when}: {active_by_kind(self)}")
 
@@ -308,9 +321,9 @@ class Gates:
                 raise ValueError(
                     f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
                 )
-        theirs = {id(p) for group in optimiser.param_groups for p in group["params"]}
-        trained = {id(part.parameter) for part in self.parts() if part.parameter.requires_grad}
-        if trained and not trained & theirs:
+        theirs = (p for group in optimiser.param_groups for p in group["params"])
+        trained = any(part.parameter.requires_grad for part in self.parts())
+        if trained and not any(hasattr(parameter, "_gated") for parameter in theirs):
             raise ValueError(
                 "the optimiser has none of the units' parameters: make it of the attached model's "
                 "parameters"
@@ -338,7 +351,7 @@ class Gates:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
-            gate.active = self.active[rows]  # views of the copy's own vector
+            gate.active = self._active[rows]  # views of the copy's own vector
 
 
 def copied(batch: Any, device: torch.device | None = None) -> Any:
