@@ -379,9 +379,15 @@ def attach_(
         The gates; all units are active.
 
     Raises:
-        ValueError: If nothing is found, or the model is attached already.
+        ValueError: If nothing is found, the model is attached already, or ``rule="multirate"``:
+            its frozen units move, and change places, by steps that are not the gates'.
     """
     config = config or MATConfig()
+    if config.rule == "multirate":
+        raise ValueError(
+            'rule="multirate" cannot be attached: its slow units move in every step and train in '
+            "some, so set_active in turn and call mat.AdamW(...).drift() after each step"
+        )
     if any(hasattr(module, "_gates") for module in model.modules()):
         raise ValueError("MAT is attached to this model already: mat.detach_(model) first")
     if not isinstance(units, Units):

@@ -5,6 +5,7 @@ their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``c
 of frozen neurons is not differentiated, and nothing of them is kept.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ Activation = Callable[..., Tensor]
 
 class HiddenSite(Site):
     """A module that computes ``activation(*(first(x) for first in firsts))``.
+
+    The first matrices are not called as modules. Once one of them has hooks or another module in
+    its place (LoRA), the module runs untouched, and a warning says so.
 
     Args:
         module: The module whose forward that is.
@@ -45,6 +49,29 @@ class HiddenSite(Site):
         super().__init__(module, weights[0].gate, method=method)
         self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
         self.activation, self.last = activation, last
+        self.names = [name for name, child in module.named_children() if child in self.firsts]
+        self.warned = False
+
+    def untouched(self, *inputs: Any) -> bool:
+        """Whether the module runs as ever."""
+        return super().untouched(*inputs) or self._changed()
+
+    def _changed(self) -> bool:
+        """Whether calling a first matrix does more than its product."""
+        for name in self.names:
+            first = getattr(self.module, name)
+            hooks = first._forward_hooks, first._forward_pre_hooks, first._backward_hooks
+            if first in self.firsts and not any(hooks) and "forward" not in vars(first):
+                continue
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"{name} of a {type(self.module).__name__} has changed since MAT was attached: "
+                    "its frozen units cost a whole backward pass; attach after LoRA and hooks",
+                    stacklevel=2,
+                )
+            return True
+        return False
 
     def ways(self) -> list[Way]:
         """What is differentiated of every first matrix, with the gate as it stands."""

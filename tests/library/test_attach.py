@@ -339,12 +339,36 @@ def experts() -> tuple[nn.Module, Any]:
 def test_another_set_in_the_backward_pass_is_refused(made: Any, first: str) -> None:
     model, loss = made()
     gates = attach(model, seed=None if first == "all" else 0)
-    if first == "checkpointed":
-        result = checkpoint(lambda: loss(model), use_reentrant=False)
-    else:
-        result = loss(model)
+    run = checkpoint if first == "checkpointed" else lambda f, **_: f()
+    result = run(lambda: loss(model), use_reentrant=False)
     gates.set_active(some_active(gates.units, 1))
     theirs = "|Recomputed values" if first == "checkpointed" else ""  # torch may see it earlier
     with pytest.raises(RuntimeError, match="changed between a forward pass and its back" + theirs):
         result.backward()
     assert all(p.grad is None for p in gates.sites[0].module.parameters())
+
+
+class Adapted(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("how", ["hook", "replaced"])
+def test_first_matrices_that_change_after_attaching_are_called(how: str) -> None:
+    model, loss = build("encoder")
+    gates = attach(model, seed=None)
+    for layer in model.layers:
+        if how == "hook":
+            layer.linear1.register_forward_hook(lambda _, x, y: 2 * y)
+        else:
+            layer.linear1 = Adapted(layer.linear1)
+    wanted = loss(model)
+    gates.set_active(np.arange(len(gates.units)) % 2 == 0)
+    with pytest.warns(UserWarning, match="linear1 of a TransformerEncoderLayer has changed") as said:
+        assert torch.allclose(loss(model), wanted, rtol=1e-12)
+        loss(model)
+    assert len(said) == len(model.layers)

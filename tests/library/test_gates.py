@@ -291,3 +291,8 @@ def test_indices_follow_a_model_to_its_device() -> None:
     assert {index.device.type for index in gates.indices()} == {"meta"}
     gates.model(torch.ones(2, 4)).sum().backward()
     assert {index.device.type for index in gates.indices()} == {"cpu"}
+
+
+def test_multirate_is_refused_with_what_to_call() -> None:
+    with pytest.raises(ValueError, match=r"mat.AdamW\(...\).drift\(\)"):
+        attached(rule="multirate")
