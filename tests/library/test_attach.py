@@ -372,3 +372,28 @@ def test_first_matrices_that_change_after_attaching_are_called(how: str) -> None
         assert torch.allclose(loss(model), wanted, rtol=1e-12)
         loss(model)
     assert len(said) == len(model.layers)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "torch"])
+def test_attention_weights_pass_gradients_of_active_heads(kind: str) -> None:
+    if kind == "torch":
+        model: Any = nn.MultiheadAttention(8, 4, batch_first=True).double()
+        x, name = torch.randn(2, 3, 8).double(), "in_proj_weight"
+
+        def weights_of(m: Any) -> Tensor:
+            return m(x, x, x, average_attn_weights=False)[1]
+    else:
+        model, name = build("bert", "eager")[0].bert, "encoder.layer.0.attention.self.query.weight"
+        ids = torch.arange(12).view(2, 6)
+
+        def weights_of(m: Any) -> Tensor:
+            return m(input_ids=ids, output_attentions=True).attentions[0]
+
+    dense = gradients(model, lambda m: weights_of(m)[:, :2].square().sum())[name]
+    model.zero_grad()
+    gates = attach(model, seed=None)
+    gates.set_active(np.arange(len(gates.units)) < 2)  # two heads of the first layer
+    found = gradients(model, lambda m: weights_of(m).square().sum())[name]
+    rows = dense.abs().sum(1) > 0
+    assert rows.any() and torch.allclose(found[rows], dense[rows], rtol=1e-12)
+    assert not found[~rows].any()
