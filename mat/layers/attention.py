@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import Gate, Index, put, take
-from mat.layers.once import once
 from mat.layers.site import Shares, of_this_set
 
 # From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K),
@@ -93,7 +93,7 @@ class _Join(torch.autograd.Function):
         return joined
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         part = None if gradient is None else take(gradient, ctx.active, ctx.dim)
         return part, None, None, None, None, None

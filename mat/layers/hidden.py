@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
-from mat.layers.once import once
 from mat.layers.site import Operation, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
@@ -122,7 +122,7 @@ class _Hidden(torch.autograd.Function):
         return hidden, None if index is None else stand_in(hidden, part.count)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
         saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
