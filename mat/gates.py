@@ -20,6 +20,7 @@ from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
 from mat.policy import MATConfig, Policy
+from mat.probe import copied
 from mat.tables import active_by_kind, gates_table, skipped_share
 from mat.units import BoolArray, FloatArray, Unit, Units
 
@@ -311,8 +312,7 @@ class Gates:
             optimiser: Of the model's parameters, or what accelerate made of one.
 
         Raises:
-            ValueError: If it has none of the units' parameters, or other parameters stand in the
-                places of the model's, as with FSDP.
+            ValueError: If it has no parameter of units, or the model has others now, as with FSDP.
         """
         optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
         present = {id(parameter) for parameter in self.model.parameters()}
@@ -352,17 +352,6 @@ class Gates:
         self.__dict__.update(state)
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
             gate.active = self._active[rows]  # views of the copy's own vector
-
-
-def copied(batch: Any, device: torch.device | None = None) -> Any:
-    """A batch of tensors (in dicts, lists and tuples) as tensors of its own, on a device."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device, copy=True)
-    if hasattr(batch, "items"):
-        return {key: copied(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(copied(value, device) for value in batch)
-    return batch
 
 
 def attach_(

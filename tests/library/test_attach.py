@@ -368,7 +368,7 @@ def test_first_matrices_that_change_after_attaching_are_called(how: str) -> None
             layer.linear1 = Adapted(layer.linear1)
     wanted = loss(model)
     gates.set_active(np.arange(len(gates.units)) % 2 == 0)
-    with pytest.warns(UserWarning, match="linear1 of a TransformerEncoderLayer has changed") as said:
+    with pytest.warns(UserWarning, match="linear1 of a .* has changed") as said:
         assert torch.allclose(loss(model), wanted, rtol=1e-12)
         loss(model)
     assert len(said) == len(model.layers)
