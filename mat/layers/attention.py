@@ -40,6 +40,7 @@ def attend_apart(
     """
     if gate.open or gate.mode == "exact":
         return attend(q, k, v, None)
+    assert k.shape[1] == gate.n_units  # else some heads would be in neither part
     active, frozen, _ = gate.units()
     q_active, q_frozen, _ = gate.units(q.shape[1] // k.shape[1])
     with torch.no_grad():
@@ -84,6 +85,7 @@ class _Join(torch.autograd.Function):
     ) -> Tensor:
         ctx.active = active
         ctx.set_materialize_grads(False)
+        assert moving.shape[2] + still.shape[2] == heads  # or memory would stay uninitialised
         joined = still.new_empty(*still.shape[:2], heads, still.shape[3])  # (B, T, H, K)
         put(joined, active, 2, moving.to(still.dtype))
         put(joined, frozen, 2, still)
