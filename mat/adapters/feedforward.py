@@ -76,7 +76,7 @@ def feed_forward(place: Place, form: Form) -> UnitLayer | None:
         return None
     if not all(hasattr(place.module, name) for name in needed):
         return None
-    reason = misfit(place.module, form, last)
+    reason = misfit(place.module, form)
     if reason is not None:
         place.refuse((*form.firsts, form.last), reason)
         return None
@@ -92,7 +92,7 @@ def feed_forward(place: Place, form: Form) -> UnitLayer | None:
     return UnitLayer("ffn", place.path, count, parts, sites)
 
 
-def misfit(module: nn.Module, form: Form, last: nn.Linear) -> str | None:
+def misfit(module: nn.Module, form: Form) -> str | None:
     """Why a module with the names of a form does not compute what the form says, if so.
 
     Whoever gives the same names to other things is found out by running the module on a random
@@ -111,24 +111,24 @@ def misfit(module: nn.Module, form: Form, last: nn.Linear) -> str | None:
     activation = getattr(module, form.activation)
     if isinstance(activation, nn.Module) and list(activation.parameters()):
         return f"the activation of {kind} has parameters"
-    if last.weight.is_meta:
+    if firsts[0].weight.is_meta:
         return None
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, firsts[0].in_features, generator=random, device="cpu").to(last.weight)
-    some = torch.randperm(last.in_features, generator=random, device="cpu")
-    some = some[: (len(some) + 1) // 2].to(x.device)
-    with untouched(module), torch.no_grad():
-        z = [first(x) for first in firsts]
-        activate, finish = Activate(module, form), Finish(module, form)
-        try:  # as the backward does it: some of the neurons, without the rest
+    weight, random = firsts[0].weight, torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, weight.shape[1], generator=random, device="cpu").to(weight)
+    some = torch.randperm(len(weight), generator=random, device="cpu")[::2].to(weight.device)
+    activate, finish = Activate(module, form), Finish(module, form)
+    try:
+        with untouched(module), torch.no_grad():
+            z = [first(x) for first in firsts]  # (1, 2, F)
+            hidden = activate(*z)
+            # As the backward does it: some of the neurons, without the rest.
             apart = activate(*(rows_of(each)[:, some] for each in z))
-            if not close(rows_of(activate(*z))[:, some], apart):
-                return f"the activation of {kind} is not elementwise"
+            wanted = hidden if form.last.startswith("../") else finish(hidden)
             result = getattr(module, form.method)(x)
-        except Exception:  # the module wants something else than hidden states
-            return f"{kind} is no feed-forward network of hidden states"
-        hidden = activate(*z)
-        wanted = hidden if form.last.startswith("../") else finish(hidden)
+    except Exception:  # whatever it says, it wants something else
+        return f"{kind} is no feed-forward network of hidden states"
+    if not close(rows_of(hidden)[:, some], apart):
+        return f"the activation of {kind} is not elementwise"
     return None if close(result, wanted) else f"{kind} does more between its matrices"
 
 
