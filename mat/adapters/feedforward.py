@@ -120,9 +120,9 @@ def misfit(module: nn.Module, form: Form) -> str | None:
     try:
         with untouched(module), torch.no_grad():
             z = [first(x) for first in firsts]  # (1, 2, F)
-            hidden = activate(*z)
             # As the backward does it: some of the neurons, without the rest.
             apart = activate(*(rows_of(each)[:, some] for each in z))
+            hidden = activate(*z)
             wanted = hidden if form.last.startswith("../") else finish(hidden)
             result = getattr(module, form.method)(x)
     except Exception:  # whatever it says, it wants something else

@@ -204,11 +204,27 @@ def find_units(
 
 
 def with_sites(model: nn.Module, layer: UnitLayer) -> UnitLayer:
-    """A layer named by hand, with a site for every module whose parameters it owns."""
-    owned = {part.parameter for part in layer.parts}
+    """A layer named by hand, with a site for every module whose parameters it owns.
+
+    Raises:
+        ValueError: If a parameter does not train.
+    """
+    owned, tied = {part.parameter for part in layer.parts}, _tied(model)
+    for name in sorted(owned):
+        if not model.get_parameter(name).requires_grad:
+            raise ValueError(
+                f"{name} is frozen (requires_grad is False): name units of parameters that train"
+            )
     for path in dict.fromkeys(part.parameter.rpartition(".")[0] for part in layer.parts):
         module = model.get_submodule(path)
-        gated = f"{path}.weight" in owned  # a bias alone has no product that could be skipped
+        around = model.get_submodule(path.rpartition(".")[0])
+        # A bias alone has no product that could be skipped. Attention of torch calls no output
+        # projection, and of a weight with several uses each adds to the gradient.
+        gated = (
+            f"{path}.weight" in owned
+            and id(module.weight) not in tied
+            and not isinstance(around, nn.MultiheadAttention)
+        )
         if gated and is_plain(module):
             layer.sites.append(linear_site(layer.name, path))
         elif gated and type(module) is nn.Conv2d and unfit(module) is None:
