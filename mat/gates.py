@@ -38,7 +38,8 @@ class Gates:
         layers: The gate of every layer.
         policy: Chooses at selections.
         probe: The batch that scores are measured on: a copy of the first one given.
-        due: Training step from which on the next selection is made.
+        calls: How often :meth:`maybe_select` was called: training steps, over all epochs.
+        due: Call from which on the next selection is made.
         pending: Scores that were read off a training step and await the next call.
     """
 
@@ -47,7 +48,7 @@ class Gates:
         self.active: BoolArray = np.ones(len(units), bool)
         self.policy = Policy(config, units)
         self.probe: Any = None
-        self.due = 0
+        self.calls = self.due = 0
         self.callback: Any = None  # the Trainer's, see mat.integrations
         self.pending: FloatArray | None = None
         self._online: Any = None  # reads scores off the training step under way
@@ -109,18 +110,18 @@ class Gates:
 
     def maybe_select(
         self,
-        step: int,
+        step: int | None = None,
         batch: Any = None,
         output: Callable[[Any], Tensor] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> bool:
-        """Select every ``config.every`` steps; call it between optimiser steps, before each one.
+        """Select at every ``config.every``-th call; call it before each training step.
 
         The first call is selection t = 0, which leaves all units active. With data-parallel
         training the scores of rank 0 count on every rank.
 
         Args:
-            step: Number of the training step that comes next.
+            step: The training step that comes next, for the log; it may start anew in each epoch.
             batch: The probe, if scores are measured on one; the first is kept for good.
             output: From the model's output to the tensor (samples, ...) whose Jacobian is measured.
             loss: Mean loss from the model's output and the probe, for ``score="gradnorm"``; the
@@ -133,13 +134,14 @@ class Gates:
             ValueError: If scores are needed and no probe was given.
         """
         self._read_online()
+        call, self.calls = self.calls, self.calls + 1
         if self.pending is not None:
             scores, self.pending = self.pending, None
             self.select(scores, step)
             return True
-        if step < self.due or self.policy.done:
+        if call < self.due or self.policy.done:
             return False
-        self.due = step + self.config.every
+        self.due = call + self.config.every
         if not self.policy.needs_score:
             self.select(None, step)
             return True
@@ -222,6 +224,7 @@ class Gates:
             "layers": self._partition(),
             "active": self.active.tolist(),
             "policy": self.policy.state_dict(),
+            "calls": self.calls,
             "due": self.due,
             "pending": None if self.pending is None else self.pending.tolist(),
             "probe": self.probe,
@@ -249,7 +252,7 @@ class Gates:
                 )
         self.set_active(saved["active"])
         self.policy.load_state_dict(saved["policy"])
-        self.due, self.probe = saved["due"], saved["probe"]
+        self.calls, self.due, self.probe = saved["calls"], saved["due"], saved["probe"]
         self.pending = None if saved["pending"] is None else np.array(saved["pending"])
 
     def _partition(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ gradient is made. ``p.grad`` of a gated parameter is then None: clip with
 :meth:`UnitOptimiser.clip_grad_norm_`, since torch's function (and a GradScaler) would not see them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ class UnitOptimiser(torch.optim.Optimizer):
     def __init__(self, params: Given, defaults: dict[str, Any], compact: bool = False) -> None:
         self.compact = compact
         super().__init__(params, defaults)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"compact": self.compact}
 
     def parts(self) -> Iterable[tuple[dict[str, Any], nn.Parameter, GatedPart | None]]:
         """Every parameter with its group, and what a gate has of it."""
@@ -146,6 +151,10 @@ class AdamW(UnitOptimiser):
         super().__init__(params, defaults, compact)
         self._views: dict[int, tuple[tuple[int, ...], _Rows]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._views = {}  # those of other parameters
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update everything that has a gradient, in its active rows."""
@@ -182,8 +191,9 @@ class AdamW(UnitOptimiser):
             state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        elif part is not None and state["step"].dim() == 0:  # attached after some steps
-            state["step"] = state["step"].expand(len(part.runs)).clone()
+        elif part is not None and state["step"].shape != (len(part.runs),):
+            # Attached after some steps, or divided otherwise before.
+            state["step"] = state["step"].max().expand(len(part.runs)).clone()
         elif part is None and state["step"].dim():  # detached
             state["step"] = state["step"].max()
         return state
@@ -195,27 +205,29 @@ class AdamW(UnitOptimiser):
         gradient: Tensor,
         afterwards: list[Callable[[], None]],
     ) -> _Rows:
-        """What the kernel updates of a parameter; ``afterwards`` writes gathered columns back."""
+        """What the kernel updates of a parameter; ``afterwards`` writes gathered rows back."""
         state = self._state(parameter, part)
         moments = state["exp_avg"], state["exp_avg_sq"]
         tensors = parameter.detach(), *moments
         if part is None:
+            gradient = _laid_out(gradient, parameter)
             return _Rows(*([t] for t in (tensors[0], gradient, *moments, state["step"])))
-        if part.dim == 0:
-            key = (part.gate.version, *(t.data_ptr() for t in (*tensors, state["step"])))
-            kept = self._views.get(id(parameter))
-            if kept is None or kept[0] != key:
-                views = [[t[a:b] for _, a, b in part.active_runs] for t in tensors]
-                rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
-                kept = self._views[id(parameter)] = key, rows
-            kept[1].gradients = list(torch.split(gradient.contiguous(), part.run_lengths))
+        key = (part.gate.version, *(t.data_ptr() for t in (*tensors, state["step"])))
+        kept = self._views.get(id(parameter))
+        if (kept is None or kept[0] != key) and part.dim == 0 and _rows_are_packed(tensors):
+            views = [[t[a:b] for _, a, b in part.active_runs] for t in tensors]
+            rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
+            kept = self._views[id(parameter)] = key, rows
+        if kept is not None and kept[0] == key:
+            split = torch.split(gradient, part.run_lengths)
+            kept[1].gradients = list(map(_laid_out, split, kept[1].parameters))
             return kept[1]
-        whole = [t.transpose(0, 1) for t in tensors]  # columns first
+        whole = [t.transpose(0, part.dim) for t in tensors]  # rows first
         blocks = [take(t, part.active, 0).contiguous() for t in whole]
 
         def finish() -> None:
             for target, block in zip(tensors, blocks, strict=True):
-                put(target, part.active, 1, block.transpose(0, 1))
+                put(target, part.active, part.dim, block.transpose(0, part.dim))
 
         afterwards.append(finish)
         split = [list(torch.split(t, part.run_lengths)) for t in (*blocks, gradient.contiguous())]
@@ -235,6 +247,20 @@ class AdamW(UnitOptimiser):
         if group["weight_decay"]:
             moved.mul_(torch.where(steps > 0, 1 - lr * group["weight_decay"], 1.0))
         moved.sub_(direction * lr)
+
+
+def _rows_are_packed(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors lie alike in memory, every row in one piece: the kernel walks memory."""
+    first = tensors[0]
+    alike = all(t.stride() == first.stride() for t in tensors)
+    return alike and first.stride(0) * len(first) == first.numel()
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient that lies in memory as what it updates."""
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 def _steps(step: Tensor, part: GatedPart) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mat.layers.gate import Gate, Index, put, take
 from mat.layers.once import once
-from mat.layers.site import Shares
+from mat.layers.site import Shares, of_this_set
 
 # From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K),
 # and attention weights (B, h, T, S) if the kernel has them.
@@ -53,7 +53,7 @@ def attend_apart(
         nothing = sum((part.sum((2, 3)) for part in parts[1:]), parts[0].sum((2, 3)))  # (B, 0)
         moving = nothing[:, None, :, None].expand(-1, q.shape[2], -1, q.shape[3])
         weights = still_weights
-    context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])
+    context = of_this_set(_Join.apply(moving, still, q_active, q_frozen, q.shape[1]), [gate])
     if still_weights is not None and gate.n_active:
         assert weights is not None
         every = still_weights.new_empty(q.shape[0], q.shape[1], *still_weights.shape[2:])

@@ -76,12 +76,19 @@ def test_first_selection_leaves_all_active(estimator: Estimator) -> None:
     assert gates.active.all() and gates.policy.state.t == 0
 
 
+def test_steps_may_start_anew_in_each_epoch() -> None:
+    gates = attached(rule="random", share=0.5)
+    made = [(e, step) for e in range(3) for step in range(8) if gates.maybe_select(step)]
+    assert made == [(0, 0), (1, 2), (2, 4)]
+
+
 def test_probe_is_the_first_batch_kept(estimator: Estimator) -> None:
     gates = attached()
     batch = {"x": torch.ones(2, 4)}
     gates.maybe_select(0, batch)
     batch["x"].zero_()
-    gates.maybe_select(10, {"x": torch.zeros(2, 4)})
+    for step in range(1, 11):
+        gates.maybe_select(step, {"x": torch.zeros(2, 4)})
     assert estimator.calls[1]["batch"]["x"].eq(1).all()
 
 
@@ -138,9 +145,10 @@ def test_estimators_scores_select_a_share(options: dict[str, Any]) -> None:
 def test_controls_need_no_probe(rule: str, counts: list[int]) -> None:
     gates = attached(rule=rule, share=1 / 3)
     found = []
-    for step in (0, 10, 20):
+    for step in range(21):
         gates.maybe_select(step)
-        found.append(int(gates.active.sum()))
+        if step % 10 == 0:
+            found.append(int(gates.active.sum()))
     assert found == counts
 
 
@@ -205,7 +213,7 @@ def test_pending_gradients_refuse_a_new_set() -> None:
 
 def test_state_goes_through_a_file(estimator: Estimator, tmp_path: Any) -> None:
     first, second = attached(alpha=0.5), attached(alpha=0.5)
-    for step in (0, 10, 20):
+    for step in range(21):
         first.maybe_select(step, torch.ones(2, 4))
     torch.save(first.state_dict(), tmp_path / "gates.pt")
     second.load_state_dict(torch.load(tmp_path / "gates.pt"))
@@ -213,7 +221,7 @@ def test_state_goes_through_a_file(estimator: Estimator, tmp_path: Any) -> None:
     assert torch.equal(second.probe, first.probe)
     for name, value in vars(first.policy.state).items():
         np.testing.assert_equal(getattr(second.policy.state, name), value)
-    assert not second.maybe_select(29) and second.maybe_select(30)
+    assert [step for step in range(21, 35) if second.maybe_select(step)] == [30]
 
 
 def test_state_of_another_partition_is_refused_by_name() -> None:
