@@ -295,10 +295,23 @@ class Gates:
         """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`."""
         guard(optimiser)
 
-    def detach(self) -> None:
-        """Give every module its own forward back."""
+    def reset(self) -> None:
+        """Start anew for another training run: no selection made, all units active, no probe."""
+        self.stop_reading()
+        self.set_active(np.ones_like(self.active))
+        self.policy = Policy(self.config, self.units)
+        self.probe, self.pending = None, None
+        self.calls = self.due = 0
+
+    def stop_reading(self) -> None:
+        """Read no scores off the training step under way, if it was going to."""
         if self._online is not None:
             self._online.__exit__(None, None, None)
+            self._online = None
+
+    def detach(self) -> None:
+        """Give every module its own forward back."""
+        self.stop_reading()
         for site in reversed(self.sites):
             site.detach()
         for part in self.parts():
