@@ -1,24 +1,26 @@
-"""How well cheap reductions rank the units, and what they cost: the choice of the estimator's default.
+"""How well cheap reductions rank the units, and what they cost: the choice of the default.
 
-    python -m benchmarks.fidelity            # minutes; --short tries everything with fewer samples and steps
+    python -m benchmarks.fidelity            # minutes
 
-Reference: lambda_max of every unit on 64 samples; exact (all outputs, the nk x nk kernel) for a small BERT, and many
-projections for BERT-mini, where the exact kernel cannot be formed. Estimates see the first n of these samples;
-``online`` sees a training batch instead, as in training (means over five), and ``loss`` is the same kernel on the first
-n samples: what parts them is the choice of samples. At initialisation and after some training.
+Reference: lambda_max of every unit on 64 samples; exact (all outputs, the nk x nk kernel) for a
+small BERT, and many projections for BERT-mini, where the exact kernel cannot be formed. Estimates
+see the first n of these samples; ``online`` sees a training batch instead, as in training (means
+over five), and ``loss`` is the same kernel on the first n samples: what parts them is the choice of
+samples. At initialisation and after some training.
 
-Of an estimate: ``error``, median |lambda / (c lambda_reference) - 1| with c the common factor (geometric mean), which
-cancels in eqs. (4) and (7); ``spearman``, rank correlation, and ``overlap``, share of the reference's top third that
-is found, both within a kind as MAT compares (scope ``kind``), averaged over kinds; ``cost``, median seconds over those
-of a dense training step of 64 sequences in the estimate's precision. Random signs: means over 4, 3, 2 seeds for m = 1,
-4, 16, the first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it also makes that
-step a dense one, where the method would make a gated one: up to half a step of the run's batch that is not in the cost.
+Of an estimate: ``error``, median |lambda / (c lambda_reference) - 1| with c the common factor
+(geometric mean), which cancels in eqs. (4) and (7); ``spearman``, rank correlation, and ``overlap``,
+share of the reference's top third that is found, both within a kind as MAT compares (scope
+``kind``), averaged over kinds; ``cost``, median seconds over those of a dense training step of 64
+sequences in the estimate's precision. Random signs: means over 4, 3, 2 seeds for m = 1, 4, 16, the
+first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it also
+makes that step a dense one, where the method would make a gated one: up to half a step of the run's
+batch that is not in the cost.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -30,17 +32,20 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import DEVICE, Subject, autocast, medians, path_of, row, save, write
-from benchmarks.step import RECIPE
-from mat.suite import data, ntk
-from mat.suite.bert import Bert
-from mat.suite.config import BertConfig, TextConfig
+from benchmarks.harness import DEVICE, TOY, autocast, medians, path_of, row, save, write
+from benchmarks.subjects import TEXT, Subject, encoder, gates_of
+from mat import ntk
+from mat.reduction import Reduction
+from mat.suite import data
+from mat.suite.config import BertConfig, TextConfig, TrainConfig
 from mat.suite.data.masking import MaskedBatch, mask
-from mat.suite.optim import UnitAdamW
-from mat.suite.units import UnitIndex, unit_layers
+from mat.suite.models.bert import MaskedEncoder
 
-SIZES = (8, 16, 32, 64)
-REDUCTIONS = (("sum", 1, 1), ("loss", 1, 1), ("random", 1, 3), ("random", 4, 2), ("random", 16, 1))  # m, timed calls
+SIZES = (4, 8) if TOY else (8, 16, 32, 64)
+# Projections m, timed calls.
+REDUCTIONS: tuple[tuple[Reduction, int, int], ...] = (
+    ("sum", 1, 1), ("loss", 1, 1), ("random", 1, 3), ("random", 4, 2), ("random", 16, 1)
+)  # fmt: skip
 ONLINE_BATCHES = 5
 Batches = Callable[[int, int], MaskedBatch]  # (stream, samples)
 
@@ -50,13 +55,12 @@ class Setting:
     """A model, where its batches come from, and what the reference is."""
 
     name: str
-    model: Bert
+    model: MaskedEncoder
     batches: Batches
-    reduction: ntk.Reduction
+    reduction: Reduction
     projections: int
     steps: int
-    batch: int
-    lr: float
+    recipe: TrainConfig
 
 
 def chains(stream: int, samples: int) -> MaskedBatch:
@@ -69,11 +73,15 @@ def chains(stream: int, samples: int) -> MaskedBatch:
     return mask(tokens.astype(np.uint16), 1 / 16, 4, 5, 16, [stream]).to(DEVICE)
 
 
-def settings(short: bool) -> Iterator[Setting]:
+def settings() -> Iterator[Setting]:
     """The small model with the exact kernel, and BERT-mini on prose that ships with Python."""
     torch.manual_seed(0)
     config = BertConfig("small", "bert", 2, 32, 4, 64, 8, "rotary", "pre")
-    yield Setting("small", Bert(config, 16, 16).to(DEVICE), chains, "full", 1, 30 if short else 300, 32, 3e-3)
+    recipe = TrainConfig(pflops=1, batch=32, lr=3e-3)
+    steps = 3 if TOY else 300
+    yield Setting("small", encoder(config, 16, 16), chains, "full", 1, steps, recipe)
+    if TOY:
+        return
     config = BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "rotary", "pre")
     text = data.load(TextConfig(name="pydocs", vocabulary=1024, length=64), seed=0)
 
@@ -82,8 +90,8 @@ def settings(short: bool) -> Iterator[Setting]:
         assert isinstance(found, MaskedBatch)
         return found.to(DEVICE)
 
-    model = Bert(config, 1024, 64).to(DEVICE)
-    yield Setting("bert_mini", model, prose, "random", 4 if short else 32, 5 if short else 300, 16, 2e-3)
+    recipe = TrainConfig(pflops=1, batch=16, lr=2e-3)
+    yield Setting("bert_mini", encoder(config, 1024, 64), prose, "random", 32, steps, recipe)
 
 
 def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -91,7 +99,9 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def compare(found: NDArray[np.float64], reference: NDArray[np.float64], kind: NDArray[np.str_]) -> dict[str, float]:
+def compare(
+    found: NDArray[np.float64], reference: NDArray[np.float64], kind: NDArray[np.str_]
+) -> dict[str, float]:
     """Error, rank correlation and overlap of the module's docstring."""
     ratio = found / reference
     spearman, overlap = [], []
@@ -113,113 +123,131 @@ def first(batch: MaskedBatch, samples: int) -> MaskedBatch:
     return batch.take(torch.arange(samples, device=DEVICE))
 
 
-def study(setting: Setting, stage: str, sizes: tuple[int, ...]) -> pd.DataFrame:
+def study(setting: Setting, stage: str) -> pd.DataFrame:
     """One row per estimate: setting, stage, reduction, projections, samples, comparison and cost."""
-    model, probe = setting.model, setting.batches(0, max(sizes))
-    index = UnitIndex(unit_layers(model))
+    model, probe = setting.model, setting.batches(0, max(SIZES))
+    units = gates_of(model).units
     bfloat16 = setting.name == "bert_mini"
 
-    def estimate(samples: int, reduction: ntk.Reduction, m: int, seed: int) -> NDArray[np.float64]:
+    def estimate(samples: int, reduction: Reduction, m: int, seed: int) -> NDArray[np.float64]:
+        batch, loss = first(probe, samples), model.loss_of_outputs
         with autocast(bfloat16):
             return ntk.estimate(
-                model, first(probe, samples), index, reduction=reduction, projections=m, seed=seed
+                model, batch, loss=loss, reduction=reduction, projections=m, seed=seed
             ).lambda_max
 
-    reference = estimate(max(sizes), setting.reduction, setting.projections, 1000)
-    step = Subject(copy.deepcopy(model), setting.batches(1, 64), RECIPE, bfloat16).step()
+    reference = estimate(max(SIZES), setting.reduction, setting.projections, 1000)
+    step = Subject(copy.deepcopy(model), setting.batches(1, 64), TEXT, bfloat16).step()
     rows = []
 
-    def add(reduction: str, m: int, samples: int, found: list[NDArray[np.float64]], cost: float) -> None:
-        compared = pd.DataFrame([compare(each, reference, index.kind) for each in found]).mean().to_dict()
-        where = {"model": setting.name, "stage": stage, "reduction": reduction, "projections": m, "samples": samples}
-        rows.append({**where, **compared, "cost": cost})
-        print(*(f"{k}={v:.3g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+    def add(
+        reduction: str, m: int, samples: int, found: list[NDArray[np.float64]], cost: float
+    ) -> None:
+        compared = [compare(each, reference, units.kind) for each in found]
+        about = {"model": setting.name, "stage": stage, "reduction": reduction}
+        about |= {"projections": m, "samples": samples}
+        rows.append({**about, **pd.DataFrame(compared).mean().to_dict(), "cost": cost})
+        words = (f"{k}={v:.3g}" if isinstance(v, float) else v for k, v in rows[-1].items())
+        print(*words, flush=True)
 
-    for samples in sizes:
-        exact = (("full", 1, 1),) if setting.reduction == "full" else ()
+    exact: tuple[tuple[Reduction, int, int], ...] = ()
+    if setting.reduction == "full":
+        exact = (("full", 1, 1),)
+    for samples in SIZES:
         for reduction, m, calls in (*REDUCTIONS, *exact):
             found: list[NDArray[np.float64]] = []
 
-            def call(samples: int = samples, reduction: str = reduction, m: int = m, into: Any = found) -> None:
-                into.append(estimate(samples, reduction, m, seed=len(into)))  # type: ignore[arg-type]
+            def call(
+                samples: int = samples, reduction: Reduction = reduction, m: int = m,
+                into: Any = found,
+            ) -> None:  # fmt: skip
+                into.append(estimate(samples, reduction, m, seed=len(into)))
 
             spent, dense = medians([call, step], calls)
             add(reduction, m, samples, found, spent / dense)
-        training = [Subject(model, setting.batches(2 + i, samples), RECIPE, bfloat16) for i in range(ONLINE_BATCHES)]
+        training = [
+            Subject(model, setting.batches(2 + i, samples), TEXT, bfloat16)
+            for i in range(ONLINE_BATCHES)
+        ]
         results: list[NDArray[np.float64]] = []
 
-        def measured(training: list[Subject] = training, results: list[NDArray[np.float64]] = results) -> None:
-            with ntk.Online(model, index) as online:
+        def measured(training: list[Subject] = training, results: Any = results) -> None:
+            with ntk.Online(model) as online:
                 training[len(results) % ONLINE_BATCHES].backward()
             results.append(online.result().lambda_max)
 
-        with_kernels, without, dense = medians([measured, training[0].backward, step], ONLINE_BATCHES, 1)
-        add("online", 1, samples, results[:ONLINE_BATCHES], max(with_kernels - without, 0.0) / dense)
+        actions = [measured, training[0].backward, step]
+        with_kernels, without, dense = medians(actions, ONLINE_BATCHES, 1)
+        cost = max(with_kernels - without, 0.0) / dense
+        add("online", 1, samples, results[:ONLINE_BATCHES], cost)
     return pd.DataFrame(rows)
 
 
 def train(setting: Setting) -> float:
-    """Train in place; the last loss."""
-    optimiser = UnitAdamW(setting.model, (0.9, 0.98), 1e-6, 0.01)
-    loss = torch.tensor(0.0)
-    setting.model.train()
+    """Train in place, in the estimate's precision; the loss behind the last step."""
+    ours = Subject(setting.model, setting.batches(10, setting.recipe.batch), setting.recipe)
+    lr = setting.recipe.lr
     for i in range(setting.steps):
-        optimiser.clear()
-        with autocast():
-            loss = setting.model.loss(setting.batches(10 + i, setting.batch))
-        loss.backward()
-        optimiser.clip(1.0)
-        optimiser.step(setting.lr * min(1.0, (i + 1) / 30))
-    return float(loss.detach())
+        ours.batch = setting.batches(10 + i, setting.recipe.batch)
+        ours.recipe = replace(setting.recipe, lr=lr * min(1.0, (i + 1) / 30))
+        ours.launched()()
+    with torch.no_grad():
+        return float(ours.loss(ours.model))
 
 
 def plot(frame: pd.DataFrame) -> None:
     """Error, rank correlation and overlap against cost, one column per model and stage."""
     cases = list(dict.fromkeys(zip(frame.model, frame.stage, strict=True)))
-    measures = {"error": "error of lambda_max", "spearman": "Spearman correlation", "overlap": "overlap of top third"}
+    measures = {
+        "error": "error of lambda_max",
+        "spearman": "Spearman correlation",
+        "overlap": "overlap of top third",
+    }
     lines = list(dict.fromkeys(zip(frame.reduction, frame.projections, strict=True)))
     colours = {key: f"C{i}" for i, key in enumerate(lines)}  # the same in every panel
-    figure, axes = plt.subplots(3, len(cases), figsize=(4 * len(cases), 9), sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(
+        3, len(cases), figsize=(4 * len(cases), 9), sharex=True, sharey="row", squeeze=False
+    )
     for column, (model, stage) in enumerate(cases):
         part = frame[(frame.model == model) & (frame.stage == stage)]
         for line, measure in enumerate(measures):
             for (reduction, m), group in part.groupby(["reduction", "projections"], sort=False):
                 label = f"random, m = {m}" if reduction == "random" else str(reduction)
-                shown = group[group[measure] > 0]  # the reference has no error, which a logarithm cannot show
-                colour = colours[str(reduction), m]
-                axes[line, column].plot(shown.cost.clip(lower=1e-3), shown[measure], "o-", label=label, color=colour)
+                # The reference has no error, which a logarithm cannot show.
+                shown = group[group[measure] > 0]
+                cost, colour = shown.cost.clip(lower=1e-3), colours[str(reduction), m]
+                axes[line, column].plot(cost, shown[measure], "o-", label=label, color=colour)
         axes[0, column].set(title=f"{model}, {stage}", xscale="log", yscale="log")
         axes[2, column].set_xlabel("cost / dense steps of 64 sequences")
     for line, name in enumerate(measures.values()):
         axes[line, 0].set_ylabel(name)
     axes[2, 0].legend(fontsize=8)
-    figure.suptitle("Reductions against the reference on 64 samples; a line's points are n = 8, 16, 32, 64")
+    points = "a line's points are n = 8, 16, 32, 64"
+    figure.suptitle(f"Reductions against the reference on 64 samples; {points}")
     figure.tight_layout()
     save(figure, "fidelity")
 
 
 def main() -> None:
     """Both settings at initialisation and during training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="few samples and steps; writes nothing")
-    short = parser.parse_args().short
-    sizes = (4, 8) if short else SIZES
     frames = []
-    for setting in settings(short):
-        frames.append(study(setting, "initialisation", sizes))
+    for setting in settings():
+        frames.append(study(setting, "initialisation"))
         loss = train(setting)
-        print(f"{setting.name}: trained {setting.steps} steps to a loss of {loss:.2f}", flush=True)
-        frames.append(study(setting, "training", sizes))
+        steps = setting.steps
+        print(f"{setting.name}: trained {steps} steps to a loss of {loss:.2f}", flush=True)
+        frames.append(study(setting, "training"))
     frame = pd.concat(frames, ignore_index=True)
-    if short:
-        return
     frame.to_csv(path_of("fidelity", "csv"), index=False, float_format="%.5g")
     plot(frame)
-    mean = frame[frame.samples == 32].groupby(["reduction", "projections"])[["spearman", "overlap", "cost"]].mean()
+    columns = ["spearman", "overlap", "cost"]
+    chosen = frame[frame.samples == SIZES[-2]]  # n = 32
+    mean = chosen.groupby(["reduction", "projections"])[columns].mean()
     rows = [
-        row(f"{reduction} m={m}, n=32: missed share of the top third", 1 - r.overlap, 1.0, None, "share")
+        row(f"{reduction} m={m}, n=32: missed share of the top third", 1 - r.overlap, 1.0, None,
+            "share")
         for (reduction, m), r in mean.iterrows()
-    ]
+    ]  # fmt: skip
     write("fidelity", rows, estimates=frame.to_dict("records"))
 
 

@@ -1,18 +1,17 @@
-"""Gated training steps over active shares, in every backward mode: seconds, FLOPs executed, and peak memory in ``cut``.
+"""Gated training steps over active shares, in every backward mode.
 
-    python -m benchmarks.gates [case ...]            # those named are measured again, the others' results stay
-    python -m benchmarks.gates --peak CASE SHARE     # what processes of their own run for the peak memory
+    python -m benchmarks.gates [case ...]          # measured again; the others' results stay
+    python -m benchmarks.gates --peak CASE SHARE   # what processes of their own run
 
-Beside the gates the ways that PyTorch offers: masking gradients after the backward, gradient hooks, and frozen layers
-(``requires_grad_(False)`` on all parameters of two layers of three). All ratios are against the dense step, measured in
-turn with it. That of ``cut`` at share 1 is the dense step itself, a measure of the noise. The dense step is compared
-with a twin of stock layers with products of the same sizes, too: transformers' BERT, in the Switch block with the
-sparse MLP of its Switch, and torchvision's VGG.
+Seconds, FLOPs executed, and peak memory in ``cut``. Beside the gates the ways that PyTorch offers:
+masking gradients after the backward, gradient hooks, and frozen layers (``requires_grad_(False)`` on
+all parameters of two layers of three). All ratios are against the dense step, measured in turn with
+it. That of ``cut`` at share 1 is the dense step itself, a measure of the noise. The dense step is
+compared with a twin of stock layers, too.
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -20,28 +19,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks import vgg as images
 from benchmarks.harness import (
     DEVICE,
-    MODES,
+    TOY,
     Action,
     Row,
-    Subject,
     in_process,
     medians,
     peak_bytes,
     row,
     save,
-    set_share,
-    stock_step,
     write,
     write_table,
 )
-from benchmarks.step import RECIPE, batch_of, bert, by_position, twin
-from mat.suite import flops
-from mat.suite.config import SwitchConfig
-from mat.suite.switch import Switch
-from mat.suite.units import BackwardMode, unit_layers
+from benchmarks.subjects import MODES, Subject, stock_twin, subject
 
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3, 1 / 8, 0.0)
 PEAKS = (1.0, 1 / 3, 0.0)  # shares whose peak memory is measured
@@ -53,50 +44,29 @@ class Case:
     """A subject to gate.
 
     Attributes:
-        make: Makes it.
-        stock: Makes the step of its twin from stock layers.
         repeats: How often a step is measured.
-        wanted: Largest ratio of time to FLOPs, each over the dense step's, at a third active in ``cut``.
+        wanted: Largest ratio of time to FLOPs, each over the dense step's, at a third active in
+            ``cut``.
     """
 
-    make: Callable[[], Subject]
-    stock: Callable[[Subject], Action]
     repeats: int
     wanted: float | None
 
 
-def stock_encoder(subject: Subject) -> Action:
-    theirs = twin(subject.model)
-    return stock_step(theirs, by_position(theirs, subject.batch), RECIPE)
-
-
-def switch_block() -> Subject:
-    """One block of the paper's Switch; a small vocabulary, so that the block is what is measured."""
-    config = SwitchConfig(
-        name="switch_block", layers=1, width=768, heads=12, ffn_hidden=3072, ffn_groups=1, experts=8,
-        positions="learned", norm="post",
-    )  # fmt: skip
-    return Subject(Switch(config, 256, 128).to(DEVICE), batch_of(256, 16, 128), RECIPE)
-
-
-def vgg(size: str, repeats: int, wanted: float | None) -> Case:
-    return Case(lambda: images.vgg(size), lambda subject: images.twin_step(size, subject.batch), repeats, wanted)
-
-
 CASES = {
-    "bert_base": Case(lambda: bert("base"), stock_encoder, 9, 1.05),
-    "bert_mini": Case(lambda: bert("mini"), stock_encoder, 21, None),
-    "vgg16": vgg("vgg16", 9, 1.20),
-    "vgg16_mini": vgg("vgg16_mini", 15, None),
-    "switch_block": Case(switch_block, stock_encoder, 15, 1.05),
+    "bert_base": Case(9, 1.05),
+    "bert_mini": Case(21, None),
+    "vgg16": Case(9, 1.20),
+    "vgg16_mini": Case(15, None),
+    "switch_block": Case(15, 1.05),
 }
 
 
-def alternatives(subject: Subject) -> dict[str, Action]:
+def alternatives(dense: Subject) -> dict[str, Action]:
     """Steps that train a third without gates, by the ways that PyTorch offers."""
-    layers = unit_layers(subject.model)
-    parameters = [p for layer in layers for p in layer.unit_parameters().values()]
-    frozen = [p for i, layer in enumerate(layers) if i % 3 for p in layer.unit_parameters().values()]
+    layers = [[part.parameter for part in gate.parts.values()] for gate in dense.gates.layers]
+    parameters = [parameter for layer in layers for parameter in layer]
+    frozen = [p for i, layer in enumerate(layers) if i % 3 for p in layer]
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def mask() -> None:
@@ -121,49 +91,47 @@ def alternatives(subject: Subject) -> dict[str, Action]:
             parameter.requires_grad_(wanted)
 
     return {
-        "mask after backward": subject.launched(after=mask),
-        "gradient hooks": subject.launched(before=hook, after=unhook),
-        "frozen layers, two of three": subject.launched(before=lambda: freeze(False), after=lambda: freeze(True)),
+        "mask after backward": dense.launched(after=mask),
+        "gradient hooks": dense.launched(before=hook, after=unhook),
+        "frozen layers, two of three": dense.launched(
+            before=lambda: freeze(False), after=lambda: freeze(True)
+        ),
     }
 
 
-def executed(subject: Subject, share: float, mode: BackwardMode) -> int:
-    """FLOPs of a step."""
-    set_share(subject.model, share, mode)
-    return flops.training_step(subject.model, subject.batch).everything
-
-
-def peak(subject: Subject, share: float) -> int:
+def peak(name: str, share: float) -> int:
     """Peak memory of a step in ``cut`` beyond model and optimiser, behind a dense step."""
-    subject.launched()()
-    subject.optimiser.clear()
-    return peak_bytes(subject.launched(share))
+    measured = subject(name)
+    measured.launched()()
+    return peak_bytes(measured.launched(share))
 
 
 def peak_of(name: str, share: float) -> int:
-    """The same by a case's name, on a CPU in a process of its own: there the process's memory is measured."""
-    if DEVICE.type == "cuda":
-        return peak(CASES[name].make(), share)
+    """The same, on a CPU in a process of its own: there the process's memory is measured."""
+    if DEVICE.type == "cuda" or TOY:
+        return max(1, peak(name, share))
     return int(in_process("gates", "--peak", name, share))
 
 
 def measure(name: str, case: Case) -> tuple[pd.DataFrame, list[Row]]:
     """All shares and modes of a case, and the alternatives, each beside the dense step."""
-    subject = case.make()
-    dense, stock = subject.step(), case.stock(subject)
-    whole = executed(subject, 1.0, "cut")
+    measured = subject(name)
+    dense, stock = measured.step(), stock_twin(measured)
+    whole = measured.flops(1.0, "cut").everything
     peaks = {share: peak_of(name, share) for share in PEAKS}
     found, rows = [], []
     for mode in MODES:
-        *times, plain = medians([dense, *(subject.step(share, mode) for share in SHARES), stock], case.repeats)
+        steps = [measured.step(share, mode) for share in SHARES]
+        *times, plain = medians([dense, *steps, stock], case.repeats)
         if mode == "cut":
             rows.append(row(f"{name}: all active against stock layers", times[0], plain, 1.02))
         for share, spent in zip(SHARES, times[1:], strict=True):
-            ratio, work = spent / times[0], executed(subject, share, mode) / whole
+            ratio, work = spent / times[0], measured.flops(share, mode).everything / whole
             found.append(
                 {
-                    "case": name, "way": mode, "share": share, "seconds": spent, "seconds_dense": times[0],
-                    "flops": work * whole, "time_ratio": ratio, "flops_ratio": work,
+                    "case": name, "way": mode, "share": share, "seconds": spent,
+                    "seconds_dense": times[0], "flops": work * whole, "time_ratio": ratio,
+                    "flops_ratio": work,
                     "time_saved_over_flops_saved": (1 - ratio) / (1 - work) if work < 1 else None,
                     "peak_bytes": peaks.get(share) if mode == "cut" else None,
                 }
@@ -175,19 +143,21 @@ def measure(name: str, case: Case) -> tuple[pd.DataFrame, list[Row]]:
     for share, more in zip(PEAKS[1:], PEAKS, strict=False):
         label = f"{name}: peak memory of a step, {share:.2f} active against {more:.2f}, cut"
         rows.append(row(label, peaks[share], peaks[more], 1.0, "byte"))
-    ways = alternatives(subject)
-    times = medians([subject.launched(), *ways.values()], case.repeats)
+    ways = alternatives(measured)
+    times = medians([measured.launched(), *ways.values()], case.repeats)
     for way, spent in zip(ways, times[1:], strict=True):
-        found.append({"case": name, "way": way, "share": 1 / 3, "seconds": spent, "seconds_dense": times[0],
-                      "time_ratio": spent / times[0]})  # fmt: skip
+        about = {"case": name, "way": way, "share": 1 / 3, "seconds": spent}
+        found.append({**about, "seconds_dense": times[0], "time_ratio": spent / times[0]})
         rows.append(row(f"{name}: step with {way}, against dense", spent, times[0], None))
     return pd.DataFrame(found), rows
 
 
 def draw(frame: pd.DataFrame) -> None:
-    """Time and peak memory against the active share, one panel per case, beside the FLOPs and the alternatives."""
+    """Time and peak memory against the active share, one panel per case."""
     cases = list(dict.fromkeys(frame["case"]))
-    figure, axes = plt.subplots(1, len(cases), figsize=(4.6 * len(cases), 4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(4.6 * len(cases), 4), squeeze=False, sharey=True
+    )
     for axis, name in zip(axes[0], cases, strict=True):
         of_case = frame[frame["case"] == name]
         peaks = of_case.dropna(subset="peak_bytes")
@@ -196,10 +166,12 @@ def draw(frame: pd.DataFrame) -> None:
         markers = iter("sx^")
         for way, rows in of_case.groupby("way", sort=False):
             if colour := COLOURS.get(str(way)):
-                axis.plot(rows["share"], rows["time_ratio"], color=colour, marker="o", label=f"{way}: seconds")
-                axis.plot(rows["share"], rows["flops_ratio"], color=colour, linestyle="--", label=f"{way}: FLOPs")
+                for column, style in (("time_ratio", "o-"), ("flops_ratio", "--")):
+                    label = f"{way}: {'seconds' if column == 'time_ratio' else 'FLOPs'}"
+                    axis.plot(rows["share"], rows[column], style, color=colour, label=label)
             else:
-                axis.plot(rows["share"], rows["time_ratio"], "k", marker=next(markers), linestyle="", label=way)
+                marker = next(markers)
+                axis.plot(rows["share"], rows["time_ratio"], f"k{marker}", label=way)
         axis.set(title=name, xlabel="active share of units", ylim=(0, 1.2))
     axes[0][0].legend(fontsize=7)
     axes[0][0].set_ylabel("ratio to the dense step")
@@ -215,7 +187,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SHARE"))
     arguments = parser.parse_args()
     if arguments.peak:
-        print(json.dumps(peak(CASES[arguments.peak[0]].make(), float(arguments.peak[1]))))
+        print(json.dumps(peak(arguments.peak[0], float(arguments.peak[1]))))
         return
     for name in arguments.cases or CASES:
         torch.manual_seed(0)

@@ -1,6 +1,8 @@
-"""Measure things in turn, A B A B, on the CPU or a CUDA device, and write ratios of medians with machine and versions.
+"""Measure things in turn, A B A B, on a CPU or a CUDA device, and write ratios of medians.
 
-Results lie in ``benchmarks/results/<name>.json``, or ``<name>-cuda.json`` where there is a CUDA device to measure on.
+Results lie in ``benchmarks/results/<name>.json``, or ``<name>-cuda.json`` of a CUDA device, with the
+machine and versions; BENCHMARK_RESULTS names another folder. With BENCHMARK_TOY everything is small
+and measured once, to see that it runs: such numbers mean nothing.
 """
 
 import ctypes
@@ -12,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,14 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 from mat.suite.allocator import keep_freed_memory
-from mat.suite.config import Config, HardwareConfig, TrainConfig
-from mat.suite.interface import Batch, UnitModel
-from mat.suite.optim import build_optimiser
+from mat.suite.config import Config, HardwareConfig
 from mat.suite.runs import environment
-from mat.suite.stepper import Stepper
-from mat.suite.units import BackwardMode, unit_layers
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+TOY = bool(os.environ.get("BENCHMARK_TOY"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MODES: tuple[BackwardMode, ...] = ("cut", "exact")
 LOAD_BEFORE = os.getloadavg()
 Action = Callable[[], object]
 
@@ -52,106 +48,12 @@ class Row:
     unit: str
 
 
-# --- steps
+# --- measuring
 
 
 def autocast(bfloat16: bool = True) -> torch.autocast:
     """The context that all steps and estimates run in."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16)
-
-
-def set_share(model: nn.Module, share: float, mode: BackwardMode) -> None:
-    """``share`` of every layer's units active, spread evenly over it."""
-    for layer in unit_layers(model):
-        wanted = round(share * layer.n_units)
-        active = np.zeros(layer.n_units, bool)
-        active[np.arange(wanted) * layer.n_units // max(1, wanted)] = True
-        layer.set_active(active, mode)
-
-
-def nothing() -> None:
-    """What happens before and after the backward of most steps."""
-
-
-class Subject:
-    """A model in training; its steps share the optimiser and the gates.
-
-    Args:
-        model: The model, on ``DEVICE``.
-        batch: The batch of every step, there too.
-        recipe: Optimiser, learning rate and clipping.
-        bfloat16: Autocast; else the model's own precision.
-        forward: Runs in place of the model in :meth:`launched` steps, such as its compiled form.
-    """
-
-    def __init__(
-        self, model: UnitModel, batch: Batch, recipe: TrainConfig, bfloat16: bool = True,
-        forward: Callable[[Any], Any] | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.batch, self.recipe, self.bfloat16 = model, batch, recipe, bfloat16
-        self.forward = forward or model
-        self.optimiser = build_optimiser(model, recipe)
-
-    def backward(self) -> None:
-        """Forward and backward, gates as they stand."""
-        self.model.train()
-        self.optimiser.clear()
-        with autocast(self.bfloat16):
-            loss = self.model.loss_of_outputs(self.forward(self.batch), self.batch)
-            extra = self.model.auxiliary_loss()
-        torch.autograd.backward(loss if extra is None else loss + extra)
-
-    def step(self, share: float = 1.0, mode: BackwardMode = "cut") -> Action:
-        """A training step as in a run, a share of the units active; on CUDA a graph of its own, from the third call."""
-        context, graphs = partial(autocast, self.bfloat16), DEVICE.type == "cuda"
-        stepper = Stepper(self.model, self.optimiser, context, self.recipe.clip, graphs=graphs)
-
-        def run() -> None:
-            set_share(self.model, share, mode)
-            stepper.step(self.batch, self.recipe.lr)
-
-        return run
-
-    def launched(self, share: float = 1.0, before: Action = nothing, after: Action = nothing) -> Action:
-        """The same in ``cut``, every kernel launched by itself; ``before`` and ``after`` lie around its backward."""
-
-        def run() -> None:
-            set_share(self.model, share, "cut")
-            before()
-            self.backward()
-            after()
-            self.optimiser.clip(self.recipe.clip)
-            self.optimiser.step(self.recipe.lr)
-
-        return run
-
-
-def stock_step(model: nn.Module, loss: Callable[[], Tensor], recipe: TrainConfig) -> Action:
-    """The same step as a plain loop over stock layers, with torch's own optimiser."""
-    optimiser: torch.optim.Optimizer
-    if recipe.optimiser == "sgd":
-        momentum, decay = recipe.momentum, recipe.weight_decay
-        optimiser = torch.optim.SGD(model.parameters(), recipe.lr, momentum, weight_decay=decay)
-    else:
-        betas = recipe.betas[0], recipe.betas[1]
-        optimiser = torch.optim.AdamW(
-            model.parameters(), recipe.lr, betas, recipe.eps, recipe.weight_decay, fused=True
-        )  # fmt: skip
-
-    def run() -> None:
-        model.train()
-        optimiser.zero_grad()
-        with autocast():
-            value = loss()
-        value.backward()
-        if recipe.clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimiser.step()
-
-    return run
-
-
-# --- measuring
 
 
 def seconds(action: Action) -> float:
@@ -166,6 +68,7 @@ def seconds(action: Action) -> float:
 
 def medians(actions: list[Action], repeats: int, warmup: int = 2) -> list[float]:
     """Median seconds of several actions measured in turn, warm-up excluded."""
+    repeats, warmup = (1, 0) if TOY else (repeats, warmup)
     times: list[list[float]] = [[] for _ in actions]
     for repeat in range(warmup + repeats):
         for action, record in zip(actions, times, strict=True):
@@ -176,9 +79,10 @@ def medians(actions: list[Action], repeats: int, warmup: int = 2) -> list[float]
 
 
 def peak_bytes(action: Action) -> int:
-    """Largest memory during one call beyond what was held before it: the device's, or the process's on a CPU.
+    """Largest memory during one call beyond what was held before it.
 
-    On a CPU for :func:`in_process`. Call something like it before, so that libraries and their scratch space are there.
+    The device's; on a CPU the process's, so call it in a process of its own there
+    (:func:`in_process`), behind something like it: libraries' scratch space is there then.
     """
     gc.collect()
     if DEVICE.type == "cuda":
@@ -198,7 +102,8 @@ def peak_bytes(action: Action) -> int:
 def in_process(benchmark: str, *arguments: object) -> Any:
     """What ``python -m benchmarks.<benchmark>`` prints last, as JSON, in a process of its own.
 
-    Its C library gives back every large block as soon as it is freed, so that the process's peak is what was alive.
+    Its C library gives back every large block as soon as it is freed, so that the process's peak is
+    what was alive.
     """
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", *map(str, arguments)]
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
@@ -212,8 +117,8 @@ def _wait() -> None:
 
 
 def _resident(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 # --- results
@@ -229,29 +134,34 @@ def row(name: str, ours: float, other: float, wanted: float | None, unit: str = 
 
 def path_of(name: str, suffix: str) -> Path:
     """The file of a result."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     return RESULTS / f"{name}{'-cuda' if DEVICE.type == 'cuda' else ''}.{suffix}"
 
 
 def write(name: str, rows: list[Row], merge: bool = False, **found: Any) -> None:
-    """Write the comparisons, and whatever else was found; with ``merge`` an earlier file's rows of other parts stay."""
+    """Write the comparisons, and whatever else was found.
+
+    With ``merge`` an earlier file's rows of other parts stay.
+    """
     path, parts = path_of(name, "json"), {r.name.partition(":")[0] for r in rows}
     earlier = json.loads(path.read_text())["rows"] if merge and path.is_file() else []
-    about = environment(Config(hardware=HardwareConfig(device=DEVICE.type, precision="bfloat16")))
+    hardware = HardwareConfig(device=DEVICE.type, precision="bfloat16")
+    about = environment(Config(hardware=hardware))
     del about["exclusive"]  # the load averages tell
     command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     content = {
         "environment": {**about, "command": command, "cores": os.cpu_count()},
         "load_average": {"before": LOAD_BEFORE, "after": os.getloadavg()},
         "statistic": "medians of interleaved runs, warm-up excluded; ratio = ours / other",
-        "rows": [r for r in earlier if r["name"].partition(":")[0] not in parts] + [asdict(r) for r in rows],
+        "rows": [r for r in earlier if r["name"].partition(":")[0] not in parts]
+        + [asdict(r) for r in rows],
         **found,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_table(name: str, frame: pd.DataFrame, part: str) -> pd.DataFrame:
-    """Write a table; of an earlier one the rows with other values in column ``part`` stay, and are returned, too."""
+    """Write a table; rows of an earlier one with other values in column ``part`` stay."""
     path = path_of(name, "csv")
     if path.is_file():
         earlier = pd.read_csv(path)

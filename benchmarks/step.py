@@ -1,87 +1,37 @@
-"""Training steps: ours against a plain loop over ``transformers.BertForMaskedLM``, and the estimator's share of a run.
+"""Dense training steps against transformers', and the estimator's share of a run.
 
     python -m benchmarks.step
 
-Equal size, batch, masks and precision (bf16 autocast); both update with torch's fused AdamW and clip gradients. Gated
-steps: ``python -m benchmarks.gates``.
+Ours against a plain loop over ``transformers.BertForMaskedLM``: equal size, batch, masks and
+precision (bf16 autocast); both update with torch's fused AdamW and clip gradients. Gated steps:
+``python -m benchmarks.gates``.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, Row, Subject, autocast, medians, row, set_share, stock_step, write
-from benchmarks.switch import their_layer
-from mat.suite import flops, ntk
-from mat.suite.bert import Bert, MaskedEncoder
+from benchmarks.harness import DEVICE, TOY, Row, autocast, medians, row, write
+from benchmarks.subjects import (
+    TEXT,
+    TEXTS,
+    Subject,
+    by_label,
+    stock_encoder,
+    stock_step,
+    subject,
+    tokens,
+)
+from mat import flops, ntk
 from mat.suite.compose import CONF, register_schemas, resolve
-from mat.suite.config import BertConfig, TrainConfig
-from mat.suite.data.masking import MaskedBatch, mask
+from mat.suite.config import BertConfig, Config, TextConfig
+from mat.suite.data.masking import MaskedBatch
 from mat.suite.models import build
-from mat.suite.switch import Experts
-from mat.suite.units import UnitIndex, unit_layers
+from mat.suite.models.bert import MaskedEncoder
 
-SIZES = {
-    "mini": (BertConfig("bert_mini", "bert", 4, 128, 4, 512, 8, "learned", "post"), 4096, 16, 128),
-    "base": (BertConfig("bert", "bert", 12, 768, 12, 3072, 12, "learned", "post"), 30522, 16, 128),
-}
 REPEATS = {"mini": 15, "base": 5}
-RECIPE = TrainConfig(pflops=1, batch=16, lr=1e-4)
-
-
-def batch_of(vocabulary: int, samples: int, length: int) -> MaskedBatch:
-    """A masked batch of random tokens."""
-    tokens = np.random.default_rng(0).integers(5, vocabulary, (samples, length)).astype(np.uint16)
-    return mask(tokens, 0.15, 4, 5, vocabulary, [0]).to(DEVICE)
-
-
-def bert(size: str) -> Subject:
-    """A BERT with random tokens."""
-    config, vocabulary, samples, length = SIZES[size]
-    return Subject(Bert(config, vocabulary, length).to(DEVICE), batch_of(vocabulary, samples, length), RECIPE)
-
-
-def twin(model: MaskedEncoder) -> Any:
-    """``transformers.BertForMaskedLM`` of a model's size; a switch layer becomes the sparse MLP of its Switch."""
-    import transformers
-
-    config, (vocabulary, width) = model.config, model.tokens.shape
-    assert model.positions is not None
-    theirs = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=vocabulary, hidden_size=width, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, intermediate_size=config.ffn_hidden,
-            max_position_embeddings=len(model.positions), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )
-    )  # fmt: skip
-    for layer, block in zip(theirs.bert.encoder.layer, model.blocks, strict=True):
-        if isinstance(block.ffn, Experts):
-            layer.intermediate, layer.output.dense = their_layer(block.ffn), nn.Identity()
-    return theirs.to(DEVICE)
-
-
-def by_label(theirs: Any, batch: MaskedBatch) -> Callable[[], Tensor]:
-    """The loss as transformers offers it: logits everywhere, label -100 where nothing is masked."""
-    labels = torch.full((batch.inputs.numel(),), -100, device=DEVICE)
-    labels[batch.positions] = batch.targets
-    labels = labels.view_as(batch.inputs)
-    return lambda: theirs(input_ids=batch.inputs, labels=labels).loss
-
-
-def by_position(theirs: Any, batch: MaskedBatch) -> Callable[[], Tensor]:
-    """The loss with logits at the masked positions only, as ours: equal products."""
-
-    def loss() -> Tensor:
-        hidden = theirs.bert(input_ids=batch.inputs).last_hidden_state.flatten(0, 1)
-        return F.cross_entropy(theirs.cls(hidden.index_select(0, batch.positions)).float(), batch.targets)
-
-    return loss
 
 
 def main() -> None:
@@ -89,53 +39,66 @@ def main() -> None:
     rows: list[Row] = []
     for size, repeats in REPEATS.items():
         torch.manual_seed(0)
-        subject = bert(size)
-        theirs = twin(subject.model)
-        ours, other = medians(
-            [subject.step(), stock_step(theirs, by_label(theirs, subject.batch), RECIPE)], repeats
-        )  # fmt: skip
-        rows.append(row(f"{size}: dense step against transformers", ours, other, 1 / 1.3))
+        ours = subject(f"bert_{size}")
+        theirs = stock_encoder(cast(MaskedEncoder, ours.model))
+        loss = by_label(theirs, cast(MaskedBatch, ours.batch))
+        times = medians([ours.step(), stock_step(theirs, loss, TEXT)], repeats)
+        rows.append(row(f"{size}: dense step against transformers", *times, 1 / 1.3))
         if size == "mini":
-            rows += [estimator(subject.model), share_of_a_run()]
+            rows += [estimator(ours), share_of_a_run()]
         write("step", rows)
 
 
-def estimator(model: Bert) -> Row:
+def estimator(ours: Subject) -> Row:
     """One call of the estimator (n = 32, m = 1) against a dense step of 64 sequences."""
-    _, vocabulary, _, length = SIZES["mini"]
-    probe, dense = batch_of(vocabulary, 32, length), Subject(model, batch_of(vocabulary, 64, length), RECIPE).step()
+    _, vocabulary, _, length = TEXTS["bert_mini"]
+    probe = tokens(vocabulary, 32, length)
+    dense = Subject(ours.model, tokens(vocabulary, 64, length), TEXT).step()
 
     def call() -> None:
         with autocast():
-            ntk.estimate(model, probe)
+            ntk.estimate(ours.model, probe)
 
-    ours, other = medians([call, dense], 9)
-    return row("mini: estimator call against a dense step of 64 sequences", ours, other, 0.7)
+    times = medians([call, dense], 9)
+    return row("mini: estimator call against a dense step of 64 sequences", *times, 0.7)
+
+
+def run_of_table1() -> Config:
+    """A MAT run of Table 1, mini, as configured."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["+experiment=table1_mini", "method=mat", "dataset.root=null"]
+        config = resolve(compose("config", overrides))
+    if TOY:
+        config.model, config.dataset.vocabulary, config.dataset.length, *_ = TEXTS["bert_mini"]
+    return config
 
 
 def share_of_a_run() -> Row:
-    """All calls of the estimator in a MAT run of Table 1, mini, against the run's seconds; sizes as configured."""
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = resolve(compose("config", ["+experiment=table1_mini", "method=mat", "dataset.root=null"]))
+    """All calls of the estimator in a MAT run of Table 1, mini, against the run's seconds."""
+    config = run_of_table1()
     data, selection, train = config.dataset, config.selection, config.train
+    assert isinstance(data, TextConfig) and isinstance(config.model, BertConfig)
     model = build(config, data.vocabulary).to(DEVICE)
-    probe = batch_of(data.vocabulary, selection.samples, data.length)
-    index = UnitIndex(unit_layers(model), selection.units)
-    training = Subject(model, batch_of(data.vocabulary, train.batch, data.length), train)
+    training = Subject(model, tokens(data.vocabulary, train.batch, data.length), train)
+    probe = tokens(data.vocabulary, selection.samples, data.length)
     memory, m = config.hardware.estimator_bytes, selection.projections
 
     def call() -> None:
         with autocast():
-            ntk.estimate(model, probe, index, projections=m, memory_bytes=memory)
+            ntk.estimate(model, probe, projections=m, memory_bytes=memory)
 
     call_seconds, step_seconds = medians([call, training.step(selection.share)], 25)
     calls = math.ceil(1 / selection.interval)
-    spent = calls * flops.estimate(model, probe, index.layers, selection.reduction, m, memory).figure
-    set_share(model, selection.share, "cut")
-    steps = (config.method.budget * train.pflops * 1e15 - spent) / flops.training_step(model, training.batch).figure
+    with autocast():
+        once = flops.estimate(
+            model, probe, passes=m, memory_bytes=memory, vocabulary=("decoder",)
+        )  # fmt: skip
+    budget = config.method.budget * train.pflops * 1e15
+    steps = (budget - calls * once.figure) / training.flops(selection.share, "cut").figure
     ours = calls * call_seconds
-    return row("mini: estimator calls of a run against the run", ours, ours + steps * step_seconds, 0.02)
+    whole = ours + steps * step_seconds
+    return row("mini: estimator calls of a run against the run", ours, whole, 0.02)
 
 
 if __name__ == "__main__":

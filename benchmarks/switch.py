@@ -1,54 +1,36 @@
-"""A dense switch layer, forward and backward, against the sparse MLP of ``transformers`` at equal sizes.
+"""A dense switch layer, forward and backward, against the sparse MLP of ``transformers``.
 
     python -m benchmarks.switch
 
-bf16 autocast, 16 x 128 tokens, 8 experts, the same router weights. Ours computes capacity factor x tokens slots; theirs
-has no limit, so that at factor 1 both compute equally many rows. Beside it the other ways to compute experts: one by
-one, all in one padded batch product, ``grouped_mm`` over the tokens in order of their experts (no padding, no drops).
-Gates of a Switch block: ``python -m benchmarks.gates switch_block``.
+Equal sizes and router weights, bf16 autocast, 16 x 128 tokens, 8 experts. Ours computes capacity
+factor x tokens slots; theirs has no limit, so that at factor 1 both compute equally many rows.
+Beside it the other ways to compute experts: one by one, all in one padded batch product,
+``grouped_mm`` over the tokens in order of their experts (no padding, no drops). Gates of a Switch
+block: ``python -m benchmarks.gates switch_block``.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, Row, autocast, medians, row, write
-from mat.suite import switch
-from mat.suite.config import SwitchConfig
-from mat.suite.switch import Experts
+from benchmarks.harness import DEVICE, TOY, Row, autocast, medians, row, write
+from benchmarks.subjects import BLOCK, stock_experts
+from mat.suite.models import switch
+from mat.suite.models.switch import Experts
 
-SAMPLES, LENGTH, EXPERTS = 16, 128, 8
-WANTED = {256: 1 / 1.5, 768: 1.0}
-REPEATS = {256: 21, 768: 7}
+SAMPLES, LENGTH = (2, 16) if TOY else (16, 128)
+WANTED = {32: None} if TOY else {256: 1 / 1.5, 768: 1.0}  # by width
+REPEATS = {32: 1, 256: 21, 768: 7}
 
 
 def layer_of(width: int, factor: float) -> Experts:
     """Our layer."""
-    return Experts(
-        SwitchConfig(
-            name="layer", layers=1, width=width, heads=4, ffn_hidden=4 * width, ffn_groups=1, experts=EXPERTS,
-            capacity_factor=factor, positions="rotary", norm="pre",
-        )
-    ).to(DEVICE)  # fmt: skip
-
-
-def their_layer(ours: Experts) -> nn.Module:
-    """Theirs with our router."""
-    from transformers import SwitchTransformersConfig
-    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
-
-    theirs: nn.Module = SwitchTransformersSparseMLP(
-        SwitchTransformersConfig(
-            d_model=ours.config.width, d_ff=ours.config.ffn_hidden, num_experts=EXPERTS, expert_capacity=10**9,
-            dense_act_fn="gelu", dropout_rate=0.0, router_jitter_noise=0.0,
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        theirs.router.classifier.weight.copy_(ours.router)  # type: ignore[union-attr,operator]
-    return theirs.to(DEVICE).train()
+    config = replace(BLOCK, width=width, ffn_hidden=4 * width, capacity_factor=factor)
+    return Experts(config).to(DEVICE)
 
 
 class Grouped(nn.Module):
@@ -60,15 +42,14 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        tokens = x.flatten(0, 1)
-        gate, expert, load = self.ours._route(tokens)
+        tokens = x.flatten(0, 1)  # (N, D)
+        probability, expert, load = self.ours.route(tokens)
         order, ends = expert.argsort(stable=True), load.cumsum(0, dtype=torch.int32)
         rows, of = tokens[order], expert[order]
-        for name, bias in self.ours.products.items():
-            weight, biases = self.ours.get_parameter(name), self.ours.get_parameter(str(bias))
-            rows = F.gelu(rows) if name == "out_weight" else rows
-            rows = F.grouped_mm(rows.bfloat16(), weight.bfloat16().mT, offs=ends) + biases.bfloat16()[of]
-        return (rows * gate[order, None])[order.argsort()].view_as(x)
+        w_in, b_in, w_out, b_out = (each.bfloat16() for each in self.ours.stacked())
+        hidden = F.gelu(F.grouped_mm(rows.bfloat16(), w_in.mT, offs=ends) + b_in[of])
+        rows = F.grouped_mm(hidden, w_out.mT, offs=ends) + b_out[of]
+        return (rows * probability[order, None])[order.argsort()].view_as(x)
 
 
 def chunked(action: Callable[[], None], at_once: int) -> Callable[[], None]:
@@ -84,7 +65,10 @@ def chunked(action: Callable[[], None], at_once: int) -> Callable[[], None]:
 def ways(ours: Experts, x: Tensor, gradient: Tensor) -> list[Row]:
     """The layer as shipped against the other ways to compute its experts."""
     width, shipped = ours.config.width, forward_and_backward(ours, x, gradient)
-    others = {"one expert at a time": chunked(shipped, 1), "all experts at once": chunked(shipped, 2**40)}
+    others = {
+        "one expert at a time": chunked(shipped, 1),
+        "all experts at once": chunked(shipped, 2**40),
+    }
     grouped = forward_and_backward(Grouped(ours), x, gradient)
     try:
         grouped()
@@ -92,7 +76,10 @@ def ways(ours: Experts, x: Tensor, gradient: Tensor) -> list[Row]:
     except (AttributeError, RuntimeError) as error:
         print(f"no grouped_mm here: {str(error).splitlines()[0]}")
     one, *rest = medians([shipped, *others.values()], REPEATS[width])
-    return [row(f"width {width}: as shipped against {n}", one, t, 1.05) for n, t in zip(others, rest, strict=True)]
+    return [
+        row(f"width {width}: as shipped against {name}", one, time, 1.05)
+        for name, time in zip(others, rest, strict=True)
+    ]
 
 
 def forward_and_backward(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
@@ -109,7 +96,7 @@ def forward_and_backward(layer: nn.Module, x: Tensor, gradient: Tensor) -> Calla
 
 
 def main() -> None:
-    """Both widths, at capacity factors 1 and 1.25, and beside a plain feed-forward layer of the same width."""
+    """Both widths, at factors 1 and 1.25, and beside a feed-forward layer of the same width."""
     rows: list[Row] = []
     for width, wanted in WANTED.items():
         torch.manual_seed(0)
@@ -117,14 +104,16 @@ def main() -> None:
         roomy.load_state_dict(ours.state_dict())
         x = torch.randn(SAMPLES, LENGTH, width, device=DEVICE, requires_grad=True)
         gradient = torch.randn(SAMPLES, LENGTH, width, device=DEVICE)
-        plain = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)).to(DEVICE)
-        layers = [ours, roomy, their_layer(ours), plain]
-        one, more, theirs, dense = medians([forward_and_backward(m, x, gradient) for m in layers], REPEATS[width])
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        layers = [ours, roomy, stock_experts(ours), nn.Sequential(up, nn.GELU(), down).to(DEVICE)]
+        actions = [forward_and_backward(layer, x, gradient) for layer in layers]
+        one, more, theirs, dense = medians(list(actions), REPEATS[width])
         dropped = ", ".join(f"{float(m.monitors()['drop_rate']):.3f}" for m in (ours, roomy))
         print(f"width {width}: dropped shares of the tokens {dropped}")
         rows.append(row(f"width {width}: factor 1 against transformers", one, theirs, wanted))
         rows.append(row(f"width {width}: factor 1.25 against transformers", more, theirs, None))
-        rows.append(row(f"width {width}: factor 1 against a feed-forward layer", one, dense, None))
+        label = f"width {width}: factor 1 against a feed-forward layer"
+        rows.append(row(label, one, dense, None))
         rows += ways(ours, x, gradient)
         write("switch", rows)
 

@@ -105,8 +105,8 @@ class Gates:
 
     def indices(self) -> list[Tensor]:
         """Every tensor of row numbers in use: a CUDA graph reads them as long as it lives."""
-        found = [index for gate in self.layers for index in gate.indices()]
-        return [index for index in found if isinstance(index, Tensor)]
+        every = (index for gate in self.layers for index in gate.indices())
+        return [index for index in every if isinstance(index, Tensor)]
 
     def maybe_select(
         self,
@@ -292,7 +292,29 @@ class Gates:
                 gate.transparent = False
 
     def guard(self, optimiser: torch.optim.Optimizer) -> None:
-        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`."""
+        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`.
+
+        Args:
+            optimiser: Of the model's parameters, or what accelerate made of one.
+
+        Raises:
+            ValueError: If it has none of the units' parameters, or other parameters stand in the
+                places of the model's, as with FSDP.
+        """
+        optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
+        present = {id(parameter) for parameter in self.model.parameters()}
+        for part in self.parts():
+            if id(part.parameter) not in present:
+                raise ValueError(
+                    f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
+                )
+        theirs = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        trained = {id(part.parameter) for part in self.parts() if part.parameter.requires_grad}
+        if trained and not trained & theirs:
+            raise ValueError(
+                "the optimiser has none of the units' parameters: make it of the attached model's "
+                "parameters"
+            )
         guard(optimiser)
 
     def reset(self) -> None:

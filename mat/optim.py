@@ -33,12 +33,11 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def __init__(self, params: Given, defaults: dict[str, Any], compact: bool = False) -> None:
         self.compact = compact
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle."""
-        state: dict[str, Any] = super().__getstate__()
-        return state | {"compact": self.compact}
+        return {**super().__getstate__(), "compact": self.compact}
 
     def parts(self) -> Iterable[tuple[dict[str, Any], nn.Parameter, GatedPart | None]]:
         """Every parameter with its group, and what a gate has of it."""
@@ -51,12 +50,8 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def gradients(self) -> list[Tensor]:
         """All gradients there are; of gated parameters those of the active rows."""
-        found = []
-        for _, parameter, part in self.parts():
-            gradient = parameter.grad if part is None else part.gradient()
-            if gradient is not None:
-                found.append(gradient)
-        return found
+        every = (p.grad if part is None else part.gradient() for _, p, part in self.parts())
+        return [gradient for gradient in every if gradient is not None]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
@@ -71,8 +66,8 @@ class UnitOptimiser(torch.optim.Optimizer):
         gradients = self.gradients()
         norm = nn.utils.get_total_norm(gradients)
         if max_norm is not None:
-            held = [g for _, p, part in self.parts() if (g := _held(p, part)) is not None]
-            torch._foreach_mul_(held, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            stored = [g for _, p, part in self.parts() if (g := _stored(p, part)) is not None]
+            torch._foreach_mul_(stored, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -95,14 +90,20 @@ class UnitOptimiser(torch.optim.Optimizer):
             self._drift(moved, group, self.state[parameter], part)
             put(parameter, part.frozen, part.dim, moved)
 
+    def _note_use(self) -> None:
+        """Blocks are not to be added to after a step."""
+        for _, _, part in self.parts():
+            if part is not None:
+                part.used = part.block is not None
+
     def _drift(
         self, moved: Tensor, group: dict[str, Any], state: dict[str, Tensor], part: GatedPart
     ) -> None:
         raise NotImplementedError
 
 
-def _held(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
-    """The tensor that holds a parameter's gradient."""
+def _stored(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
+    """The tensor that a parameter's gradient is stored in."""
     if part is not None and part.block is not None:
         return part.block
     return parameter.grad
@@ -182,10 +183,13 @@ class AdamW(UnitOptimiser):
                 )  # fmt: skip
         for finish in afterwards:
             finish()
+        self._note_use()
+        for _, kept in self._views.values():
+            kept.gradients = []  # their memory is the next step's
         return loss
 
     def _state(self, parameter: nn.Parameter, part: GatedPart | None) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             shape = () if part is None else (len(part.runs),)
             state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
@@ -219,8 +223,8 @@ class AdamW(UnitOptimiser):
             rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
             kept = self._views[id(parameter)] = key, rows
         if kept is not None and kept[0] == key:
-            split = torch.split(gradient, part.run_lengths)
-            kept[1].gradients = list(map(_laid_out, split, kept[1].parameters))
+            runs = torch.split(gradient, part.run_lengths)
+            kept[1].gradients = list(map(_laid_out, runs, kept[1].parameters))
             return kept[1]
         whole = [t.transpose(0, part.dim) for t in tensors]  # rows first
         blocks = [take(t, part.active, 0).contiguous() for t in whole]
@@ -301,13 +305,13 @@ class SGD(UnitOptimiser):
                 loss = closure()
         for group in self.param_groups:
             self._step_group(group)
+        self._note_use()
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         """A few list operations over all parameters of a group."""
-        found: list[
-            tuple[list[Tensor], Index, int]
-        ] = []  # tensors, and where their active rows are
+        # Tensors, and where their active rows are.
+        places: list[tuple[list[Tensor], Index, int]] = []
         lists: tuple[list[Tensor], ...] = ([], [], [])  # parameters, momenta, gradients
         for parameter in group["params"]:
             part: GatedPart | None = getattr(parameter, "_gated", None)
@@ -319,7 +323,7 @@ class SGD(UnitOptimiser):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             index, dim = (None, 0) if part is None else (part.active, part.dim)
             tensors = [parameter.detach(), state["momentum_buffer"]]
-            found.append((tensors, index, dim))
+            places.append((tensors, index, dim))
             if part is not None:
                 gradient = gradient.transpose(0, dim)
             rows = (*(take(t, index, dim) for t in tensors), gradient)
@@ -333,7 +337,7 @@ class SGD(UnitOptimiser):
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
         descend(parameters, momenta, group["lr"])
-        for i, (tensors, index, dim) in enumerate(found):
+        for i, (tensors, index, dim) in enumerate(places):
             if isinstance(index, Tensor):  # otherwise they were views
                 put(tensors[0], index, dim, parameters[i])
                 put(tensors[1], index, dim, momenta[i])

@@ -124,7 +124,7 @@ def damaged(run: Path, whole: Path, command: list[str], number: int) -> tuple[st
         return what, f"BROKEN: {(error + shown.stderr)[-300:]}"
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     if code == 2 and len(lines) == 1 and one_sentence(lines[0].removeprefix("error: ")):
-        return what, "told"
+        return f"{what}: {lines[0][:60]} ... {lines[0][-60:]}", "told"
     if code:
         return what, f"BROKEN ({code}): {error[-300:]}"
     if complete and path.parent.name == "checkpoint":  # which a complete run does not read

@@ -16,8 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mat.suite.flops import flop_counter
-from mat.suite.vgg import Vgg
 from omegaconf import OmegaConf
 from short_runs import (
     STEP,

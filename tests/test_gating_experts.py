@@ -96,8 +96,8 @@ def test_experts_by_number_equal_slices(mode: str) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize("chosen", ["two apart", "none"])
-def test_compact_gradients_are_blocks(chosen: str) -> None:
+def test_compact_gradients_are_blocks() -> None:
+    chosen = "two apart"
     layer, x, g = layer_of(1.0)
     gates = attach(layer, SETS[chosen], "cut")
     wanted = gradients(layer, x, g)
@@ -109,6 +109,16 @@ def test_compact_gradients_are_blocks(chosen: str) -> None:
         rows = torch.tensor(SETS[chosen], dtype=torch.bool)
         assert part.parameter.grad is None and block is not None
         assert torch.equal(block, wanted[part.part.parameter][rows])  # type: ignore[index]
+
+
+def test_without_active_experts_there_are_no_compact_gradients() -> None:
+    layer, x, g = layer_of(1.0)
+    for part in attach(layer, SETS["none"], "cut").parts():
+        part.compact = True
+    layer(x).backward(g)
+    assert all(layer.get_parameter(n).grad is None for n in gating.STACKED)
+    assert all(part.gradient() is None for part in layer._gates.parts())  # type: ignore
+    assert layer.router.weight.grad is not None
 
 
 @pytest.mark.parametrize("mode", ["cut", "exact"])

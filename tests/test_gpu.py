@@ -2,21 +2,20 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
-import naive
 import numpy as np
 import pytest
 import torch
-from mat.suite.attention import attention, rotary_table
-from mat.suite.units import BackwardMode, unit_layers
-from short_runs import SWITCH, VGG, events, small
-from test_switch import without_gaps
-from test_units import active_gradients, active_rows, assert_same_gradients, frozen_units
-from tiny import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
-from mat import gram
-from mat.suite import engine, ntk
+import mat
+from mat import gram, ntk
+from mat.suite import engine
+from mat.suite.models.attention import attention, rotary_table
 from mat.suite.stepper import Stepper
+from tests.gradients import attach, gated_gradients
+from tests.short_runs import SWITCH, VGG, events, small
+from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,23 +40,29 @@ def test_triton_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     gram_triton = pytest.importorskip("mat.gram_triton")
     calls, plain = [], gram_triton.gram
     monkeypatch.setattr(gram_triton, "gram", lambda a, b: calls.append(a.shape) or plain(a, b))
-    model = tiny_bert(dtype=torch.float32, length=64, width=48, ffn_hidden=48).to(DEVICE)  # 16 rows of a unit
+    # Units of 16 rows.
+    model = tiny_bert(dtype=torch.float32, length=64, width=48, ffn_hidden=48).to(DEVICE)
     batch = tiny_batch(length=64).to(DEVICE)
+    units = mat.find_units(model, groups=3)
     with torch.autocast("cuda", torch.bfloat16):
-        ntk.estimate(model, batch)
-    assert len(calls) == sum(len(layer.products) for layer in unit_layers(model))
+        ntk.estimate(model, batch, units)
+    assert len(calls) == sum(
+        part.parameter.endswith("weight") for layer in units.layers for part in layer.parts
+    )
 
 
 @pytest.mark.parametrize("reduction, projections", [("random", 1), ("random", 3), ("sum", 1), ("loss", 1)])
 def test_estimator_equals_the_cpu(reduction: ntk.Reduction, projections: int) -> None:
     """In float32, and in bf16 autocast within its eight bits."""
     model, batch = tiny_bert(dtype=torch.float32), tiny_batch(samples=4)
-    expected = ntk.estimate(model, batch, reduction=reduction, projections=projections)
+    options: dict[str, Any] = {"reduction": reduction, "projections": projections}
+    options |= {"units": mat.find_units(model, groups=3), "loss": model.loss_of_outputs}
+    expected = ntk.estimate(model, batch, **options)
     there = copy.deepcopy(model).to(DEVICE)
-    found = ntk.estimate(there, batch.to(DEVICE), reduction=reduction, projections=projections)
+    found = ntk.estimate(there, batch.to(DEVICE), **options)
     np.testing.assert_allclose(found.lambda_max, expected.lambda_max, rtol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
-        rough = ntk.estimate(there, batch.to(DEVICE), reduction=reduction, projections=projections)
+        rough = ntk.estimate(there, batch.to(DEVICE), **options)
     np.testing.assert_allclose(rough.lambda_max, expected.lambda_max, rtol=0.1)
 
 
@@ -79,19 +84,23 @@ def test_attention_equals_the_cpu(rotary: bool) -> None:
 @pytest.mark.parametrize("active", [0, 1, 2, 99], ids=["none", "one", "two", "all"])
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 @pytest.mark.parametrize("family", ["bert", "switch", "vgg"])
-def test_gate_gradients_equal_the_dense_reference(family: str, mode: BackwardMode, active: int) -> None:
-    """In float64: heads, groups, experts and filters against the references that loop over units on the CPU."""
+def test_gate_gradients_equal_the_dense_reference(family: str, mode: str, active: int) -> None:
+    """In float64: heads, groups, experts and filters against loops over units on the CPU."""
     model = {"bert": tiny_bert, "switch": tiny_switch, "vgg": tiny_vgg}[family]()
-    batch = tiny_images() if family == "vgg" else tiny_batch()
-    for layer in unit_layers(model):
-        layer.set_active(np.arange(layer.n_units) < active, mode)
-    of = naive.filter_gradients if family == "vgg" else naive.gradients
-    dense = of(model, batch, frozen_units(model) if mode == "cut" else ())
-    expected = active_rows(model, without_gaps(model, dense))
+    batch: Any = tiny_images() if family == "vgg" else tiny_batch()
+    gates = attach(model, mode)
+    gates.set_active(gates.units.unit < active)
+    expected = gated_gradients(model, gates, batch)
     there = copy.deepcopy(model).to(DEVICE)
+    moved: mat.Gates = there._gates  # type: ignore[assignment]
+    moved.set_active(gates.units.unit < 0)
+    moved.set_active(gates.units.unit < active)
     there.loss(batch.to(DEVICE)).backward()
-    found = {name: None if g is None else g.cpu() for name, g in active_gradients(there).items()}
-    assert_same_gradients(found, expected, rtol=1e-8)
+    for name, parameter in there.named_parameters():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(
+            found.cpu(), expected[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("memory_bytes", [300, 2**20])
@@ -109,9 +118,11 @@ def test_routed_gram_equals_the_cpu(memory_bytes: int) -> None:
 @pytest.mark.parametrize("family", ["switch", "vgg"])
 def test_kernels_of_experts_and_filters_equal_the_cpu(family: str) -> None:
     model = {"switch": tiny_switch, "vgg": tiny_vgg}[family]()
-    batch = tiny_images() if family == "vgg" else tiny_batch()
-    expected = ntk.estimate(model, batch, projections=2, kernels=True).kernels
-    found = ntk.estimate(copy.deepcopy(model).to(DEVICE), batch.to(DEVICE), projections=2, kernels=True).kernels
+    batch: Any = tiny_images() if family == "vgg" else tiny_batch()
+    units = mat.find_units(model, groups=3)
+    expected = ntk.estimate(model, batch, units, projections=2, kernels=True).kernels
+    there = copy.deepcopy(model).to(DEVICE)
+    found = ntk.estimate(there, batch.to(DEVICE), units, projections=2, kernels=True).kernels
     assert expected is not None and found is not None
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-8 * float(expected.max()))
 

@@ -6,6 +6,7 @@ Two backward modes (paper section 5):
 ``exact``  only the weight gradients of frozen units are skipped: the others get the dense gradient.
 """
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +18,7 @@ from mat.units import REST, BoolArray, IntArray, Part
 
 BackwardMode = Literal["cut", "exact"]
 Index = None | slice | Tensor  # of an axis: all of it, a run of it, or numbers
+SETS = 16  # of a layer, whose indices are kept
 
 
 def as_index(wanted: BoolArray, device: torch.device) -> Index:
@@ -78,11 +80,12 @@ class GatedPart:
         active: Index of the rows that train (those of no unit included).
         frozen: Index of the others.
         compact: Whether gradients are blocks.
+        used: Whether the optimiser has taken a step along the block that there is.
     """
 
     def __init__(self, gate: "Gate", parameter: nn.Parameter, part: Part) -> None:
         self.gate, self.parameter, self.part = gate, parameter, part
-        self.compact = False
+        self.compact = self.used = False
         self._leaf: Tensor | None = None
         owner = part.owner
         edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
@@ -115,20 +118,31 @@ class GatedPart:
         return self.count > 0 or not self.compact
 
     def update(self) -> None:
-        """Follow the gate."""
+        """Follow the gate, and the parameter to its device."""
         self.active, self.frozen, self.count = self.gate.divide(self.part.owner)
+        self._run_of_row = self._run_of_row.to(self.parameter.device)
         active = self.gate.active
         # Number, start and stop of every run that trains.
         self.active_runs = [
             (i, a, b) for i, (u, a, b) in enumerate(self.runs) if u == REST or active[u]
         ]
         self.run_lengths = [b - a for _, a, b in self.active_runs]
-        self._leaf = None
+        self._leaf, self.used = None, False
 
     def home(self, weight: Tensor) -> Tensor:
-        """What autograd differentiates in a forward pass that runs with ``weight``."""
+        """What autograd differentiates in a forward pass that runs with ``weight``.
+
+        Raises:
+            RuntimeError: If the block of an earlier step is still there: torch would add to it.
+        """
         if not self.compact or self.whole or weight is not self.parameter:
             return weight
+        if self.used:
+            raise RuntimeError(
+                f"the gradient of {self.part.parameter} is that of an earlier step: with "
+                "compact=True clear gradients with optimizer.zero_grad(), as model.zero_grad() "
+                "does not see them"
+            )
         if self._leaf is None:
             shape = (self.count, *self.rest_shape)
             nothing = weight.detach().new_zeros(()).expand(shape)
@@ -162,11 +176,11 @@ class GatedPart:
 
     def per_row(self, values: Tensor) -> Tensor:
         """Values of the runs (runs,) for every row of the divided axis, (size,)."""
-        self._run_of_row = self._run_of_row.to(values.device)
         return values[self._run_of_row]
 
     def clear(self) -> None:
         """Forget the block."""
+        self.used = False
         if self._leaf is not None:
             self._leaf.grad = None
 
@@ -176,6 +190,14 @@ class GatedPart:
         shape = list(self.parameter.shape)
         shape[0], shape[self.dim] = shape[self.dim], shape[0]
         return tuple(shape[1:])
+
+
+@dataclass
+class Indices:
+    """What :meth:`Gate.divide` and :meth:`Gate.widen` have found for one set, by division."""
+
+    divided: dict[bytes, tuple[Index, Index, int]] = field(default_factory=dict)
+    widened: dict[bytes, Index] = field(default_factory=dict)
 
 
 class Gate:
@@ -197,8 +219,10 @@ class Gate:
         self.transparent = False
         self.parts: dict[str, GatedPart] = {}
         self.device = torch.device("cpu")
-        self._divisions: dict[bytes, tuple[Index, Index, int]] = {}
-        self._widened: dict[bytes, Index] = {}
+        self._indices = Indices()
+        # Of the last sets. One that comes back copies nothing to the device again: while a CUDA
+        # graph is captured, such a copy is an error.
+        self._sets: dict[tuple[torch.device, bytes], Indices] = {}
 
     def add(self, parameter: nn.Parameter, part: Part) -> GatedPart:
         """Take in a part."""
@@ -213,17 +237,17 @@ class Gate:
         Args:
             owner: (size,) the unit of each row, or ``REST``. Equal divisions give the same objects.
         """
-        key = owner.tobytes()
-        if key not in self._divisions:
+        key, divided = owner.tobytes(), self._indices.divided
+        if key not in divided:
             mask = (owner == REST) | self.active[owner]
             pair = as_index(mask, self.device), as_index(~mask, self.device)
-            self._divisions[key] = *pair, int(mask.sum())
-        return self._divisions[key]
+            divided[key] = *pair, int(mask.sum())
+        return divided[key]
 
     def indices(self) -> list[Index]:
         """All indices in use."""
-        divided = [index for pair in self._divisions.values() for index in pair[:2]]
-        return divided + list(self._widened.values())
+        divided = [index for pair in self._indices.divided.values() for index in pair[:2]]
+        return divided + list(self._indices.widened.values())
 
     def widen(self, owner: IntArray, size: int) -> Index:
         """Index of ``size`` rows: first those that train, then as many others as it takes.
@@ -237,20 +261,22 @@ class Gate:
             return None
         if size == count:
             return active
-        key = owner.tobytes()
-        if key not in self._widened:
+        key, widened = owner.tobytes(), self._indices.widened
+        if key not in widened:
             trains = (owner == REST) | self.active[owner]
             first, others = np.flatnonzero(trains), np.flatnonzero(~trains)[: size - count]
-            self._widened[key] = torch.from_numpy(np.concatenate([first, others])).to(self.device)
-        return self._widened[key]
+            widened[key] = torch.from_numpy(np.concatenate([first, others])).to(self.device)
+        return widened[key]
 
     def update(self) -> None:
         """Follow the flat vector, and the parameters to their device."""
         self.version += 1
         self.n_active = int(self.active.sum())
-        self._divisions.clear()
-        self._widened.clear()
         self.device = next(iter(self.parts.values())).parameter.device
+        key = self.device, self.active.tobytes()
+        self._indices = self._sets[key] = self._sets.pop(key, Indices())  # the newest last
+        if len(self._sets) > SETS:
+            del self._sets[next(iter(self._sets))]
         for part in self.parts.values():
             part.update()
 

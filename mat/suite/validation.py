@@ -15,6 +15,10 @@ UNFIT_FOR_IMAGES = {
 }
 KINDS = {"bert": ("heads", "ffn"), "switch": ("heads", "experts", "ffn"), "vgg": ("filters",)}
 MODALITY = {"bert": "text", "switch": "text", "vgg": "image"}
+COUPLES = {  # models in whose forward pass a sample's outputs depend on the batch
+    "switch": "the capacity of experts is that of a batch",
+    "vgg": "batch norm takes the statistics of a batch",
+}
 SUITS = {  # what to choose beside a model
     "bert": "selection=mini",
     "switch": "selection=experts_mini",
@@ -103,11 +107,16 @@ def _check_units(config: Config) -> None:
                 f"selection.units={kind} is none of model={model.name}: add {SUITS[model.family]}."
             )
         one_of("selection.units", kind, kinds)
-    # Batch norm, capacity: samples are coupled
-    if selection.reduction == "online" and model.family != "bert":
+    if selection.reduction == "online" and model.family in COUPLES:
         raise UserError(
             "selection.reduction=online cannot tell apart the samples of a training step of "
             f"model={model.family}, which its forward pass couples: choose random."
+        )
+    if config.train.accumulation > 1 and model.family in COUPLES:
+        raise UserError(
+            f"train.accumulation={config.train.accumulation} changes the gradient of "
+            f"model={model.family}, where {COUPLES[model.family]}: set train.accumulation=1 and "
+            "lower train.batch if memory is short."
         )
     if method.policy == "random" and selection.share is None:
         raise UserError(

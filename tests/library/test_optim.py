@@ -273,3 +273,39 @@ def test_another_division_goes_on_with_the_largest_step_count():
     mat.attach_(net, mat.MATConfig(groups=3, log=False))
     optimiser.step()
     assert optimiser.state[net[0].weight]["step"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("rule", MAKERS)
+def test_a_block_of_an_earlier_step_is_not_added_to(rule):
+    net, gates = layer()
+    optimiser = MAKERS[rule](net.parameters(), True)
+    gates.set_active(SETS[1])
+    hand_over(net, gates, gradients(net, 0), compact=True)
+    part = next(gates.parts())
+    assert part.home(net[0].weight).grad is not None  # accumulation before a step is fine
+    optimiser.step()
+    net.zero_grad()
+    with pytest.raises(RuntimeError, match=r"0.weight .* clear gradients with optimizer.zero_grad"):
+        part.home(net[0].weight)
+    optimiser.zero_grad()
+    assert part.home(net[0].weight).grad is None
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_channels_last_kernels_train_as_contiguous_ones(compact):
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double()
+        net = net.to(memory_format=layout)
+        gates = mat.attach_(net, mat.MATConfig(log=False))
+        optimiser = mat.AdamW(net.parameters(), lr=0.1, compact=compact)
+        images = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+        for step in range(3):
+            gates.set_active(np.arange(12) % (step + 1) == step)  # all, then fewer
+            net(images).square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        results.append([p.detach().contiguous() for p in net.parameters()])
+    for contiguous, last in zip(*results, strict=True):
+        torch.testing.assert_close(last, contiguous, rtol=1e-9, atol=1e-12)
