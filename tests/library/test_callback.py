@@ -136,7 +136,7 @@ def test_compact_optimiser_is_refused_in_a_sentence(tmp_path: Path) -> None:
 
 def test_trackers_get_the_numbers(uninterrupted: tuple[Path, Any]) -> None:
     lines = [line for line in uninterrupted[1].state.log_history if "loss" in line]
-    assert lines[-1]["mat/active"] == 0.5 and 0 < lines[-1]["mat/skipped_backward"] < 0.5
+    assert lines[-1]["mat/active"] == 0.5 and 0 < lines[-1]["mat/skipped_backward_by_weights"] < 0.5
 
 
 def test_checkpoint_loads_into_an_ordinary_model(uninterrupted: tuple[Path, Any]) -> None:
