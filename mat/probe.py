@@ -43,15 +43,15 @@ def pick(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
     Raises:
         ValueError: If that is no tensor.
     """
-    found = result if output is None else output(result)
-    if output is None and not isinstance(found, Tensor):
-        found = getattr(found, "logits", None)
-    if not isinstance(found, Tensor):
+    outputs = result if output is None else output(result)
+    if output is None and not isinstance(outputs, Tensor):
+        outputs = getattr(outputs, "logits", None)
+    if not isinstance(outputs, Tensor):
         raise ValueError(
             f"a {type(result).__name__} is no tensor and has no logits: pick the outputs by "
             "output=lambda result: ..."
         )
-    return found
+    return outputs
 
 
 def joined(batches: Sequence[Any]) -> Any:
