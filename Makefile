@@ -5,6 +5,8 @@ RUN := $(VENV)/bin/python
 SCALE ?= mini
 HARDWARE ?=
 RUNS ?= results/runs
+MINUTES ?= 9
+OUT ?= results/gpu
 SUFFIX := $(if $(filter full,$(SCALE)),,_mini)
 ifeq ($(filter $(SCALE),mini full),)
 $(error SCALE=$(SCALE) is not known: choose mini or full)
@@ -15,7 +17,7 @@ CONTROLS := method=fitted$(comma)mat_equal
 ON := $(if $(HARDWARE),hardware=$(HARDWARE))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1 table1-controls table2 table3 tables claims figures report bench gpu-check lowest robust clean
+.PHONY: help demo test lint table1 table1-controls table2 table3 tables claims figures report bench gpu lowest robust clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -80,9 +82,10 @@ bench: $(VENV)/installed ## time the dense step, the gates and the estimator aga
 	$(RUN) -m benchmarks.fidelity
 	$(RUN) -m benchmarks.scaling
 	$(RUN) -m benchmarks.compiled
+	$(RUN) -m benchmarks.attach
 
-gpu-check: $(VENV)/installed ## every test and benchmark that needs a CUDA device, and a report of them
-	$(RUN) -m benchmarks.gpu_check
+gpu: $(VENV)/installed ## what needs a CUDA device, as far as MINUTES go; call it again until all is done
+	$(RUN) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
 lowest: ## the lowest declared versions together, in an environment of their own: a short run
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

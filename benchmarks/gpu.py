@@ -177,17 +177,20 @@ class Record:
         date = time.strftime("%Y-%m-%d %H:%M")
         about = {"verdict": verdict, "seconds": round(seconds), "date": date, "code": code}
         self.done[step.name] = {**about, "said": said.splitlines()[-60:]}
+        self.write()
+
+    def write(self) -> Path:
+        """Write it, and what was done in words; the path of these."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.done, indent=1) + "\n")
-
-    def report(self) -> str:
-        """All that was done, in words."""
         parts = ["# What `make gpu` found\n"]
         for name, about in self.done.items():
             said = "\n".join(about["said"])
             heading = f"## {name}: {about['verdict']}, {about['seconds']} s, {about['date']}"
             parts.append(f"{heading}\n\n```\n{said}\n```\n")
-        return "\n".join(parts)
+        report = self.path.with_name("report.md")
+        report.write_text("\n".join(parts))
+        return report
 
 
 def code_digest() -> str:
@@ -245,18 +248,21 @@ def here(command: Sequence[str], log: Path) -> int:
 
 
 def kept_files(record: Record) -> dict[str, Path]:
-    """What must be kept, by its place in the repository."""
-    report = record.path.with_name("report.md")
-    report.write_text(record.report())
-    files = {f"results/gpu/{path.name}": path for path in (record.path, report)}
-    for place, folder in (
-        ("results/runs", WORK / "runs"), ("results/gpu/finetune", WORK / "finetune"),
-        ("benchmarks/results", WORK / "benchmarks"),
-    ):  # fmt: skip
+    """What must be kept, by its place in the repository; of runs those that are complete."""
+    files = {f"results/gpu/{path.name}": path for path in (record.write(), record.path)}
+
+    def add(place: str, folder: Path) -> None:
         for path in folder.rglob("*"):
             parts = path.relative_to(folder).parts
-            if path.is_file() and path.suffix != ".pt" and not {"checkpoint", "cache"} & set(parts):
+            left_out = path.suffix == ".pt" or {"checkpoint", "cache"} & set(parts)
+            if path.is_file() and not left_out:
                 files["/".join((place, *parts))] = path
+
+    add("results/gpu/finetune", WORK / "finetune")
+    add("benchmarks/results", WORK / "benchmarks")
+    for summary in (WORK / "runs").rglob("summary.json"):
+        run = summary.parent.relative_to(WORK / "runs")
+        add(f"results/runs/{run.as_posix()}", summary.parent)
     return files
 
 

@@ -130,6 +130,7 @@ class Experiment:
 
 EXPERIMENTS = (
     Experiment("Table 1, mini: BERT", "table1_seeds", "bert_mini", "alpha", PAPER_TABLE_1),
+    Experiment("Table 1: BERT", "table1_one_seed", "bert", "alpha", PAPER_TABLE_1),
     Experiment("Table 2, mini: Switch", "table2_mini", "switch_mini", "share", PAPER_TABLE_2),
     Experiment(
         "Table 3, mini: VGG16",

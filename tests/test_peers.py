@@ -1,17 +1,20 @@
-"""The benchmark compares equals: every peer finds the estimator's numbers, in float64 at tiny size."""
+"""The benchmark compares equals: every peer finds the estimator's numbers, in float64."""
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_batch, tiny_bert
+from small_models import tiny_batch, tiny_bert
 
 from benchmarks.peers import Contenders
-from mat.suite import ntk
+from benchmarks.subjects import gates_of
+from mat import ntk
 
 
 @pytest.fixture(scope="module")
 def contenders() -> Contenders:
-    return Contenders(tiny_bert(norm="pre", positions="rotary"), tiny_batch(samples=4), bfloat16=False)
+    model = tiny_bert(norm="pre", positions="rotary")
+    gates_of(model)
+    return Contenders(model, tiny_batch(samples=4), bfloat16=False)
 
 
 @pytest.mark.parametrize("name", ["vmap(grad)", "ntk tutorial", "BackPACK"])

@@ -209,3 +209,23 @@ def test_state_survives_saving_and_loading():
             optimiser.zero_grad()
         runs.append([p.detach() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_channels_last_kernels_train_as_contiguous_ones(compact):
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double()
+        net = net.to(memory_format=layout)
+        gates = mat.attach_(net, mat.MATConfig(log=False))
+        optimiser = mat.AdamW(net.parameters(), lr=0.1, compact=compact)
+        images = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+        for step in range(3):
+            gates.set_active(np.arange(12) % (step + 1) == step)  # all, then fewer
+            net(images).square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        results.append([p.detach().contiguous() for p in net.parameters()])
+    for contiguous, last in zip(*results, strict=True):
+        torch.testing.assert_close(last, contiguous, rtol=1e-9, atol=1e-12)
