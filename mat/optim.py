@@ -33,7 +33,7 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def __init__(self, params: Given, defaults: dict[str, Any], compact: bool = False) -> None:
         self.compact = compact
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
 
     def parts(self) -> Iterable[tuple[dict[str, Any], nn.Parameter, GatedPart | None]]:
         """Every parameter with its group, and what a gate has of it."""
@@ -105,7 +105,7 @@ def _held(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
 
 @dataclass
 class _Rows:
-    """A parameter with its state as the kernel takes it: whole, or a tensor per run of active rows."""
+    """A parameter and its state as the kernel takes them: whole, or by run of active rows."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -167,9 +167,10 @@ class AdamW(UnitOptimiser):
             if id(group) in lists:
                 rows = lists[id(group)]
                 adamw(
-                    rows.parameters, rows.gradients, rows.exp_avgs, rows.exp_avg_sqs, [], rows.steps,
-                    fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                    lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                    rows.parameters, rows.gradients, rows.exp_avgs, rows.exp_avg_sqs, [],
+                    rows.steps, fused=True, amsgrad=False, beta1=group["betas"][0],
+                    beta2=group["betas"][1], lr=group["lr"], eps=group["eps"],
+                    weight_decay=group["weight_decay"], maximize=False,
                 )  # fmt: skip
         for finish in afterwards:
             finish()
@@ -178,7 +179,7 @@ class AdamW(UnitOptimiser):
         return loss
 
     def _state(self, parameter: nn.Parameter, part: GatedPart | None) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             shape = () if part is None else (len(part.runs),)
             state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
