@@ -1,6 +1,6 @@
 """MAT by alpha (eq. 4): loss, active share and stopped units against alpha, for each scope.
 
-python -m results.alpha       # writes results/figures/alpha_mini.{png,svg}
+python -m results.alpha       # writes results/figures/alpha_mini.png
 """
 
 import sys
@@ -19,15 +19,20 @@ from results.cli import command, parser_of, save_figure
 from results.curves import LINES, STYLE
 from results.frame import read_runs
 
-RUNS = "alpha_mini"
+RUNS, SEEDS = "alpha_mini", "table1_seeds"  # pilots of one seed; runs at one alpha, other seeds
 SCOPES = {"all": ("all units", "#D55E00", "o-"), "kind": ("units of a kind", "#0072B2", "s--")}
-LABELS = {"baseline": "baseline, all FLOPs", "fitted": "fitted", "mat": "MAT by share",
-          "static": "a fixed third"}  # fmt: skip
+OTHERS = {  # label, colour and dashes of the runs without alpha; MAT by share lies on the third's
+    "baseline": ("baseline, all FLOPs", *LINES["baseline"]),
+    "fitted": ("fitted", *LINES["fitted"]),
+    "static": ("a fixed third", LINES["static"][0], "-"),
+    "mat": ("MAT by share, a third", "#CC79A7", ":"),
+}
 COLUMNS = {  # heading and label of the axis, by column of ``points``
     "loss": ("Best validation loss", "nats per masked token"),
     "active": ("Mean active share", "share of the units"),
     "stopped": ("Stopped for good at the end (eq. 7)", "share of the units"),
 }
+TOP = 5.1  # of the axis of losses; what lies above is written at the edge
 
 
 def stopped_share(run: Glance) -> float:
@@ -53,62 +58,76 @@ def points(runs: Sequence[Glance]) -> pd.DataFrame:
         }
         for run in filter(_by_alpha, runs)
     ]
-    return pd.DataFrame(rows).sort_values(["scope", "alpha", "seed"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=["scope", "alpha", "seed", *COLUMNS])
+    return table.sort_values(["scope", "alpha", "seed"], ignore_index=True)
 
 
-def _panel(axes: Axes, table: pd.DataFrame, column: str) -> None:
+def _panel(axes: Axes, pilots: pd.DataFrame, seeds: pd.DataFrame, column: str) -> None:
     for scope, (label, colour, style) in SCOPES.items():
-        own = table[table["scope"] == scope]
-        if own.empty:
-            continue
-        mean = own.groupby("alpha")[column].mean()
-        seeds = own["seed"].nunique()
-        axes.plot(mean.index, mean, style, color=colour, label=f"MAT, {label} (n = {seeds})")
-        axes.plot(own["alpha"], own[column], ".", color=colour, markersize=3, alpha=0.6)
+        own, others = (table[table["scope"] == scope] for table in (pilots, seeds))
+        if len(own):
+            axes.plot(own["alpha"], own[column], style, color=colour, label=f"MAT, {label}")
+        if len(others):
+            axes.plot(
+                *(others["alpha"], others[column], "D"), color=colour, markersize=5,
+                markerfacecolor="none", label=f"the same, {len(others)} other seeds",
+            )  # fmt: skip
     title, label = COLUMNS[column]
-    ticks = sorted(table["alpha"].unique())
+    ticks = sorted(pilots["alpha"].unique())
     axes.set(title=title, xlabel="alpha", ylabel=label, xscale="log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def draw(root: Path, out: Path) -> list[Path]:
-    """Draw the figure.
+def _losses_above(axes: Axes, table: pd.DataFrame) -> None:
+    """Write at the top of the panel what lies beyond it."""
+    for row in table[table["loss"] > TOP].itertuples():
+        axes.annotate(
+            f"{row.loss:.2f}", (row.alpha, TOP), xytext=(0, -3), textcoords="offset points",
+            ha="center", va="top", color=SCOPES[str(row.scope)][1],
+        )  # fmt: skip
+
+
+def picture(root: Path) -> Figure:
+    """The figure.
 
     Args:
         root: Folder of all runs.
-        out: Folder for the files.
-
-    Returns:
-        The files written: PNG, SVG.
 
     Raises:
-        UserError: If there is no run by alpha, or a run cannot be read.
+        UserError: If there is no pilot by alpha, or a run cannot be read.
     """
     runs = read_runs(root, RUNS)
     if not any(map(_by_alpha, runs)):
         raise UserError(f"{root / RUNS} holds no run of MAT by alpha: train one.")
-    table = points(runs)
+    others = read_runs(root, SEEDS) if (root / SEEDS).is_dir() else []
+    pilots, seeds = points(runs), points(others)
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(COLUMNS))
+    for axes, column in zip(panels, COLUMNS, strict=True):
+        _panel(axes, pilots, seeds, column)
+    for method, (label, colour, dashes) in OTHERS.items():
+        for run in runs:
+            if run.method == method and not _by_alpha(run) and run.best is not None:
+                panels[0].axhline(run.best, color=colour, linestyle=dashes, label=label)
+    lowest = min([*pilots["loss"], *seeds["loss"], TOP])
+    panels[0].set_ylim(lowest - 0.1, TOP)
+    _losses_above(panels[0], pilots)
+    panels[1].set_ylim(0, 1)
+    panels[2].set_ylim(-0.02, 1)
+    figure.suptitle(
+        "MAT against alpha: Table 1, mini, 0.7 of the baseline's FLOPs; lines: one seed", x=0.01,
+        ha="left", fontsize=12,
+    )  # fmt: skip
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def draw(root: Path, out: Path) -> Path:
+    """Write the figure as PNG into folder ``out``; the rest is as for ``picture``."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 4.2), layout="constrained")
-        panels = figure.subplots(1, len(COLUMNS))
-        for axes, column in zip(panels, COLUMNS, strict=True):
-            _panel(axes, table, column)
-        panels[1].set_ylim(0, 1)
-        panels[2].set_ylim(-0.02, 1)
-        for method, label in LABELS.items():
-            own = [r for r in runs if r.method == method and not _by_alpha(r)]
-            losses = [run.best for run in own if run.best is not None and run.seed == 1]
-            if losses:
-                colour, dash = LINES[method]
-                panels[0].axhline(losses[0], color=colour, linestyle=dash, linewidth=1, label=label)
-        figure.suptitle(
-            "MAT against alpha: Table 1, mini, 0.7 of the baseline's FLOPs, pilots", x=0.01,
-            ha="left", fontsize=12,
-        )  # fmt: skip
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=6)
-        return save_figure(figure, out / RUNS, dpi=200)
+        return save_figure(picture(root), out / RUNS, dpi=200)
 
 
 @command
@@ -116,8 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when the figure could not be drawn."""
     parser = parser_of("alpha", "Draw MAT against alpha.", "results/figures")
     chosen = parser.parse_args(arguments)
-    for path in draw(chosen.runs, chosen.out):
-        print(f"wrote {path}")
+    print(f"wrote {draw(chosen.runs, chosen.out)}")
     return 0
 
 
