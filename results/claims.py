@@ -17,6 +17,7 @@ import numpy as np
 from mat.suite.errors import UserError
 from mat.suite.files import write_text
 from mat.suite.science import differences
+from results.alpha import stopped_share
 from results.cli import command, parser_of
 from results.frame import Run, read_runs
 from results.measures import ACCURACY, LOSS, Array, Score, against
@@ -117,6 +118,9 @@ class Experiment:
         fitted = self.row("fitted")
         return [
             Claim("MAT ends better than by share", mat, share),
+            Claim("by share MAT ends better than the baseline", share, self.row("baseline")),
+            Claim("by share MAT ends better than a fixed third, kept", share, static),
+            Claim("a fixed third ends better than the baseline", static, self.row("baseline")),
             Claim("MAT ends better than a fixed third, kept", mat, static),
             Claim("MAT ends better than a third by gradient norms", mat,
                   self.row("gradnorm", "share")),
@@ -258,12 +262,72 @@ def section(experiment: Experiment, root: Path) -> Section | None:
     return Section(title, [Column(header, texts) for header, texts in columns])
 
 
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and the range where there are several."""
+    if not len(values):
+        return EMPTY
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return text
+
+
+def outlier(run: Run) -> float | None:
+    """The largest eigenvalue over the median at a run's last estimate; None without estimates."""
+    if run.units is None or "lambda_max" not in run.units:
+        return None
+    known = run.units.dropna(subset="lambda_max")
+    if known.empty:
+        return None
+    last = known.loc[known["t"] == known["t"].max(), "lambda_max"]
+    return float(last.max() / last.median())
+
+
+def row_section(experiment: Experiment, root: Path) -> Section:
+    """What the claims of an experiment rest on: each row over its seeds.
+
+    Raises:
+        UserError: If a run cannot be read.
+    """
+    rows, score = read_rows(root, experiment.runs), experiment.score
+    lines = []
+    for (model, method, by), runs in sorted(rows.items()):
+        summaries = [run.summary for run in runs.values()]
+        scores = [score.shown * s[f"best_validation_{score.name}"] for s in summaries]
+        tests = [score.shown * s[f"test_{score.name}"] for s in summaries]
+        deviation = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else EMPTY
+        name = f"{method} by {by}" if by else method
+        lines.append([
+            name if model == experiment.model else f"{name}, {model}",
+            str(len(runs)),
+            _spread(scores, 3),
+            deviation,
+            f"{np.mean(tests):.3f}",
+            _spread([s["active_share"] for s in summaries], 2),
+            _spread([stopped_share(r) for r in runs.values() if r.units is not None], 2),
+            _spread([r for run in runs.values() if (r := outlier(run)) is not None], 0),
+        ])  # fmt: skip
+    headers = (
+        "row", "seeds", f"best validation {score.name}, mean (range)", "sd",
+        f"test {score.name}", "mean active share (range)", "stopped at the end (range)",
+        "largest over median eigenvalue (range)",
+    )  # fmt: skip
+    columns = zip(headers, zip(*lines, strict=True), strict=True)
+    title = f"{experiment.title}: rows"
+    return Section(title, [Column(header, texts) for header, texts in columns])
+
+
 NOTES = (
     RULE,
     "A number is the difference of test scores at the best validation, of FLOPs the share of what "
     "the baseline needed to its best validation. Both sides of a claim have the same seeds, in the "
     "order given; the paper's numbers are differences and ratios of its means.",
     "Intervals are percentile bootstrap intervals, which are too narrow with few seeds.",
+    "By alpha the first set, chosen after a twentieth of the FLOPs, is mostly far larger than "
+    "those that follow: that MAT ends better than it says that most units need not train, not "
+    "that the set has to move. By share both sets have the same size.",
+    "Eigenvalues are those of the last estimate: of a set that is kept, that which chose it. By "
+    "eq. (4) with alpha = 0.1 a unit trains only above about a tenth of the largest.",
     "With 0.70 of the baseline's FLOPs MAT ends with its schedule; what it is fairly compared with "
     "is the baseline fitted to the same FLOPs.",
 )
@@ -274,7 +338,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when the claims could not be judged."""
     parser = parser_of("claims", "Hold the paper's claims against paired runs.", "results")
     chosen = parser.parse_args(arguments)
-    sections = [found for e in EXPERIMENTS if (found := section(e, chosen.runs)) is not None]
+    sections = []
+    for experiment in EXPERIMENTS:
+        if (judgements := section(experiment, chosen.runs)) is not None:
+            sections += [judgements, row_section(experiment, chosen.runs)]
     if not sections:
         raise UserError(f"{chosen.runs} holds no runs that claims are about: train table1 first.")
     path = chosen.out / "claims.md"

@@ -13,7 +13,7 @@ from results import alpha, claims
 from results.measures import ACCURACY, LOSS
 from results.paired import HELD, NOT_HELD, OPEN, interval, permutation_p, verdict
 from results.specs import PAPER_TABLE_1, PAPER_TABLE_3
-from tests.test_results import write_run
+from tests.test_results import texts, write_run
 
 EXPERIMENT = claims.Experiment("T", "t", "bert_mini", "alpha", PAPER_TABLE_1)
 BY_ALPHA = {"method__policy": "threshold", "selection__alpha": 0.1, "selection__share": None}
@@ -146,6 +146,20 @@ def test_claims_become_lines_with_verdicts(tmp_path: Path) -> None:
     assert "MAT ends better than lowest first" not in lines  # neither runs nor the paper's number
 
 
+def test_rows_are_described_over_their_seeds(tmp_path: Path) -> None:
+    for seed, last in enumerate((5.0, 7.0)):
+        path = write_run(tmp_path, "mat", seed, [9, 8, 8, last], **BY_ALPHA)
+        eigenvalues = [1.0, 2.0, 4.0, np.nan, 1.0, 2.0, 6.0 + 6 * seed, np.nan]
+        units = pd.DataFrame({
+            "t": [1] * 4 + [2] * 4, "kind": "heads", "layer": 0, "unit": [0, 1, 2, 3] * 2,
+            "lambda_max": eigenvalues, "active": True, "stopped": [False] * 7 + [True],
+        })  # fmt: skip
+        units.to_parquet(path / "units.parquet")
+    (line,) = claims.row_section(EXPERIMENT, tmp_path).rows(str, "{}")
+    assert line[:4] == ["mat by alpha", "2", "6.000 (5.000 to 7.000)", "1.414"]
+    assert line[6:] == ["0.25 (0.25 to 0.25)", "4 (3 to 6)"]
+
+
 def test_higher_accuracies_are_better(tmp_path: Path) -> None:
     experiment = claims.Experiment("T", "t", "vgg16_mini", "share", PAPER_TABLE_3, ACCURACY)
     claim = experiment.claims()[0]
@@ -177,6 +191,6 @@ def test_alpha_points_and_figure(tmp_path: Path) -> None:
     table = alpha.points([r for r in map(look, tmp_path.rglob("seed=*"))])
     assert table["scope"].tolist() == ["all", "kind"] and table["loss"].tolist() == [6, 6]
     assert table["stopped"].tolist() == [0.5, 1]
-    files = alpha.draw(tmp_path, tmp_path / "out")
-    assert [file.name for file in files] == ["alpha_mini.png", "alpha_mini.svg"]
-    assert all(file.stat().st_size < 300_000 for file in files)
+    assert "6.00" in texts(alpha.picture(tmp_path))  # above the top of the panel
+    file = alpha.draw(tmp_path, tmp_path / "out")
+    assert file.name == "alpha_mini.png" and file.stat().st_size < 300_000
