@@ -17,7 +17,7 @@ CONTROLS := method=fitted$(comma)mat_equal
 ON := $(if $(HARDWARE),hardware=$(HARDWARE))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1 table1-controls table2 table3 tables figures report bench gpu lowest robust clean
+.PHONY: help demo test lint table1 table1-controls table2 table3 tables claims figures report bench gpu lowest robust clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -61,6 +61,10 @@ table3: $(VENV)/installed ## train VGG16 on CIFAR-10 with the four methods and t
 
 tables: $(VENV)/installed ## every table whose runs are there
 	$(RUN) -m results.tables all --runs $(RUNS)
+
+claims: $(VENV)/installed ## every claim of the paper and of the controls, with its interval and verdict
+	$(RUN) -m results.claims --runs $(RUNS)
+	$(RUN) -m results.alpha --runs $(RUNS)
 
 figures: $(VENV)/installed ## the runs behind Figures 1 to 5 (complete ones are skipped), then the figures (SCALE=mini or full)
 	for n in 1 2 3 4 5; do $(RUN) launch.py -m +experiment=figure$$n$(SUFFIX) runs=$(RUNS) $(ON) || exit; done

@@ -172,7 +172,8 @@ def draw(frame: pd.DataFrame) -> None:
             else:
                 marker = next(markers)
                 axis.plot(rows["share"], rows["time_ratio"], f"k{marker}", label=way)
-        axis.set(title=name, xlabel="active share of units", ylim=(0, 1.2))
+        axis.set(title=name, xlabel="active share of units")
+        axis.set_ylim(0, max(1.2, 1.05 * of_case["time_ratio"].max()))
     axes[0][0].legend(fontsize=7)
     axes[0][0].set_ylabel("ratio to the dense step")
     figure.tight_layout()

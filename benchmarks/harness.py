@@ -172,6 +172,5 @@ def write_table(name: str, frame: pd.DataFrame, part: str) -> pd.DataFrame:
 
 
 def save(figure: Figure, name: str) -> None:
-    """Write a figure as a bitmap and as vectors."""
-    for suffix in ("png", "svg"):
-        figure.savefig(path_of(name, suffix), dpi=150)
+    """Write a figure as PNG."""
+    figure.savefig(path_of(name, "png"), dpi=150)

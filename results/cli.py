@@ -52,14 +52,10 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def save_figure(figure: "Figure", stem: Path, dpi: int) -> list[Path]:
-    """Write a figure as PNG and SVG, each as a whole or not at all; the same runs make the same
-    files.
-    """
+def save_figure(figure: "Figure", stem: Path, dpi: int) -> Path:
+    """Write a figure as PNG, as a whole or not at all; the same runs make the same file."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-    with replacing(files[0]) as file:
+    path = stem.with_name(f"{stem.name}.png")
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=dpi)
-    with replacing(files[1]) as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return files
+    return path

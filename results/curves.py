@@ -1,6 +1,6 @@
 """Learning curves of a table: validation loss or accuracy against PFLOPs and against seconds.
 
-    python -m results.curves table1_mini       # results/figures/table1_mini_curves.{png,svg}
+    python -m results.curves table1_mini       # results/figures/table1_mini_curves.png
 
 Reads the runs that the table reads, and refuses what the table refuses. A line is the mean over
 seeds, its band one sample standard deviation to either side, both interpolated on a grid that all
@@ -49,7 +49,6 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
-    "svg.hashsalt": "mat",
 }
 
 
@@ -167,43 +166,42 @@ def _panel(
         )
 
 
-def draw(spec: TableSpec, root: Path, out: Path, seeds: int) -> list[Path]:
-    """Draw the curves of a table's rows.
+def picture(spec: TableSpec, root: Path, seeds: int) -> Figure:
+    """The curves of a table's rows.
 
     Args:
         spec: The table.
         root: Folder of all runs.
-        out: Folder for the files.
         seeds: Least number of seeds in each row.
 
-    Returns:
-        The files written: PNG, SVG.
-
     Raises:
-        UserError: If the runs cannot fill the table; nothing is written then.
+        UserError: If the runs cannot fill the table.
     """
     rows = spec.load(root, seeds)
     timed = {key: [run for run in runs if run.timed] for key, runs in rows.items()}
     entropy = rows[spec.baseline][0].summary.get("unigram_entropy")
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _panel(right, spec, timed, "seconds", None)
+    _panel(left, spec, rows, "pflops", entropy)  # last: both panels show its range
+    left.set(
+        title="Against compute",
+        xlabel="PFLOPs executed",
+        ylabel=f"validation {spec.score.name} ({spec.score.unit})",
+    )
+    right.set(title=f"Against time, of runs alone on their machine ({count(timed.values())})",
+              xlabel="seconds of training, selection and estimator")  # fmt: skip
+    figure.suptitle(f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6
+    )
+    return figure
+
+
+def draw(spec: TableSpec, root: Path, out: Path, seeds: int) -> Path:
+    """Write a table's curves as PNG into folder ``out``; the rest is as for ``picture``."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        _panel(right, spec, timed, "seconds", None)
-        _panel(left, spec, rows, "pflops", entropy)  # last: both panels show its range
-        left.set(
-            title="Against compute",
-            xlabel="PFLOPs executed",
-            ylabel=f"validation {spec.score.name} ({spec.score.unit})",
-        )
-        right.set(title=f"Against time, of runs alone on their machine ({count(timed.values())})",
-                  xlabel="seconds of training, selection and estimator")  # fmt: skip
-        figure.suptitle(
-            f"{spec.title} (mean over seeds, band ± 1 sd)", x=0.01, ha="left", fontsize=12
-        )
-        figure.legend(
-            *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=2.6
-        )
-        return save_figure(figure, out / f"{spec.name}_curves", dpi=200)
+        return save_figure(picture(spec, root, seeds), out / f"{spec.name}_curves", dpi=200)
 
 
 @command
@@ -213,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("table", choices=list(SPECS), help="whose rows to draw")
     add_seeds(parser)
     chosen = parser.parse_args(arguments)
-    for path in draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds):
-        say(f"wrote {path}", sys.stdout)
+    path = draw(SPECS[chosen.table], chosen.runs, chosen.out, chosen.seeds)
+    say(f"wrote {path}", sys.stdout)
     return 0
 
 

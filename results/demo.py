@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console().print(table(rows))
     baseline = next(iter(rows.values()))[0].summary
     learned = baseline["unigram_entropy"] - baseline["best_validation_loss"]
-    for path in draw(SPECS["demo"], chosen.runs, chosen.out, seeds=1):
-        say(f"wrote {path}", sys.stdout)
+    say(f"wrote {draw(SPECS['demo'], chosen.runs, chosen.out, seeds=1)}", sys.stdout)
     say(f"The baseline ends {learned:.2f} nats under the unigram entropy.", sys.stdout)
     if learned < MARGIN:
         raise UserError(

@@ -1,7 +1,7 @@
 """Figures 1 to 5 of the paper, eqs. (2) and (3) as plots, and the active set's heat-map: from run
 folders alone.
 
-    python -m results.figures all --suffix _mini       # results/figures/figure1_mini.{png,svg}, ...
+    python -m results.figures all --suffix _mini       # results/figures/figure1_mini.png, ...
 
 Each figure prints the numbers that ``results/LOG.md`` judges the paper's claims by. What a run
 lacks ends its figure with one sentence; the others are still made.
@@ -539,9 +539,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with matplotlib.rc_context(STYLE):
                 figure, said = FIGURES[name](source)
                 _tidy(figure)
-                stem = chosen.out / f"{name}{chosen.suffix}"
-                save_figure(figure, stem, dpi=160)
-            say(f"wrote {stem}.png and .svg: {said}.", sys.stdout)
+                path = save_figure(figure, chosen.out / f"{name}{chosen.suffix}", dpi=160)
+            say(f"wrote {path}: {said}.", sys.stdout)
         except UserError as error:
             say(f"error: no {name}: {error}")
             code = 2
