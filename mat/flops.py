@@ -109,11 +109,11 @@ class Ledger:
             total[term.operation.weight] += int(sum(gradients))
         return total
 
-    def _dense(self) -> tuple[list[Shares], list[bool]]:
+    def _dense(self) -> tuple[list[Shares], list[bool], bool]:
         """What :meth:`_count` takes where nothing is gated."""
-        return [WHOLE] * len(self.terms), [True] * len(self.nodes)
+        return [WHOLE] * len(self.terms), [True] * len(self.nodes), True
 
-    def _state(self, executed: bool = True) -> tuple[list[Shares], list[bool]]:
+    def _state(self, executed: bool = True) -> tuple[list[Shares], list[bool], bool]:
         """What it takes with the gates as they stand."""
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
@@ -132,7 +132,7 @@ class Ledger:
             passes = executed or all(shares[term.number].input_grad for term in node.terms)
             below = passes and any(wanted[child] for child in node.children)
             wanted[at] = below or not idle.issuperset(node.parameters)
-        return shares, wanted
+        return shares, wanted, executed
 
     def passes(self, backward: int) -> Flops:
         """FLOPs of a forward pass and so many backward passes, as if nothing were gated."""
@@ -145,12 +145,13 @@ class Ledger:
             vocabulary=forward + backward * (once.vocabulary - forward),
         )
 
-    def _count(self, shares: Sequence[Shares], wanted: Sequence[bool]) -> Flops:
+    def _count(self, shares: Sequence[Shares], wanted: Sequence[bool], executed: bool) -> Flops:
         """FLOPs of a forward and a backward pass.
 
         Args:
             shares: Of every product.
             wanted: Of every node whether its gradient is.
+            executed: Whether zeros that a closed layer sends down count.
         """
         columns = [Fraction(0)] * 4
 
@@ -159,14 +160,14 @@ class Ledger:
 
         for term in self.terms:
             add(term, 0, shares[term.number].forward * term.operation.flops)
-        for term, inputs, weights in self._gradients(shares, wanted):
+        for term, inputs, weights in self._gradients(shares, wanted, executed):
             add(term, 1, inputs)
             add(term, 2, weights)
         forward, input_grad, weight_grad, vocabulary = (int(total) for total in columns)
         return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
 
     def _gradients(
-        self, shares: Sequence[Shares], wanted: Sequence[bool]
+        self, shares: Sequence[Shares], wanted: Sequence[bool], executed: bool
     ) -> Iterator[tuple[Term, Fraction, Fraction]]:
         """FLOPs of the input and weight gradients of every product that a backward pass reaches."""
         reached = [at == 0 for at in range(len(self.nodes))]
@@ -183,7 +184,8 @@ class Ledger:
                     flops * inputs * share.input_grad,
                     flops * term.weights * share.weight_grad,
                 )
-            if all(shares[term.number].input_grad for term in node.terms):
+            below = [shares[term.number] for term in node.terms]
+            if all(share.input_grad or (executed and share.zeros) for share in below):
                 for child in children:
                     reached[child] = True
 
