@@ -22,8 +22,8 @@ from torch import nn
 from mat import ntk
 from mat.kernels import shapes_of
 from mat.layers.site import WHOLE, Shares
-from mat.operations import Recorder, Term, flop_counter, graph_of, undisturbed
-from mat.probe import run, samples_of, untouched
+from mat.operations import Recorder, Term, flop_counter, graph_of
+from mat.probe import run, samples_of, undisturbed
 from mat.taps import Tape
 from mat.units import Units
 
@@ -81,7 +81,8 @@ class Ledger:
         self.model = model
         self.paths = {module: path for path, module in model.named_modules()}
         recorder = Recorder(self.paths)
-        with undisturbed(model, training), recorder, torch.enable_grad():
+        eager = torch.compiler.set_stance("force_eager")
+        with undisturbed(model, training, differentiate=True), eager, recorder:
             outputs = forward()
         self.terms = recorder.terms
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -214,7 +215,7 @@ def estimate(
     units = ntk.units_of(model, units)
     n = samples_of(batch) if samples is None else samples
     tape = Tape(model, units)  # before gradients are off: it leaves out what does not train
-    with untouched(model), tape:
+    with undisturbed(model), tape:
         tape.begin(n)
         ledger = Ledger(model, lambda: run(model, batch), vocabulary, training=False)
         shapes = shapes_of(tape.taps)
