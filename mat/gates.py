@@ -21,7 +21,7 @@ from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
 from mat.policy import MATConfig, Policy
 from mat.probe import copied
-from mat.tables import active_by_kind, gates_table, skipped_share
+from mat.tables import active_by_kind, gates_table, skipped_numbers
 from mat.units import BoolArray, FloatArray, Unit, Units
 
 
@@ -48,6 +48,7 @@ class Gates:
         self._active: BoolArray = np.ones(len(units), bool)
         self.policy = Policy(config, units)
         self.probe: Any = None
+        self.ledger: Any = None  # what a backward pass on the probe costs, once it was asked
         self.calls = self.due = 0
         self.callback: Any = None  # the Trainer's, see mat.integrations
         self.pending: FloatArray | None = None
@@ -220,8 +221,7 @@ class Gates:
         numbers = {
             "mat/active": float(self.active.mean()),
             "mat/stopped": float(state.stopped.mean()),
-            "mat/skipped_backward": skipped_share(self),
-        }
+        } | skipped_numbers(self)
         for kind in sorted(set(self.units.kind.tolist())):
             level = state.threshold[self.units.kind == kind]
             if np.isfinite(level).any():
@@ -267,6 +267,7 @@ class Gates:
         self.set_active(saved["active"])
         self.policy.load_state_dict(saved["policy"])
         self.calls, self.due, self.probe = saved["calls"], saved["due"], saved["probe"]
+        self.ledger = None
         self.pending = None if saved["pending"] is None else np.array(saved["pending"])
 
     def _partition(self) -> dict[str, str]:
@@ -306,7 +307,7 @@ class Gates:
                 gate.transparent = False
 
     def guard(self, optimiser: torch.optim.Optimizer) -> None:
-        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`.
+        """Keep frozen slices and their optimiser state bit-identical, see :func:`mat.guard.guard`.
 
         Args:
             optimiser: Of the model's parameters, or what accelerate made of one.
@@ -314,26 +315,25 @@ class Gates:
         Raises:
             ValueError: If it has no parameter of units, or the model has others now, as with FSDP.
         """
-        optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
-        present = {id(parameter) for parameter in self.model.parameters()}
-        for part in self.parts():
-            if id(part.parameter) not in present:
-                raise ValueError(
-                    f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
-                )
-        theirs = (p for group in optimiser.param_groups for p in group["params"])
-        trained = any(part.parameter.requires_grad for part in self.parts())
-        if trained and not any(hasattr(parameter, "_gated") for parameter in theirs):
-            raise ValueError(
-                "the optimiser has none of the units' parameters: make it of the attached model's "
-                "parameters"
-            )
-        guard(optimiser)
+        guard(optimiser, self.model, list(self.parts()))
+
+    def reset(self) -> None:
+        """Start anew for another training run: no selection made, all units active, no probe."""
+        self.stop_reading()
+        self.set_active(np.ones_like(self.active))
+        self.policy = Policy(self.config, self.units)
+        self.probe, self.pending, self.ledger = None, None, None
+        self.calls = self.due = 0
+
+    def stop_reading(self) -> None:
+        """Read no scores off the training step under way, if it was going to."""
+        if self._online is not None:
+            self._online.__exit__(None, None, None)
+            self._online = None
 
     def detach(self) -> None:
         """Give every module its own forward back."""
-        if self._online is not None:
-            self._online.__exit__(None, None, None)
+        self.stop_reading()
         for site in reversed(self.sites):
             site.detach()
         for part in self.parts():
@@ -346,7 +346,7 @@ class Gates:
         units.layers = [copy.copy(layer) for layer in units.layers]
         for layer in units.layers:
             layer.sites = []
-        return self.__dict__ | {"units": units, "_online": None}
+        return self.__dict__ | {"units": units, "_online": None, "ledger": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -40,6 +40,7 @@ def attend_apart(
     """
     if gate.open or gate.mode == "exact":
         return attend(q, k, v, None)
+    assert k.shape[1] == gate.n_units  # else some heads would be in neither part
     active, frozen, _ = gate.units()
     q_active, q_frozen, _ = gate.units(q.shape[1] // k.shape[1])
     with torch.no_grad():
@@ -85,6 +86,7 @@ class _Join(torch.autograd.Function):
     ) -> Tensor:
         ctx.active, ctx.dim = active, dim
         ctx.set_materialize_grads(False)
+        assert moving.shape[dim] + still.shape[dim] == heads  # or memory would stay uninitialised
         shape = list(still.shape)
         shape[dim] = heads
         joined = still.new_empty(shape)
