@@ -315,7 +315,7 @@ class Gates:
         Raises:
             ValueError: If it has no parameter of units, or the model has others now, as with FSDP.
         """
-        guard(optimiser, self.model, list(self.parts()))
+        guard(getattr(optimiser, "optimizer", optimiser), self.model, list(self.parts()))
 
     def reset(self) -> None:
         """Start anew for another training run: no selection made, all units active, no probe."""

@@ -20,24 +20,20 @@ from mat.layers.gate import GatedPart, put, take
 from mat.optim import UnitOptimiser
 
 
-def guard(
-    optimiser: torch.optim.Optimizer, model: nn.Module, parts: Sequence[GatedPart]
-) -> None:
+def guard(optimiser: torch.optim.Optimizer, model: nn.Module, parts: Sequence[GatedPart]) -> None:
     """Install the hooks; once is enough.
 
     State of a parameter's shape is guarded, and state that has a number per unit's row (its size
     along the divided axis, 1 along the others). A warning names tensors of any other shape.
 
     Args:
-        optimiser: Made before or after attaching, or what accelerate made of one. Ours, which know
-            units, are left as they are.
+        optimiser: Made before or after attaching. Ours, which know units, are left as they are.
         model: The attached model.
         parts: What units own of its parameters.
 
     Raises:
         ValueError: If the optimiser has no parameter of units, or the model has others now.
     """
-    optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
     present = {id(parameter) for parameter in model.parameters()}
     for part in parts:
         if id(part.parameter) not in present:
