@@ -1,1 +1,1 @@
-"""Benchmarks: ratios against a peer or a baseline measured in the same run. Not tests; run them with ``make bench``."""
+"""Benchmarks: ratios against a peer or a baseline measured in the same run (``make bench``)."""

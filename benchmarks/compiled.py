@@ -59,7 +59,11 @@ def main() -> None:
     plain = subject("bert_mini")
     forward: Any = plain.model.forward if TOY else torch.compile(plain.model.forward)
     compiled = Subject(plain.model, plain.batch, plain.recipe, forward=forward)
-    shares = {"dense step": 1.0, "step with a third active": 1 / 3, "step with a half active": 1 / 2}
+    shares = {
+        "dense step": 1.0,
+        "step with a third active": 1 / 3,
+        "step with a half active": 1 / 2,
+    }
     rows: list[Row] = []
     for label, share in shares.items():
         first = seconds(compiled.launched(share))

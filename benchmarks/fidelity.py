@@ -9,11 +9,11 @@ over five), and ``loss`` is the same kernel on the first n samples: what parts t
 samples. At initialisation and after some training.
 
 Of an estimate: ``error``, median |lambda / (c lambda_reference) - 1| with c the common factor
-(geometric mean), which cancels in eqs. (4) and (7); ``spearman``, rank correlation, and ``overlap``,
-share of the reference's top third that is found, both within a kind as MAT compares (scope
-``kind``), averaged over kinds; ``cost``, median seconds over those of a dense training step of 64
-sequences in the estimate's precision. Random signs: means over 4, 3, 2 seeds for m = 1, 4, 16, the
-first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it also
+(geometric mean), which cancels in eqs. (4) and (7); ``spearman``, rank correlation, and
+``overlap``, share of the reference's top third that is found, both within a kind as MAT compares
+(scope ``kind``), averaged over kinds; ``cost``, median seconds over those of a dense training step
+of 64 sequences in the estimate's precision. Random signs: means over 4, 3, 2 seeds for m = 1, 4,
+16, the first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it also
 makes that step a dense one, where the method would make a gated one: up to half a step of the run's
 batch that is not in the cost.
 """
@@ -124,7 +124,7 @@ def first(batch: MaskedBatch, samples: int) -> MaskedBatch:
 
 
 def study(setting: Setting, stage: str) -> pd.DataFrame:
-    """One row per estimate: setting, stage, reduction, projections, samples, comparison and cost."""
+    """One row per estimate: what was estimated how, comparison and cost."""
     model, probe = setting.model, setting.batches(0, max(SIZES))
     units = gates_of(model).units
     bfloat16 = setting.name == "bert_mini"

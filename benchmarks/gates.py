@@ -4,10 +4,10 @@
     python -m benchmarks.gates --peak CASE SHARE   # what processes of their own run
 
 Seconds, FLOPs executed, and peak memory in ``cut``. Beside the gates the ways that PyTorch offers:
-masking gradients after the backward, gradient hooks, and frozen layers (``requires_grad_(False)`` on
-all parameters of two layers of three). All ratios are against the dense step, measured in turn with
-it. That of ``cut`` at share 1 is the dense step itself, a measure of the noise. The dense step is
-compared with a twin of stock layers, too.
+masking gradients after the backward, gradient hooks, and frozen layers (``requires_grad_(False)``
+on all parameters of two layers of three). All ratios are against the dense step, measured in turn
+with it. That of ``cut`` at share 1 is the dense step itself, a measure of the noise. The dense step
+is compared with a twin of stock layers, too.
 """
 
 import argparse

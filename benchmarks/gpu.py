@@ -1,14 +1,14 @@
-"""Everything that needs a CUDA device, as far as the time goes; call it until it says that all is done.
+"""What needs a CUDA device, as far as the time goes; call it until it says that all is done.
 
     python -m benchmarks.gpu --minutes 9 --data DATA --out OUT
     python -m benchmarks.gpu --dry                 # every step at toy size, on a CPU
-    python -m benchmarks.gpu pack DATA PARTS       # each folder of DATA in parts of under 64 MiB
+    python -m benchmarks.gpu pack DATA PARTS       # each folder of DATA in parts of 24 MiB
     python -m benchmarks.gpu unpack PARTS DATA     # and back; also what OUT holds, into "."
 
 Steps run one after the other, each in a process of its own: tests, benchmarks, training runs, the
-fine-tuning example. Near the end of the time the present one is asked to stop: a training run writes
-a checkpoint and goes on in the next call, everything else begins again. Tests and benchmarks are
-made again when the code has changed, runs never. No network is needed. DATA has ``wikitext-2``,
+fine-tuning example. Near the end of the time the present one is asked to stop: a training run
+writes a checkpoint and goes on in the next call, everything else begins again. Tests and benchmarks
+are made again when the code has changed, runs never. No network is needed. DATA has ``wikitext-2``,
 ``cifar10``, ``reuters-r8`` and ``20newsgroups`` (Parquet files) and ``minilm`` (a BERT's folder); a
 step without its data is left out.
 
@@ -30,118 +30,19 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import parcels
+from benchmarks.gpu_steps import ROOT, Step, steps
 
-ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "gpu"
 KEPT = ROOT / "results" / "gpu"  # where the record of an earlier machine lies
 MIB = 2**20
-DATA_PART, OUT_PART, OUT_FILES = 60 * MIB, 16 * MIB, 8
+# A part of the data travels beside the repository itself, which is some 30 MiB.
+DATA_PART, OUT_PART, OUT_FILES = 24 * MIB, 16 * MIB, 8
 STOP, KILL = 45.0, 12.0  # seconds before the end: ask a step to stop; end it, and pack
 CODE = ("mat/**/*.py", "benchmarks/*.py", "tests/test_gpu*.py", "conf/**/*.yaml")
-CUDA_TESTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_gpu*.py"))
-# A run that a CPU makes in seconds, of the same experiment.
-TOY_RUN = (
-    "selection.samples=4", "selection.interval=0.05", "hardware=cpu", "hardware.precision=float32",
-    "train.eval_samples=16", "train.eval_batch=256",
-)  # fmt: skip
-TOY_TEXT = (
-    "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32",
-    "model.ffn_groups=4", "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
-    "train.batch=8", "train.pflops=2e-8", *TOY_RUN,
-)  # fmt: skip
-TOY_IMAGES = (
-    "model.stages=[[8],[8]]", "dataset=digits", "dataset.size=8", "train.pflops=2e-7", *TOY_RUN,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something to do.
-
-    Attributes:
-        name: Of the step.
-        command: Arguments of Python.
-        toy: The same at toy size.
-        least: Seconds below which it is not begun.
-        needs: Folder of the data without which it is left out.
-        runs: Run folders, below ``runs``, that are complete when it is done; for other steps the
-            record says so.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    toy: tuple[str, ...]
-    least: float
-    needs: str | None = None
-    runs: tuple[str, ...] = ()
-
-
-def tests() -> Step:
-    command = ("-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider")
-    toy = (*command, "--collect-only", "-q")
-    return Step("tests", (*command, *CUDA_TESTS), (*toy, *CUDA_TESTS), 60)
-
-
-def benchmark(name: str, *arguments: str, least: float = 45) -> Step:
-    command = ("-m", f"benchmarks.{name}", *arguments)
-    return Step(" ".join((name, *arguments)), command, command, least)
-
-
-def runs(
-    experiment: str, methods: str, seeds: str, data: str, toy: Sequence[str], model: str = ""
-) -> Step:
-    """A sweep of an experiment; at toy size of two methods and a seed."""
-    options = (f"model={model}",) if model else ()
-    options += (f"runs={WORK / 'runs'}", "tracking.progress=false")
-
-    def sweep(methods: Sequence[str], seeds: Sequence[str]) -> tuple[str, ...]:
-        what = f"method={','.join(methods)}", f"seed={','.join(seeds)}"
-        return "launch.py", "-m", f"+experiment={experiment}", *what, *options
-
-    every, each = methods.split(","), seeds.split(",")
-    of_model = f",model={model}" if model else ""
-    folders = [f"{experiment}/method={m}{of_model}/seed={seed}" for seed in each for m in every]
-    name = f"{experiment}: {methods}{of_model} seed {seeds}"
-    small = (*sweep(every[:2], each[:1]), *toy)
-    return Step(name, sweep(every, each), small, 75, data, tuple(folders))
-
-
-def fine_tuning(data: str, *arguments: str) -> Step:
-    out = WORK / "finetune" / data
-    command = ("-m", "examples.finetune_text", "--out", str(out), *arguments)
-    return Step(f"finetune {data}", command, ("-m", "examples.finetune_text", "--help"), 60, data)
-
-
-def steps() -> list[Step]:
-    """All there is to do, in order."""
-    table1 = {"data": "wikitext-2", "toy": TOY_TEXT}
-    table3 = {"data": "cifar10", "toy": TOY_IMAGES}
-    shallow = {"model": "bert_shallow", **table1}
-    every = "baseline,mat,fitted,static,rand,multirate"
-    wanted = [
-        tests(),
-        *(benchmark("gates", case) for case in ("bert_base", "switch_block", "vgg16", "bert_mini")),
-        benchmark("peers"),
-        benchmark("step"),
-        runs("table1", "baseline,mat,fitted,static", "1", **table1),
-        runs("table1", "baseline", "1", **shallow),
-        runs("table1", "rand,multirate", "1", **table1),
-        runs("table1", every, "2,3", **table1),
-        runs("table1", "baseline", "2,3", **shallow),
-        runs("table3", every, "1", **table3),
-    ]
-    if (ROOT / "examples" / "finetune_text.py").is_file():
-        wanted.append(fine_tuning("reuters-r8", "--alone"))
-        wanted.append(fine_tuning("20newsgroups", "--seeds", "1", "2", "3"))
-    if (ROOT / "benchmarks" / "attach.py").is_file():
-        wanted.append(replace(benchmark("attach"), toy=("-m", "benchmarks.attach", "--help")))
-    wanted += [benchmark(name) for name in ("switch", "vgg", "scaling", "compiled", "fidelity")]
-    return wanted
 
 
 class Record:
@@ -201,20 +102,25 @@ def code_digest() -> str:
 
 
 def in_time(command: Sequence[str], log: Path, end: float) -> int | None:
-    """Run Python until a time on the monotonic clock; its exit status, or None if it was stopped."""
+    """Run Python until a time on the monotonic clock; its exit status, None if it was stopped."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    stopped = False
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-        )
-        stopped = False
-        for moment, signal_ in ((end - STOP, signal.SIGTERM), (end - KILL, signal.SIGKILL)):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, moment - time.monotonic()))
-                break
-            stopped = True
-            process.send_signal(signal_)
-        status = process.wait()
+            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            for moment, number in ((end - STOP, signal.SIGTERM), (end - KILL, signal.SIGKILL)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, moment - time.monotonic()))
+                    break
+                stopped = True
+                process.send_signal(number)
+            status = process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what it has started ends with it
+                os.killpg(process.pid, signal.SIGKILL)
     return None if stopped else status
 
 
@@ -273,7 +179,7 @@ def without_checkpoints() -> None:
 
 
 def seed_results() -> None:
-    """Begin with the results that are committed: a benchmark may measure a part of its cases only."""
+    """Begin with the committed results: a benchmark may measure a part of its cases only."""
     folder = WORK / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     for path in (ROOT / "benchmarks" / "results").glob("*-cuda.*"):
@@ -288,8 +194,9 @@ def todo(record: Record, code: str, data: Path | None, only: Sequence[str]) -> I
             continue
         if record.has(step, code) and not only:
             continue
-        if step.needs and (data is None or not (data / step.needs).is_dir()):
-            print(f"== {step.name}: left out, --data has no {step.needs}", flush=True)
+        missing = [name for name in step.needs if data is None or not (data / name).is_dir()]
+        if missing:
+            print(f"== {step.name}: left out, --data has no {', '.join(missing)}", flush=True)
             continue
         yield step
 
@@ -300,7 +207,7 @@ def make(minutes: float, data: Path | None, out: Path, only: Sequence[str] = ())
     os.environ |= {"BENCHMARK_RESULTS": str(WORK / "benchmarks"), "HF_HUB_OFFLINE": "1"}
     os.environ |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     if data is not None:
-        os.environ["MAT_DATA"] = str(data.resolve())
+        os.environ["MAT_DATA"] = str(data)
     seed_results()
     record, code, failed, waiting = Record(KEPT, WORK), code_digest(), 0, 0
     for number, step in enumerate(todo(record, code, data, only)):
@@ -310,10 +217,7 @@ def make(minutes: float, data: Path | None, out: Path, only: Sequence[str] = ())
             continue
         print(f"== {step.name}", flush=True)
         log = WORK / "logs" / f"{number}.log"
-        command = step.command
-        if command[:2] == ("-m", "examples.finetune_text") and data is not None:
-            command += ("--model", str(data / "minilm"), "--data", str(data / str(step.needs)))
-        status = in_time(command, log, end)
+        status = in_time(step.arguments(False, data, WORK), log, end)
         said = log.read_text(errors="replace")
         print("\n".join(said.splitlines()[-12:]), flush=True)
         without_checkpoints()
@@ -347,7 +251,7 @@ def dry(out: Path) -> int:
     for number, step in enumerate(steps()):
         start = time.monotonic()
         log = WORK / "logs" / f"{number}.log"
-        status = here(step.toy, log)
+        status = here(step.arguments(True, None, WORK), log)
         before, complete = complete, len(list((WORK / "runs").rglob("summary.json")))
         if step.runs and status == 0 and complete == before:
             status = 1  # nothing was trained
@@ -397,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: there is no CUDA device: python -m benchmarks.gpu --dry", file=sys.stderr)
         return 2
-    data = Path(options.data) if options.data else None
+    data = Path(options.data).resolve() if options.data else None
     return make(options.minutes, data, (options.out or KEPT).resolve(), options.only)
 
 

@@ -1,8 +1,8 @@
 """Measure things in turn, A B A B, on a CPU or a CUDA device, and write ratios of medians.
 
-Results lie in ``benchmarks/results/<name>.json``, or ``<name>-cuda.json`` of a CUDA device, with the
-machine and versions; BENCHMARK_RESULTS names another folder. With BENCHMARK_TOY everything is small
-and measured once, to see that it runs: such numbers mean nothing.
+Results lie in ``benchmarks/results/<name>.json``, or ``<name>-cuda.json`` of a CUDA device, with
+the machine and versions; BENCHMARK_RESULTS names another folder. With BENCHMARK_TOY everything is
+small and measured once, to see that it runs: such numbers mean nothing.
 """
 
 import ctypes
@@ -84,7 +84,8 @@ def peak_bytes(action: Action) -> int:
     The device's; on a CPU the process's, so call it in a process of its own there
     (:func:`in_process`), behind something like it: libraries' scratch space is there then.
     """
-    gc.collect()
+    if not TOY:
+        gc.collect()
     if DEVICE.type == "cuda":
         _wait()
         torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,8 @@
-"""Files in parts of a bounded size, and back: for machines that take and give back small files only.
+"""Files in parts of a bounded size, and back: for machines that take and give small files only.
 
-An archive ``data`` in three parts is ``data.<digest>.1of3.part`` to ``data.<digest>.3of3.part``; the
-digest is that of all its bytes, so that parts of two archives never mix and no loss goes unnoticed.
+An archive ``data`` in three parts is ``data.<digest>.1of3.part`` to ``data.<digest>.3of3.part``;
+the digest is that of all its bytes, so that parts of two archives never mix and no loss goes
+unnoticed.
 """
 
 import hashlib

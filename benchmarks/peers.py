@@ -1,6 +1,6 @@
 """The estimator against its peers, on BERT-mini and a twin with the same weights from stock layers.
 
-    python -m benchmarks.peers                # seconds in turn, peak memory in processes of their own
+    python -m benchmarks.peers                # seconds in turn, peak memory in own processes
     python -m benchmarks.peers --memory NAME  # what those processes run
 
 Given the same reduction (random signs, n = 32, m = 1), ours in bf16 autocast. Neither torch.func's
@@ -8,12 +8,12 @@ transforms nor BackPACK work under autocast, so the peers get a twin that is bf1
 is no slower:
 
 ``ours``           ``mat.ntk.estimate``
-``vmap(grad)``     torch.func per-sample gradients of the reduced outputs, sliced by unit, multiplied
+``vmap(grad)``     torch.func per-sample gradients of reduced outputs, sliced by unit, multiplied
 ``ntk tutorial``   the empirical NTK of torch.func's tutorial (``jacrev`` per sample, then einsum)
 ``BackPACK``       per-sample gradients by ``BatchGrad``, sliced by unit, multiplied
 
-Without a reduction the exact kernel has n k = 2.5 million rows: no peer can form it, and what is left
-is an iterative eigensolver over Jacobian products. ``curvlinops`` gives them
+Without a reduction the exact kernel has n k = 2.5 million rows: no peer can form it, and what is
+left is an iterative eigensolver over Jacobian products. ``curvlinops`` gives them
 (``JacobianLinearOperator``); scipy's ``eigsh`` works on a unit's parameters (J^T J, the smaller
 side). It is timed on a few units, times the number of units. A peer that is not installed is left
 out.
@@ -84,7 +84,9 @@ class Contenders:
         for name, parameter in self.twin.named_parameters():
             parameter.requires_grad_(name in wanted)
         self.extended = copy.deepcopy(self.twin)  # BackPACK's, whose hooks torch.func cannot trace
-        self.gated = {name: p.detach() for name, p in self.twin.named_parameters() if name in wanted}
+        self.gated = {
+            name: p.detach() for name, p in self.twin.named_parameters() if name in wanted
+        }
         pieces = len(model.tokens.weight)
         outputs = torch.empty(self.positions.numel(), pieces, device=batch.inputs.device)
         reducer = Reducer("random", 1, SEED, batch.samples)
@@ -105,7 +107,9 @@ class Contenders:
         assert kernels is not None
         return kernels
 
-    def _reduced(self, parameters: dict[str, Tensor], tokens: Tensor, positions: Tensor, signs: Tensor) -> Tensor:
+    def _reduced(
+        self, parameters: dict[str, Tensor], tokens: Tensor, positions: Tensor, signs: Tensor
+    ) -> Tensor:
         outputs = functional_call(self.twin, parameters, (tokens[None], positions[None]))[0]
         return (outputs * signs).sum()
 
@@ -128,7 +132,7 @@ class Contenders:
         return torch.stack(kernels)
 
     def backpack(self) -> Tensor:
-        """BackPACK's BatchGrad; its hooks sit on the linear layers alone, which hold all that is wanted."""
+        """BackPACK's BatchGrad; its hooks sit on the linear layers, which hold all wanted."""
         from backpack import backpack, extend
         from backpack.extensions import BatchGrad
 
@@ -256,8 +260,8 @@ def without_reduction(prepared: Contenders) -> tuple[Row, dict[str, Any]]:
     """The smallest m whose top third agrees with that of many, against the eigensolver.
 
     The solver works on exact outputs, on a twin in bf16 (CPU) and on one in float32; the faster one
-    counts. Beside the comparison: of both the seconds, Jacobian products and ratio of exact lambda to
-    that of many projections, for every unit timed.
+    counts. Beside the comparison: of both the seconds, Jacobian products and ratio of exact lambda
+    to that of many projections, for every unit timed.
     """
     model, batch = prepared.model, prepared.batch
     units = gates_of(model).units

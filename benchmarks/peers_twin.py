@@ -92,7 +92,7 @@ class Twin(nn.Module):
 
 
 def sliced(config: BertConfig) -> list[list[tuple[str, int, int]]]:
-    """(parameter, its axis that is split, number of units), grouped by layer in the units' order."""
+    """(parameter, its axis that is split, number of units), by layer in the units' order."""
     groups: list[list[tuple[str, int, int]]] = []
     heads, ffn = config.heads, config.ffn_groups
     for i in range(config.layers):
@@ -122,5 +122,3 @@ def kernels_of(gradients: dict[str, Tensor], config: BertConfig) -> Tensor:
             parts = [of_unit(gradients[name], axis, units, u) for name, axis, units in group]
             kernels.append(sum(part @ part.T for part in map(exact, parts)))
     return torch.stack(kernels)
-
-

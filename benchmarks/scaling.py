@@ -4,8 +4,8 @@
 
 From BERT-mini, n = 32 samples of 64 tokens, m = 1, one thing at a time: units per layer (heads and
 feed-forward groups, the width fixed), samples, tokens, width (heads stay 32 wide), projections.
-Every point is a median; beside it the FLOPs of the ledger. The law is a line through the logarithms:
-seconds ~ x^exponent over the upper half of the points.
+Every point is a median; beside it the FLOPs of the ledger. The law is a line through the
+logarithms: seconds ~ x^exponent over the upper half of the points.
 """
 
 from typing import Any

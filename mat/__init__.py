@@ -30,8 +30,8 @@ HOMES = {
     "MATCallback": "mat.integrations",
 }
 __all__ = [
-    "SGD", "AdamW", "Gates", "MATCallback", "MATConfig", "Unit", "attach_", "cols", "detach_", "find_units",
-    "ntk", "rows",
+    "SGD", "AdamW", "Gates", "MATCallback", "MATConfig", "Unit", "attach_", "cols", "detach_",
+    "find_units", "ntk", "rows",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
 from mat.policy import MATConfig, Policy
+from mat.probe import copied
 from mat.tables import active_by_kind, gates_table, skipped_numbers
 from mat.units import BoolArray, FloatArray, Unit, Units
 
@@ -34,7 +35,6 @@ class Gates:
 
     Attributes:
         units: The table of units.
-        active: (N,) boolean: which units train now.
         layers: The gate of every layer.
         policy: Chooses at selections.
         probe: The batch that scores are measured on: a copy of the first one given.
@@ -45,7 +45,7 @@ class Gates:
 
     def __init__(self, model: nn.Module, units: Units, config: MATConfig) -> None:
         self.model, self.units, self.config = model, units, config
-        self.active: BoolArray = np.ones(len(units), bool)
+        self._active: BoolArray = np.ones(len(units), bool)
         self.policy = Policy(config, units)
         self.probe: Any = None
         self.ledger: Any = None  # what a backward pass on the probe costs, once it was asked
@@ -56,7 +56,7 @@ class Gates:
         self.layers: list[Gate] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for layer, rows in units.slices():
-            gate = Gate(layer.kind, layer.name, self.active[rows], config.mode)
+            gate = Gate(layer.kind, layer.name, self._active[rows], config.mode)
             self.layers.append(gate)
             for part in layer.parts:
                 gate.add(parameters[part.parameter], part)
@@ -71,6 +71,13 @@ class Gates:
 
     def __repr__(self) -> str:
         return gates_table(self)
+
+    @property
+    def active(self) -> BoolArray:
+        """(N,) boolean, read-only: which units train now; :meth:`set_active` changes it."""
+        view = self._active.view()
+        view.flags.writeable = False
+        return view
 
     def parts(self) -> Iterator[GatedPart]:
         """Every gated part of a parameter."""
@@ -101,7 +108,7 @@ class Gates:
                 )
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
             if (wanted[rows] != self.active[rows]).any():
-                self.active[rows] = wanted[rows]
+                self._active[rows] = wanted[rows]
                 gate.update()
 
     def indices(self) -> list[Tensor]:
@@ -137,8 +144,8 @@ class Gates:
         self._read_online()
         call, self.calls = self.calls, self.calls + 1
         if self.pending is not None:
-            scores, self.pending = self.pending, None
-            self.select(scores, step)
+            self.select(self.pending, step)
+            self.pending = None
             return True
         if call < self.due or self.policy.done:
             return False
@@ -181,8 +188,10 @@ class Gates:
 
         Raises:
             ValueError: If scores are missing, of another shape, or not finite.
+            RuntimeError: If gradients are pending; nothing is selected then.
         """
-        if dist.is_available() and dist.is_initialized():  # every rank trains the same units
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed:  # every rank trains the same units
             shared = [scores]
             dist.broadcast_object_list(shared, 0)
             scores = shared[0]
@@ -195,9 +204,14 @@ class Gates:
                 raise ValueError(f"the score of {worst} is not finite")
         elif self.policy.needs_score:
             raise ValueError(f"rule={self.config.rule!r} needs a score per unit: select(scores)")
+        before = self.policy.state_dict()
         state = self.policy.select(scores)
-        self.set_active(state.active)
-        if self.config.log and (not dist.is_initialized() or dist.get_rank() == 0):
+        try:
+            self.set_active(state.active)
+        except RuntimeError:
+            self.policy.load_state_dict(before)
+            raise
+        if self.config.log and (not distributed or dist.get_rank() == 0):
             when = "" if step is None else f" at step {step}"
             print(f"MAT: selection {state.t}{when}: {active_by_kind(self)}")
 
@@ -293,30 +307,15 @@ class Gates:
                 gate.transparent = False
 
     def guard(self, optimiser: torch.optim.Optimizer) -> None:
-        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`.
+        """Keep frozen slices and their optimiser state bit-identical, see :func:`mat.guard.guard`.
 
         Args:
             optimiser: Of the model's parameters, or what accelerate made of one.
 
         Raises:
-            ValueError: If it has none of the units' parameters, or other parameters stand in the
-                places of the model's, as with FSDP.
+            ValueError: If it has no parameter of units, or the model has others now, as with FSDP.
         """
-        optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
-        present = {id(parameter) for parameter in self.model.parameters()}
-        for part in self.parts():
-            if id(part.parameter) not in present:
-                raise ValueError(
-                    f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
-                )
-        theirs = {id(p) for group in optimiser.param_groups for p in group["params"]}
-        trained = {id(part.parameter) for part in self.parts() if part.parameter.requires_grad}
-        if trained and not trained & theirs:
-            raise ValueError(
-                "the optimiser has none of the units' parameters: make it of the attached model's "
-                "parameters"
-            )
-        guard(optimiser)
+        guard(getattr(optimiser, "optimizer", optimiser), self.model, list(self.parts()))
 
     def reset(self) -> None:
         """Start anew for another training run: no selection made, all units active, no probe."""
@@ -352,18 +351,7 @@ class Gates:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
-            gate.active = self.active[rows]  # views of the copy's own vector
-
-
-def copied(batch: Any, device: torch.device | None = None) -> Any:
-    """A batch of tensors (in dicts, lists and tuples) as tensors of its own, on a device."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device, copy=True)
-    if hasattr(batch, "items"):
-        return {key: copied(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(copied(value, device) for value in batch)
-    return batch
+            gate.active = self._active[rows]  # views of the copy's own vector
 
 
 def attach_(
@@ -380,9 +368,15 @@ def attach_(
         The gates; all units are active.
 
     Raises:
-        ValueError: If nothing is found, or the model is attached already.
+        ValueError: If nothing is found, the model is attached already, or ``rule="multirate"``:
+            its frozen units move, and change places, by steps that are not the gates'.
     """
     config = config or MATConfig()
+    if config.rule == "multirate":
+        raise ValueError(
+            'rule="multirate" cannot be attached: its slow units move in every step and train in '
+            "some, so set_active in turn and call mat.AdamW(...).drift() after each step"
+        )
     if any(hasattr(module, "_gates") for module in model.modules()):
         raise ValueError("MAT is attached to this model already: mat.detach_(model) first")
     if not isinstance(units, Units):

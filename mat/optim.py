@@ -111,7 +111,7 @@ def _stored(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
 
 @dataclass
 class _Rows:
-    """A parameter with its state as the kernel takes it: whole, or a tensor per run of active rows."""
+    """A parameter and its state as the kernel takes them: whole, or by run of active rows."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -177,9 +177,10 @@ class AdamW(UnitOptimiser):
             if id(group) in lists:
                 rows = lists[id(group)]
                 adamw(
-                    rows.parameters, rows.gradients, rows.exp_avgs, rows.exp_avg_sqs, [], rows.steps,
-                    fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                    lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                    rows.parameters, rows.gradients, rows.exp_avgs, rows.exp_avg_sqs, [],
+                    rows.steps, fused=True, amsgrad=False, beta1=group["betas"][0],
+                    beta2=group["betas"][1], lr=group["lr"], eps=group["eps"],
+                    weight_decay=group["weight_decay"], maximize=False,
                 )  # fmt: skip
         for finish in afterwards:
             finish()

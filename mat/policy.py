@@ -22,10 +22,10 @@ class PolicyConfig:
     """How units are chosen.
 
     Attributes:
-        rule: ``threshold`` is MAT. Controls: ``lowest`` (the lowest scores train), ``shuffled`` (scores
-            permuted among the units of a kind), ``static`` (the first selection's set, kept),
-            ``random`` (a share of every kind and layer), ``multirate`` (Vlaar and Leimkuhler 2022),
-            ``all``.
+        rule: ``threshold`` is MAT. Controls: ``lowest`` (the lowest scores train), ``shuffled``
+            (scores permuted among the units of a kind), ``static`` (the first selection's set,
+            kept), ``random`` (a share of every kind and layer), ``multirate`` (Vlaar and
+            Leimkuhler 2022), ``all``.
         alpha: Eq. (4): where the threshold lies between the lowest (0) and the highest (1) score.
         share: Instead of alpha: share of the running units that train.
         scope: Units that are compared with each other: of a kind, of a layer, or all.
@@ -58,7 +58,8 @@ class PolicyConfig:
                 raise ValueError(f"{name}={value} is out of range: set it within [0, 1]")
         if (self.alpha is None) == (self.share is None):
             raise ValueError(
-                f"alpha={self.alpha} and share={self.share}: set exactly one of them, the other to None"
+                f"alpha={self.alpha} and share={self.share}: set exactly one of them, "
+                "the other to None"
             )
         if self.rule == "random" and self.share is None:
             raise ValueError("rule='random' draws a share of the units: set share, and alpha=None")
@@ -186,7 +187,8 @@ class Policy:
     Args:
         config: How.
         units: The units.
-        counts: ``random``: the number of active units by selection, kind and layer, instead of a share
+        counts: ``random``: the number of active units by selection, kind and layer, instead of a
+            share
             (the last selection's from then on).
     """
 

@@ -30,6 +30,17 @@ def samples_of(batch: Any) -> int:
     )
 
 
+def copied(batch: Any, device: torch.device | None = None) -> Any:
+    """A batch of tensors (in dicts, lists and tuples) as tensors of its own, on a device."""
+    if isinstance(batch, Tensor):
+        return batch.detach().to(device, copy=True)
+    if hasattr(batch, "items"):
+        return {key: copied(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(copied(value, device) for value in batch)
+    return batch
+
+
 def run(model: nn.Module, batch: Any) -> Any:
     """What a model makes of a batch."""
     if isinstance(batch, Mapping):

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tests import references
+import references
 import torch
 import torch.nn.functional as F
-from tests.small_models import ImageBatch
+from small_models import ImageBatch
 from torch import Tensor, nn
 
 import mat
-import mat.suite.gating  # noqa: F401 (the finders of our own layers)
+import mat.suite.gating
 from mat.units import REST, UnitLayer
 
 Frozen = set[tuple[str, int]]

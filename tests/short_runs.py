@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,12 @@ from mat.suite.config import Config
 from mat.suite.engine import Training
 
 register_schemas()
-# PFLOPs of a dense training step of a small model, rounded up
+# PFLOPs of a dense training step of a small model, rounded up.
 STEP = {"text": 2e-9, "image": 15e-9}
 SMALL = {
     "text": (
-        "model.layers=1",
-        "model.width=16",
-        "model.heads=2",
-        "model.ffn_hidden=32",
-        "model.ffn_groups=4",
-        "dataset=pydocs",
-        "dataset.vocabulary=256",
-        "dataset.length=16",
+        "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32",
+        "model.ffn_groups=4", "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
         "train.batch=8",
     ),
     # An epoch has nine steps, the last of which is a short one.
@@ -38,11 +33,10 @@ SMALL = {
 }
 VGG = ("model=vgg16_mini", "selection=filters_mini", "train=images_mini")
 SWITCH = (
-    "model=switch_mini",
-    "model.experts=4",
-    "model.capacity_factor=1.1",
-    "selection=experts_mini",
-)
+    "model=switch_mini", "model.experts=4", "model.capacity_factor=1.1", "selection=experts_mini",
+)  # fmt: skip
+ONLINE = ("method=mat", "selection.reduction=online")
+Finished = Callable[..., tuple[Config, Path]]  # makes a whole run, once
 SHORT = (
     "selection.samples=4", "selection.projections=1", "selection.interval=0.05",
     "hardware=cpu", "hardware.precision=float32",
@@ -61,13 +55,8 @@ def small_overrides(
     cache: Path, *overrides: str, steps: int = 40, modality: str = "text"
 ) -> list[str]:
     """Overrides of a run as long as so many dense steps."""
-    return [
-        f"dataset.cache={cache}",
-        *SMALL[modality],
-        *SHORT,
-        f"train.pflops={steps * STEP[modality]}",
-        *overrides,
-    ]
+    length = f"train.pflops={steps * STEP[modality]}"
+    return [f"dataset.cache={cache}", *SMALL[modality], *SHORT, length, *overrides]
 
 
 def small(cache: Path, *overrides: str, steps: int = 40, modality: str = "text") -> Config:
@@ -78,12 +67,8 @@ def small(cache: Path, *overrides: str, steps: int = 40, modality: str = "text")
 def one_sentence(message: str) -> bool:
     """Whether a message is one sentence on one line, with a remedy behind its colon."""
     ends = re.findall(r"[.?!](?=\s+[A-Z]|\s*$)", message.strip())
-    return (
-        len(ends) == 1
-        and "\n" not in message.strip()
-        and ": " in message
-        and "Traceback" not in message
-    )
+    plain = "\n" not in message.strip() and "Traceback" not in message
+    return len(ends) == 1 and plain and ": " in message
 
 
 def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -117,7 +102,8 @@ def result(folder: Path) -> dict[str, Any]:
         "units": pd.read_parquet(units) if units.is_file() else None,
         "latest": without_seconds(latest),
         "best": {
-            p.name: torch.load(p, weights_only=True) for p in folder.glob("checkpoint/best-*.pt")
+            path.name: torch.load(path, weights_only=True)
+            for path in folder.glob("checkpoint/best-*.pt")
         },
     }
 
@@ -146,9 +132,7 @@ class Killed(BaseException):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, call: int, how: str) -> None:
-    """End the run at the n-th call of a verb: killed before or after it, or asked to stop during
-    it.
-    """
+    """End the run at the n-th call of a verb: killed before or after, or asked to stop within."""
     original = getattr(Training, verb)
     count = 0
 
@@ -178,3 +162,14 @@ def run_interrupted(config: Config, folder: Path, verb: str, call: int, how: str
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write('{"event": "tra')  # a line torn by the kill
     assert not (folder / "summary.json").exists() and not (folder / "failure.json").exists()
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    assert set(summary.pop("sha256")) >= {
+        "summary.json",
+        "metrics.jsonl",
+        "config.yaml",
+        "environment.json",
+    }
+    return summary

@@ -8,8 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gradients import attach, gradients, jacobian, unit_jacobian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import rotate
+from short_runs import assert_same, one_sentence, result, small
+from small_models import tiny_batch, tiny_bert
 
 from mat import ntk
 from mat.suite import analysis, engine
@@ -19,10 +23,6 @@ from mat.suite.data.tokens import MaskedText
 from mat.suite.errors import UserError
 from mat.suite.models.bert import Attention
 from mat.suite.validation import ANALYSES
-from tests.gradients import attach, gradients, jacobian, unit_jacobian
-from tests.references import rotate
-from tests.short_runs import assert_same, one_sentence, result, small
-from tests.small_models import tiny_batch, tiny_bert
 
 OBSERVED = "analysis=[attention,kernels,descent]"
 
@@ -47,9 +47,13 @@ def head_of(layer: Attention, sequence: torch.Tensor, u: int) -> tuple[torch.Ten
 
 @settings(max_examples=20, deadline=None)
 @given(size=st.integers(2, 9), rank=st.integers(1, 9), seed=st.integers(0, 99))
-def test_effective_rank_of_equal_singular_values_is_the_rank(size: int, rank: int, seed: int) -> None:
+def test_effective_rank_of_equal_singular_values_is_the_rank(
+    size: int, rank: int, seed: int
+) -> None:
     random = torch.Generator().manual_seed(seed)
-    left, right = (torch.linalg.qr(torch.randn(size, size, generator=random).double())[0] for _ in range(2))
+    left, right = (
+        torch.linalg.qr(torch.randn(size, size, generator=random).double())[0] for _ in range(2)
+    )
     rank = min(rank, size)
     assert effective_rank(3.7 * left[:, :rank] @ right[:, :rank].T) == pytest.approx(rank)
 
@@ -97,14 +101,16 @@ def test_effective_rank_column_against_one_sample_at_a_time(config: dict[str, st
             expected.append(sum(ranks) / len(ranks))
     table = OBSERVERS["attention"](view)
     assert table["effective_rank"].tolist() == pytest.approx(expected) and len(set(expected)) == 6
-    assert list(zip(table["layer"], table["unit"], strict=True)) == [(i, u) for i in range(2) for u in range(3)]
+    assert list(zip(table["layer"], table["unit"], strict=True)) == [
+        (i, u) for i in range(2) for u in range(3)
+    ]
 
 
 # --- kernels
 
 
 def reduction(view: Scene) -> tuple[torch.Tensor, torch.Tensor]:
-    """The random projections (m n, k) of the estimate over sqrt(m), projection-major, and each row's sample."""
+    """Projections (m n, k) over sqrt(m), projection-major, and the sample of each row."""
     m, n = view.projections, view.probe.samples
     with torch.no_grad():
         outputs = view.model(view.probe)
@@ -130,8 +136,12 @@ def test_kernel_table_against_explicit_jacobians(config: dict[str, object]) -> N
     ]
     scopes = {scope: rows for scope, rows in table.groupby("scope")}
     assert scopes["unit"]["eigenvalue"].tolist() == pytest.approx(tops)
-    blocks = [torch.cat([j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1)
-              for i in range(len(view.model.blocks))]  # units, and the block's own norms and biases  # fmt: skip
+    blocks = [
+        torch.cat(
+            [j.flatten(2) for name, j in exact.items() if name.startswith(f"blocks.{i}.")], -1
+        )
+        for i in range(len(view.model.blocks))
+    ]  # units, and the block's own norms and biases
     assert len(layers_of(view)) == len(blocks) == scopes["layer"]["layer"].nunique()
     for i, columns in enumerate(blocks):
         mine = scopes["layer"][scopes["layer"]["layer"] == i]
@@ -140,7 +150,9 @@ def test_kernel_table_against_explicit_jacobians(config: dict[str, object]) -> N
             eigenvalues(columns), rel=1e-6, abs=1e-9 * mine["trace"].max()
         )
         assert mine["eigenvalue"].sum() == pytest.approx(mine["trace"].iloc[0])
-    assert scopes["network"]["eigenvalue"].tolist() == pytest.approx(eigenvalues(torch.cat(blocks, -1)))
+    assert scopes["network"]["eigenvalue"].tolist() == pytest.approx(
+        eigenvalues(torch.cat(blocks, -1))
+    )
 
 
 # --- eq. (2)
@@ -218,8 +230,12 @@ def test_a_run_does_not_notice_its_observers(method: str, cache: Path, tmp_path:
     for name in OBSERVERS:
         table = pd.read_parquet(tmp_path / "with" / f"{name}.parquet")
         times = table[["t", "step", "pflops"]].drop_duplicates().reset_index(drop=True)
-        pd.testing.assert_frame_equal(times, units[["t", "step", "pflops"]].drop_duplicates().reset_index(drop=True))
-    assert units["t"].nunique() >= 6  # the baseline too is recorded at every interval, without selections
+        pd.testing.assert_frame_equal(
+            times, units[["t", "step", "pflops"]].drop_duplicates().reset_index(drop=True)
+        )
+    assert (
+        units["t"].nunique() >= 6
+    )  # the baseline too is recorded at every interval, without selections
 
 
 def test_interrupted_analysis_gives_the_same_tables(
@@ -240,7 +256,9 @@ def test_interrupted_analysis_gives_the_same_tables(
         engine.run(config, tmp_path / "run")
     engine.run(config, tmp_path / "run")
     for name in ("units", *OBSERVERS):
-        frames = [pd.read_parquet(tmp_path / folder / f"{name}.parquet") for folder in ("run", "whole")]
+        frames = [
+            pd.read_parquet(tmp_path / folder / f"{name}.parquet") for folder in ("run", "whole")
+        ]
         assert_same(*frames)
 
 
@@ -257,9 +275,15 @@ def test_names_in_the_configuration_are_the_observers(cache: Path) -> None:
 def test_few_training_sequences(cache: Path) -> None:
     config = small(cache, "dataset.train_sequences=5")
     few, all_of_them = load(config.dataset, 0), load(small(cache).dataset, 0)
-    assert isinstance(few, MaskedText) and isinstance(all_of_them, MaskedText) and few.steps_per_epoch(2) == 3
+    assert (
+        isinstance(few, MaskedText)
+        and isinstance(all_of_them, MaskedText)
+        and few.steps_per_epoch(2) == 3
+    )
     kept = {tuple(row) for row in few.sequences["train"].tolist()}
-    assert len(kept) == 5 and kept <= {tuple(row) for row in all_of_them.sequences["train"].tolist()}
+    assert len(kept) == 5 and kept <= {
+        tuple(row) for row in all_of_them.sequences["train"].tolist()
+    }
     assert kept != {tuple(row) for row in load(config.dataset, 1).sequences["train"].tolist()}  # type: ignore
     assert len(few.sequences["validation"]) == len(all_of_them.sequences["validation"])
     config.dataset.train_sequences = 10**9
@@ -270,4 +294,6 @@ def test_few_training_sequences(cache: Path) -> None:
 
 def test_command_is_recorded(cache: Path, tmp_path: Path) -> None:
     engine.run(small(cache, "method=baseline", steps=3), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"] is None  # not by the launcher
+    assert (
+        json.loads((tmp_path / "run" / "environment.json").read_text())["command"] is None
+    )  # not by the launcher

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_models import tiny_batch, tiny_bert
 
 from benchmarks import gpu, harness
 from benchmarks.fidelity import compare
 from benchmarks.subjects import Subject
 from mat.suite.config import TrainConfig
+from tests.small_models import tiny_batch, tiny_bert
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +46,9 @@ print(plain, faults())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are"
+)
 def test_kept_memory_is_not_faulted_in_again() -> None:
     plain, kept = map(int, run(FAULTS).split())
     if not plain:
@@ -55,7 +57,7 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
 
 
 def test_the_allocator_is_set_when_times_are_taken_and_not_before() -> None:
-    """A peak of memory measured in a process that keeps what is freed would be that of everything before."""
+    """Peak memory of a process that keeps what is freed would be that of everything before."""
     code = "from benchmarks import harness; from mat.suite.allocator import keep_freed_memory as k;"
     told = "print(k.cache_info().currsize);"
     code += f"{told} harness.medians([lambda: 0], 1); {told}"
@@ -80,7 +82,9 @@ def test_peak_memory_is_that_of_the_call() -> None:
     assert int(run(PEAK)) == pytest.approx(64 * 2**20, rel=0.15)
 
 
-def test_a_part_measured_again_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_measured_again_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     first = [harness.row(name, 1, 2, None) for name in ("a: x", "a: y", "b: x")]
     harness.write("some", first, merge=True)

@@ -1,4 +1,4 @@
-"""What needs a CUDA device (``pytest -m gpu``, ``make gpu-check``): the same numbers as on the CPU, and a whole run."""
+"""What needs a CUDA device (``make gpu-check``): the CPU's numbers, and whole runs."""
 
 import copy
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import attach, gated_gradients
+from short_runs import SWITCH, VGG, events, small
+from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 import mat
 from mat import gram, ntk
 from mat.suite import engine
 from mat.suite.models.attention import attention, rotary_table
 from mat.suite.stepper import Stepper
-from tests.gradients import attach, gated_gradients
-from tests.short_runs import SWITCH, VGG, events, small
-from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,9 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 
 
-@pytest.mark.parametrize("sizes", [(3, 5, 2, 7, 9), (32, 128, 4, 96, 128), (64, 64, 12, 64, 768)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(3, 5, 2, 7, 9), (32, 128, 4, 96, 128), (64, 64, 12, 64, 768)], ids=str
+)
 def test_triton_equals_pytorch(sizes: tuple[int, ...]) -> None:
     gram_triton = pytest.importorskip("mat.gram_triton")
     n, t, u, p, q = sizes
@@ -32,7 +34,9 @@ def test_triton_equals_pytorch(sizes: tuple[int, ...]) -> None:
     b = torch.randn(n, t, q, device=DEVICE).bfloat16()
     found = gram_triton.gram(a, b)
     expected = gram.unit_gram([(a.double(), b.double())], False, 2**30)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2**-13 * float(expected.max()))
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=2**-13 * float(expected.max())
+    )
     assert torch.equal(found, gram_triton.gram(a, b)), "the same call gave other bits"
 
 
@@ -51,7 +55,9 @@ def test_triton_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("reduction, projections", [("random", 1), ("random", 3), ("sum", 1), ("loss", 1)])
+@pytest.mark.parametrize(
+    "reduction, projections", [("random", 1), ("random", 3), ("sum", 1), ("loss", 1)]
+)
 def test_estimator_equals_the_cpu(reduction: ntk.Reduction, projections: int) -> None:
     """In float32, and in bf16 autocast within its eight bits."""
     model, batch = tiny_bert(dtype=torch.float32), tiny_batch(samples=4)
@@ -106,12 +112,18 @@ def test_gate_gradients_equal_the_dense_reference(family: str, mode: str, active
 @pytest.mark.parametrize("memory_bytes", [300, 2**20])
 def test_routed_gram_equals_the_cpu(memory_bytes: int) -> None:
     random = torch.Generator().manual_seed(0)
-    sizes = [torch.tensor([[2, 0, 3], [0, 0, 0], [1, 4, 2]]), torch.tensor([[1, 5], [3, 0], [2, 1]])]
+    sizes = [
+        torch.tensor([[2, 0, 3], [0, 0, 0], [1, 4, 2]]),
+        torch.tensor([[1, 5], [3, 0], [2, 1]]),
+    ]
     factors = [
-        (*(torch.randn(int(s.sum()), w, generator=random, dtype=torch.float64) for w in (4, 5)), s) for s in sizes
+        (*(torch.randn(int(s.sum()), w, generator=random, dtype=torch.float64) for w in (4, 5)), s)
+        for s in sizes
     ]
     expected = gram.routed_gram(factors, True, memory_bytes)
-    found = gram.routed_gram([tuple(t.to(DEVICE) for t in triple) for triple in factors], True, memory_bytes)
+    found = gram.routed_gram(
+        [tuple(t.to(DEVICE) for t in triple) for triple in factors], True, memory_bytes
+    )
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -130,7 +142,12 @@ def test_kernels_of_experts_and_filters_equal_the_cpu(family: str) -> None:
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 def test_a_mat_run_trains(mode: str, cache: Path, tmp_path: Path) -> None:
     """A whole run in bf16 autocast: selections with units frozen, and a falling loss."""
-    overrides = ("method=mat", f"selection.mode={mode}", "hardware.device=cuda", "hardware.precision=bfloat16")
+    overrides = (
+        "method=mat",
+        f"selection.mode={mode}",
+        "hardware.device=cuda",
+        "hardware.precision=bfloat16",
+    )
     summary = engine.run(small(cache, *overrides, steps=60), tmp_path / "run")
     assert summary is not None and summary["selections"] > 2 and summary["active_share"] < 1
     assert summary["best_validation_loss"] < np.log(256)
@@ -147,13 +164,20 @@ RUNS = {
 @pytest.mark.parametrize("mode", ["cut", "exact"])
 @pytest.mark.parametrize("family", RUNS)
 def test_replayed_steps_are_the_launched_ones(
-    family: str, mode: str, method: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    mode: str,
+    method: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A whole run, selections and short batches included, with its steps captured as graphs and without."""
+    """A whole run, selections and short batches included, with and without graphs."""
     modality, overrides = RUNS[family]
     captured: list[object] = []
     plain = Stepper._capture
-    monkeypatch.setattr(Stepper, "_capture", lambda self, batch: captured.append(batch) or plain(self, batch))
+    monkeypatch.setattr(
+        Stepper, "_capture", lambda self, batch: captured.append(batch) or plain(self, batch)
+    )
     seen: dict[bool, list[dict[str, float]]] = {}
     for graphs in (True, False):
         config = small(
@@ -162,13 +186,20 @@ def test_replayed_steps_are_the_launched_ones(
         )  # fmt: skip
         assert engine.run(config, tmp_path / str(graphs)) is not None
         seen[graphs] = [
-            {name: value for name, value in event.items() if isinstance(value, float) and "seconds" not in name}
-            for event in events(tmp_path / str(graphs)) if event["event"] in ("train", "evaluation", "test")
-        ]  # fmt: skip
+            {
+                name: value
+                for name, value in event.items()
+                if isinstance(value, float) and "seconds" not in name
+            }
+            for event in events(tmp_path / str(graphs))
+            if event["event"] in ("train", "evaluation", "test")
+        ]
         assert bool(captured) == graphs and len(captured) < len(seen[graphs]) / 3
         captured.clear()
     for replayed, launched in zip(seen[True], seen[False], strict=True):
         assert replayed.keys() == launched.keys()
         for name, value in launched.items():  # of counts a single sample may fall to the other side
             counted = name in ("accuracy", "drop_rate", "expert_load")
-            assert replayed[name] == pytest.approx(value, rel=1e-4, abs=0.02 if counted else 1e-9), name
+            assert replayed[name] == pytest.approx(
+                value, rel=1e-4, abs=0.02 if counted else 1e-9
+            ), name

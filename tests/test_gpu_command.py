@@ -84,7 +84,9 @@ if not (run / "latest").exists():
     assert Record(work).has(steps[0], "any code")
 
 
-def test_a_step_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_stop_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "STOP", 1.0)
     monkeypatch.setattr(gpu, "KILL", 0.5)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"

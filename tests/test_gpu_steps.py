@@ -1,4 +1,4 @@
-"""Gated steps as CUDA graphs: replayed they are the launched ones, and nothing forbids a capture."""
+"""Gated steps as CUDA graphs: replayed they are the launched ones; nothing forbids a capture."""
 
 import copy
 from collections.abc import Callable
@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mat
-import mat.suite.gating  # noqa: F401 (the finders of our own layers)
+import mat.suite.gating  # the finders of our own layers
 from mat.layers.gate import BackwardMode
 from mat.optim import UnitOptimiser
 from mat.suite.stepper import Stepper
+from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 MODELS: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""The Triton kernel without a device: interpreted against float64, and compiled ahead of time for sm_80 and sm_90."""
+"""The Triton kernel without a device: interpreted, and compiled for sm_80 and sm_90."""
 
 import os
 import subprocess
@@ -19,7 +19,8 @@ import torch
 from mat import gram, gram_triton
 for n, t, u, p, q in [(3, 5, 2, 7, 17), (18, 35, 1, 16, 5), (33, 1, 1, 16, 3)]:
     random = torch.Generator().manual_seed(n)
-    a = torch.randn(n, t, u + 1, p + 3, generator=random).bfloat16()[:, :, 1:, :p]  # strides as views have them
+    # Strides as views have them.
+    a = torch.randn(n, t, u + 1, p + 3, generator=random).bfloat16()[:, :, 1:, :p]
     b = torch.randn(n, t, q + 1, generator=random).bfloat16()[:, :, :q]
     expected = gram.unit_gram([(a.double(), b.double())], False, 2**30)
     error = float((gram_triton.gram(a, b) - expected).abs().max() / expected.max())
@@ -31,16 +32,19 @@ print("interpreted")
 def run(code: str, **environment: str) -> str:
     """Triton decides at import whether it interprets: a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @ON_A_DEVICE
 def test_interpreted_kernel_equals_float64_at_odd_sizes() -> None:
-    """Sixteen bits in the products of gradients (2**-16 each, a few of them): far more than bf16's eight."""
+    """Products of gradients carry sixteen bits, far more than bf16's eight."""
     assert "interpreted" in run(INTERPRETED, TRITON_INTERPRET="1")
 
 
@@ -51,7 +55,8 @@ from mat import gram_triton
 chosen = gram_triton.settings({samples})
 options = {{name: chosen.pop(name) for name in ("num_warps", "num_stages")}}
 constants = {{**chosen, "interpreted": False}}
-signature = {{name: "constexpr" if name in constants else "i32" for name in gram_triton.kernel.arg_names}}
+names = gram_triton.kernel.arg_names
+signature = {{name: "constexpr" if name in constants else "i32" for name in names}}
 signature |= {{"a": "*bf16", "b": "*bf16", "out": "*fp32"}}
 source = ASTSource(gram_triton.kernel, signature=signature, constexprs=constants)
 built = compile(source, target=GPUTarget("cuda", {capability}, 32), options=options)
@@ -62,8 +67,10 @@ print(built.metadata.shared)
 
 @pytest.mark.parametrize("samples", [16, 32, 64])
 @pytest.mark.parametrize("capability, kilobytes", [(80, 163), (90, 227)])
-def test_kernel_compiles_ahead_of_time(capability: int, kilobytes: int, samples: int, tmp_path: Path) -> None:
-    """Products on tensor cores, on-chip memory within what a program has on an A100 and on an H100."""
+def test_kernel_compiles_ahead_of_time(
+    capability: int, kilobytes: int, samples: int, tmp_path: Path
+) -> None:
+    """Products on tensor cores; on-chip memory as on an A100 and on an H100."""
     code = COMPILED.format(capability=capability, samples=samples)
     assert 0 < int(run(code, TRITON_CACHE_DIR=str(tmp_path))) <= kilobytes * 1024
 
@@ -71,7 +78,8 @@ def test_kernel_compiles_ahead_of_time(capability: int, kilobytes: int, samples:
 FAR = """
 import torch
 from mat import gram, gram_triton
-far = torch.from_file({path!r}, shared=True, size=2**31 + 4096, dtype=torch.bfloat16)  # a sparse file
+# A sparse file.
+far = torch.from_file({path!r}, shared=True, size=2**31 + 4096, dtype=torch.bfloat16)
 a = far.as_strided((3, 5, 2, 16), (2**30, 32, 16, 1)).copy_(torch.randn(3, 5, 2, 16))
 b = torch.randn(3, 5, 7).bfloat16()
 expected = gram.unit_gram([(a.double(), b.double())], False, 2**30)
@@ -99,7 +107,7 @@ def test_it_is_not_meant_for_what_would_waste_it() -> None:
 
 
 def test_partial_sums_cover_every_tile_once() -> None:
-    """Whatever the number of units: programs x tiles each hold all tiles, with no program left empty."""
+    """Whatever the number of units: programs hold all tiles, and none is left empty."""
     from mat import gram_triton
 
     for tiles in (1, 7, 48, 600):

@@ -21,18 +21,30 @@ LAYERS = (("heads", 6), ("ffn", 9), ("heads", 6), ("ffn", 9))
 
 
 def make(
-    policy: str = "threshold", *, layers: Sequence[tuple[str, int]] = LAYERS, seed: int = 0, score: str = "lambda_max",
-    temporal: bool = False, slow_share: float = 0.5, slow_steps: int = 5, matched: str | None = None,
+    policy: str = "threshold",
+    *,
+    layers: Sequence[tuple[str, int]] = LAYERS,
+    seed: int = 0,
+    score: str = "lambda_max",
+    temporal: bool = False,
+    slow_share: float = 0.5,
+    slow_steps: int = 5,
+    matched: str | None = None,
     **selection: Any,
-) -> Method:  # fmt: skip
+) -> Method:
     """A method over made-up layers; ``selection`` goes to the selection's settings."""
     settings = {"units": ["heads", "ffn"], "interval": 0.05, "mode": "cut"}
     if not selection.keys() & {"share", "alpha"}:
         settings["share"] = 1 / 3
     config = MethodConfig(
-        name=policy, policy=policy, score=score, temporal=temporal, slow_share=slow_share, slow_steps=slow_steps,
+        name=policy,
+        policy=policy,
+        score=score,
+        temporal=temporal,
+        slow_share=slow_share,
+        slow_steps=slow_steps,
         matched=matched,
-    )  # fmt: skip
+    )
     units = Units([UnitLayer(kind, f"{kind} {i}", n, []) for i, (kind, n) in enumerate(layers)])
     return Method(config, SelectionConfig(**(settings | selection)), units, seed)
 
@@ -40,7 +52,10 @@ def make(
 def of(policy: str, seed: int, **options: Any) -> Method:
     """A method with the score that its policy needs."""
     return make(
-        policy, seed=seed, score="none" if policy in ("all", "random", "multirate") else "lambda_max", **options
+        policy,
+        seed=seed,
+        score="none" if policy in ("all", "random", "multirate") else "lambda_max",
+        **options,
     )
 
 
@@ -75,7 +90,9 @@ def ones(flags: np.ndarray) -> list[int]:
         ([-4, -2, -1], 0.5, -2.5, [1, 2]),
     ],
 )
-def test_threshold_by_alpha(score: list[float], alpha: float, level: float, active: list[int]) -> None:
+def test_threshold_by_alpha(
+    score: list[float], alpha: float, level: float, active: list[int]
+) -> None:
     values = np.array(score, float)
     found = threshold(values, alpha)
     assert found == pytest.approx(level, rel=1e-15)
@@ -95,9 +112,7 @@ def test_threshold_by_alpha(score: list[float], alpha: float, level: float, acti
         ([1] * 12, 1 / 3, [0, 1, 2, 3]),
     ],
 )
-def test_a_share_is_a_number_of_units(
-    score: list[float], share: float, active: list[int]
-) -> None:
+def test_a_share_is_a_number_of_units(score: list[float], share: float, active: list[int]) -> None:
     assert ones(highest(np.array(score, float), share)) == active
 
 
@@ -116,7 +131,9 @@ SCOPED = [9, 8, 1, 20, 30, 300, 20, 10, 5, 60, 70, 400]
         ("all", {"alpha": 0.5}, [5, 11], [200.5, 200.5, 200.5, 200.5]),
     ],
 )
-def test_scopes(scope: str, setting: dict[str, float], active: list[int], levels: list[float]) -> None:
+def test_scopes(
+    scope: str, setting: dict[str, float], active: list[int], levels: list[float]
+) -> None:
     method = make(layers=SCOPED_LAYERS, scope=scope, **setting)
     method.select(np.array(SCOPED, float))
     state = method.select(np.array(SCOPED, float))
@@ -150,13 +167,29 @@ def test_settled(delta: float, previous: float, first: float, beta: float, expec
     assert found.tolist() == [expected]
 
 
-# Scores of five units at t = 0, 1, 2, ...; beta = 0.1. What is worked out by hand: Delta, active and stopped units.
+# Scores of five units at t = 0, 1, 2, ...; beta = 0.1. What is worked out by hand: Delta, active
+# and stopped units.
 COURSE: list[tuple[list[float], list[float], list[int], list[int]]] = [
     ([1, 4, 9, 2, 0], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4], []),  # the first interval trains all units
     ([3, 2, 9, 3, 1], [2, 2, 0, 1, 1], [2], []),  # threshold (1 + 9) / 2
-    ([3.1, 1, 9, 5, 2], [2.1, 3, 0, 3, 2], [2, 3], [0]),  # unit 0: 0.1 / 2, though it was frozen; unit 2: Delta_1 = 0
-    ([8, 1.1, 9, 6, 3], [7, 2.9, 0, 4, 3], [2, 3], [0, 1]),  # threshold (3 + 9) / 2: unit 3 ties; unit 1: 0.1 / 2
-    ([99, -5, 9, 6.05, 2], [98, 9, 0, 4.05, 2], [2], [0, 1, 3]),  # 0 and 1 stay out, and outside lam_min and lam_max
+    (
+        [3.1, 1, 9, 5, 2],
+        [2.1, 3, 0, 3, 2],
+        [2, 3],
+        [0],
+    ),  # unit 0: 0.1 / 2, though it was frozen; unit 2: Delta_1 = 0
+    (
+        [8, 1.1, 9, 6, 3],
+        [7, 2.9, 0, 4, 3],
+        [2, 3],
+        [0, 1],
+    ),  # threshold (3 + 9) / 2: unit 3 ties; unit 1: 0.1 / 2
+    (
+        [99, -5, 9, 6.05, 2],
+        [98, 9, 0, 4.05, 2],
+        [2],
+        [0, 1, 3],
+    ),  # 0 and 1 stay out, and outside lam_min and lam_max
     ([0, 0, 9, 9, 1], [1, 4, 0, 7, 1], [2], [0, 1, 3]),
     ([0, 0, 5, 9, 1.01], [1, 4, 4, 7, 1.01], [2], [0, 1, 3, 4]),  # one running unit: active
     ([0, 0, 0, 0, 0], [1, 4, 9, 2, 0], [2], [0, 1, 3, 4]),
@@ -185,7 +218,10 @@ def test_without_the_temporal_policy_no_unit_stops() -> None:
 def test_stopping_is_checked_from_the_second_selection_after_initialisation() -> None:
     """With beta above the ratio 1 of t = 1 every unit would stop there."""
     method = one_layer(3, alpha=0.0, beta=1.5, temporal=True)
-    counts = [int(method.select(np.array(s, float)).stopped.sum()) for s in ([1, 2, 3], [2, 4, 6], [2, 4, 6])]
+    counts = [
+        int(method.select(np.array(s, float)).stopped.sum())
+        for s in ([1, 2, 3], [2, 4, 6], [2, 4, 6])
+    ]
     assert counts == [0, 0, 3]
     assert not method.state.active.any()
     assert not method.select(np.array([5, 5, 5], float)).active.any()
@@ -246,18 +282,32 @@ def test_shuffled_keeps_the_scores_of_each_kind_and_moves_them() -> None:
     for method in (same_scores, reference):
         method.select(two_scales)
         method.select(two_scales)
-    assert same_scores.state.threshold.tolist() == reference.state.threshold.tolist(), "a kind keeps its scores"
+    assert same_scores.state.threshold.tolist() == reference.state.threshold.tolist(), (
+        "a kind keeps its scores"
+    )
     same_scores = make("shuffled")
     sets = [ones(same_scores.select(scores()).active) for _ in range(4)]
     assert len({tuple(s) for s in sets[1:]}) == 3
-    assert same_scores.state.score.tolist() == scores().tolist(), "what is recorded is what was measured"
+    assert same_scores.state.score.tolist() == scores().tolist(), (
+        "what is recorded is what was measured"
+    )
 
 
 @pytest.mark.parametrize(
     "policy, selections",
-    [("all", 0), ("multirate", 1), ("static", 2), ("random", 9), ("threshold", 9), ("lowest", 9), ("shuffled", 9)],
+    [
+        ("all", 0),
+        ("multirate", 1),
+        ("static", 2),
+        ("random", 9),
+        ("threshold", 9),
+        ("lowest", 9),
+        ("shuffled", 9),
+    ],
 )
-def test_selections_are_due_at_every_interval_until_the_method_has_made_its_last(policy: str, selections: int) -> None:
+def test_selections_are_due_at_every_interval_until_the_method_has_made_its_last(
+    policy: str, selections: int
+) -> None:
     """Intervals of 1/8 of the run: at 0, 1/8, ..., 1."""
     method = of(policy, 0, interval=0.125)
     for t in range(selections):
@@ -306,13 +356,17 @@ def test_random_draws_uniformly() -> None:
     assert np.abs(drawn - 1000).max() < 4 * 26, drawn
 
 
-@pytest.mark.parametrize("slow_share, fast", [(0.5, [3, 4, 3, 4]), (1 / 3, [4, 6, 4, 6]), (1.0, [0] * 4)])
+@pytest.mark.parametrize(
+    "slow_share, fast", [(0.5, [3, 4, 3, 4]), (1 / 3, [4, 6, 4, 6]), (1.0, [0] * 4)]
+)
 def test_multirate_splits_once_into_fast_and_slow(slow_share: float, fast: list[int]) -> None:
     method = make("multirate", score="none", slow_share=slow_share, slow_steps=4)
     assert method.drifts and not method.needs_score
     first = ones(method.select(None).active)
     assert per_layer(first) == fast
-    assert [bool(method.active_at(step).all()) for step in range(9)] == [step % 4 == 0 for step in range(9)]
+    assert [bool(method.active_at(step).all()) for step in range(9)] == [
+        step % 4 == 0 for step in range(9)
+    ]
     assert ones(method.active_at(3)) == first
     assert ones(method.select(None).active) == first
 
@@ -322,7 +376,9 @@ def test_multirate_splits_once_into_fast_and_slow(slow_share: float, fast: list[
 
 def write_finished_run(folder: Path, rows: list[tuple[int, str, int, int, bool]]) -> str:
     folder.mkdir(parents=True)
-    pd.DataFrame(rows, columns=["t", "kind", "layer", "unit", "active"]).to_parquet(folder / "units.parquet")
+    pd.DataFrame(rows, columns=["t", "kind", "layer", "unit", "active"]).to_parquet(
+        folder / "units.parquet"
+    )
     (folder / "summary.json").write_text(json.dumps({}))
     return str(folder)
 
@@ -333,8 +389,10 @@ def matched_rows(counts: dict[int, list[int]]) -> list[tuple[int, str, int, int,
     layers = [(kind, next(depth[kind]), n) for kind, n in LAYERS]
     return [
         (t, kind, layer, u, u < active)
-        for t, per in counts.items() for (kind, layer, n), active in zip(layers, per, strict=True) for u in range(n)
-    ]  # fmt: skip
+        for t, per in counts.items()
+        for (kind, layer, n), active in zip(layers, per, strict=True)
+        for u in range(n)
+    ]
 
 
 def test_matched_takes_the_counts_of_a_run(tmp_path: Path) -> None:
@@ -353,8 +411,12 @@ def test_matched_run_must_be_finished(tmp_path: Path, missing: str) -> None:
         make("random", score="none", matched=run)
 
 
-@pytest.mark.parametrize("layers", [(*LAYERS, ("heads", 6)), (("heads", 2), *LAYERS[1:])], ids=["deeper", "narrower"])
-def test_matched_run_must_have_the_same_units(tmp_path: Path, layers: tuple[tuple[str, int], ...]) -> None:
+@pytest.mark.parametrize(
+    "layers", [(*LAYERS, ("heads", 6)), (("heads", 2), *LAYERS[1:])], ids=["deeper", "narrower"]
+)
+def test_matched_run_must_have_the_same_units(
+    tmp_path: Path, layers: tuple[tuple[str, int], ...]
+) -> None:
     run = write_finished_run(tmp_path / "run", matched_rows({0: [6, 9, 6, 9], 1: [3, 3, 3, 3]}))
     with pytest.raises(UserError, match=f"method.matched={run} has other units"):
         make("random", score="none", matched=run, layers=layers)
@@ -380,7 +442,9 @@ def test_choices_depend_on_the_seed_alone(policy: str) -> None:
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_state_round_trip_goes_on_as_if_nothing_had_happened(policy: str, after: int) -> None:
     """Through plain numbers and lists, as a checkpoint has them."""
-    straight, stopped, resumed = (of(policy, 5, temporal=policy == "threshold", beta=0.3) for _ in range(3))
+    straight, stopped, resumed = (
+        of(policy, 5, temporal=policy == "threshold", beta=0.3) for _ in range(3)
+    )
 
     def select(method: Method, t: int) -> PolicyState:
         return method.select(scores(seed=t) if method.needs_score else None)
@@ -396,7 +460,9 @@ def test_state_round_trip_goes_on_as_if_nothing_had_happened(policy: str, after:
         assert expected.t == found.t == t
         for name, value in vars(expected).items():
             if name != "t":
-                np.testing.assert_array_equal(getattr(found, name), value, err_msg=f"{name} at t={t}")
+                np.testing.assert_array_equal(
+                    getattr(found, name), value, err_msg=f"{name} at t={t}"
+                )
                 assert getattr(found, name).dtype == value.dtype, name
         np.testing.assert_array_equal(resumed.active_at(t), straight.active_at(t))
     if policy == "threshold":

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_models import tiny_batch, tiny_bert
 
 from benchmarks.peers import Contenders
 from benchmarks.subjects import gates_of
 from mat import ntk
+from tests.small_models import tiny_batch, tiny_bert
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,9 @@ def test_peers_find_the_same_kernels(contenders: Contenders, name: str) -> None:
     if name == "BackPACK":
         pytest.importorskip("backpack")
     ours = contenders.ours()
-    torch.testing.assert_close(contenders.all()[name](), ours, rtol=1e-9, atol=1e-9 * float(ours.max()))
+    torch.testing.assert_close(
+        contenders.all()[name](), ours, rtol=1e-9, atol=1e-9 * float(ours.max())
+    )
 
 
 @pytest.mark.parametrize("unit", [0, 4])

@@ -9,7 +9,7 @@ from small_models import tiny_batch, tiny_bert
 from torch import nn
 
 import mat
-import mat.suite.gating  # noqa: F401 (the finders of our own layers)
+import mat.suite.gating
 from mat.optim import SGD, AdamW, UnitOptimiser
 from mat.suite.stepper import GRAPHS, Outcome, Stepper
 

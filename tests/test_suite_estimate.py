@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import attach, jacobian, unit_jacobian
+from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 from torch import Tensor
 
 import mat
 from mat import ntk
 from mat.suite.config import MethodConfig, SelectionConfig
 from mat.suite.methods import Method
-from tests.gradients import attach, jacobian, unit_jacobian
-from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 
 def switch_with_an_unused_expert() -> Any:
@@ -56,7 +56,7 @@ def rows(measured: Measured, weight: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("memory_bytes", [2000, 2**25])
 def test_kernels_equal_the_explicit_jacobian(measured: Measured, memory_bytes: int) -> None:
     """Whatever the gates say; statistics of batch norm are constants, and no token is dropped."""
-    model, batch, gates, found = measured
+    model, batch, _, found = measured
     result = ntk.estimate(
         model, batch, reduction="full", rest=True, kernels=True, memory_bytes=memory_bytes
     )
@@ -103,9 +103,7 @@ def test_an_estimate_leaves_the_model_as_it_was(measured: Measured) -> None:
 def test_an_expert_without_tokens_never_stops() -> None:
     model, batch = switch_with_an_unused_expert(), tiny_batch()
     units = attach(model, kinds=["experts"]).units
-    selection = SelectionConfig(
-        units=["experts"], interval=0.05, mode="cut", share=1.0, beta=0.5
-    )
+    selection = SelectionConfig(units=["experts"], interval=0.05, mode="cut", share=1.0, beta=0.5)
     given = MethodConfig(name="mat", policy="threshold", temporal=True)
     method = Method(given, selection, units, 0)
     score = ntk.estimate(model, batch, units).lambda_max

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import attach
+from short_runs import composed
+from small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 from torchvision.models.vgg import cfgs
 
 from mat import find_units, flops, ntk
@@ -14,9 +17,6 @@ from mat.layers import convolution
 from mat.suite.compose import resolve
 from mat.suite.data.images import ImageBatch
 from mat.suite.models import build
-from tests.gradients import attach
-from tests.short_runs import composed
-from tests.small_models import tiny_batch, tiny_bert, tiny_images, tiny_switch, tiny_vgg
 
 MODELS: dict[str, Any] = {
     "bert": lambda: tiny_bert(ffn_hidden=21),
@@ -97,13 +97,16 @@ def test_padding_of_a_layer_of_experts_by_hand() -> None:
         gates.set_active((gates.units.kind == "experts") & (gates.units.unit < count))
         differences[count] = [ledger.step(executed=e) for e in (True, False)]
     slot, layers = 2 * 2 * 12 * 21, 2
-    executed, needed = (differences[1][i].weight_grad - differences[0][i].weight_grad for i in (0, 1))
+    executed, needed = (
+        differences[1][i].weight_grad - differences[0][i].weight_grad for i in (0, 1)
+    )
     assert (executed, needed) == (layers * 30 * slot, layers * 10 * slot)
     assert differences[0][0].forward - differences[0][1].forward == layers * (90 - 30) * slot
 
 
 def test_a_dense_epoch_of_vgg16_on_50_000_images() -> None:
-    """paper.md section 5: 0.0938 PFLOP executed; three times forward is 0.0940 (images need none)."""
+    """paper.md section 5: 0.0938 PFLOP executed; three times forward is 0.0940 (images need
+    none)."""
     config = resolve(
         composed("model=vgg16", "dataset=cifar10", "selection=filters", "train=images")
     )

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests import small_models
+import small_models
 import torch
-from tests.gradients import attach, gated_gradients
+from gradients import attach, gated_gradients
 from torch import Tensor
 
 from mat.suite.config import TrainConfig

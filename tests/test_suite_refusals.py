@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_runs import SWITCH, VGG, composed, events, one_sentence, small
 
 from mat.suite import engine
 from mat.suite.compose import resolve
 from mat.suite.errors import UserError
-from tests.short_runs import SWITCH, VGG, composed, events, one_sentence, small
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,7 @@ def test_a_run_logs_what_the_router_does(method: str, tmp_path: Path, cache: Pat
     summary = engine.run(small(cache, *SWITCH, f"method={method}", steps=20), tmp_path / "run")
     assert summary is not None and summary["steps"] > 10
     logged = events(tmp_path / "run", "train")
-    assert logged and all(1 / 4 <= e["expert_load"] <= 1 and 0 <= e["drop_rate"] < 1 for e in logged)
+    assert logged and all(
+        1 / 4 <= e["expert_load"] <= 1 and 0 <= e["drop_rate"] < 1 for e in logged
+    )
     assert all(0 < e["router_entropy"] <= np.log(4) + 1e-6 for e in logged)

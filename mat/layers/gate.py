@@ -280,6 +280,11 @@ class Gate:
         for part in self.parts.values():
             part.update()
 
+    def follow(self) -> None:
+        """Bring the indices to the device that the parameters are on now."""
+        if next(iter(self.parts.values())).parameter.device != self.device:
+            self.update()
+
     @property
     def open(self) -> bool:
         """Whether the layer runs untouched: all units train, or no gradient is wanted."""

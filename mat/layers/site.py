@@ -89,6 +89,8 @@ class Site:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
+        for gate in self.gates:
+            gate.follow()
         run = self.original if self.untouched(*inputs) else self.gated
         return of_this_set(run(*inputs, **named), self.gates)
 

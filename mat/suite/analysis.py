@@ -1,17 +1,21 @@
-"""What the paper's figures look at inside a run: observers that measure a copy of the model at every record.
+"""What the figures look at inside a run: observers that measure a copy of the model.
 
-``analysis=[attention,kernels,descent]`` in the configuration names them; each writes one tidy table into the run
-folder. They get a copy of the model in eval mode, with open gates and without autocast, and the probe batch, so that a
-run gives the same numbers with and without them. They are no part of a method: their FLOPs and seconds are not counted.
+``analysis=[attention,kernels,descent]`` in the configuration names them; each writes one tidy table
+into the run folder. They get a copy of the model in eval mode, with open gates and without
+autocast, and the probe batch, so that a run gives the same numbers with and without them. They are
+no part of a method: their FLOPs and seconds are not counted.
 
 ``attention``  effective rank of every head's attention matrix (Figure 1);
-``kernels``    top eigenvalue of every unit's mNTK; whole spectrum of every layer's mNTK (all its parameters, its units'
-               and its own rest's) and of the layers' sum (Figures 1, 3, 4, 5);
-``descent``    eq. (2): what the top eigenvalue predicts of a unit's loss drop, and the drop of one small step.
+``kernels``    top eigenvalue of every unit's mNTK; whole spectrum of every layer's mNTK (all its
+               parameters, its units' and its own rest's) and of the layers' sum (Figures 1,
+               3, 4, 5);
+``descent``    eq. (2): what the top eigenvalue predicts of a unit's loss drop, and the drop of one
+               small step.
 
-Kernels come from m stacked random projections of the outputs (``mat.suite.ntk``, reduction ``random``): their trace is
-unbiased, their top eigenvalue too large by a factor that depends on the spectrum, from about 1 where one eigenvalue
-holds the trace to about k / m where all are equal (k outputs a sample).
+Kernels come from m stacked random projections of the outputs (``mat.ntk``, reduction
+``random``): their trace is unbiased, their top eigenvalue too large by a factor that depends on the
+spectrum, from about 1 where one eigenvalue holds the trace to about k / m where all are equal (k
+outputs a sample).
 """
 
 import copy
@@ -27,12 +31,14 @@ from torch import Tensor, nn
 from mat import ntk
 from mat.gates import Gates, detach_
 from mat.layers.gate import GatedPart
+from mat.reduction import Reducer
 from mat.suite.interface import Batch, Model
 from mat.suite.models.bert import Attention
 from mat.units import REST, Part, Units
 
 SAMPLES = 4  # descent: of the probe, as every unit costs a forward pass
-STEP = 1e-4  # descent: share of the loss that the step is to take off, to first order and over all units
+# Descent: share of the loss that the step is to take off, to first order and over all units.
+STEP = 1e-4
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def _by_unit(values: Tensor, part: Part, units: int) -> Tensor:
 
 
 def effective_rank(matrices: Tensor) -> Tensor:
-    """Effective rank: exp of the entropy of the singular values over their sum (Roy and Vetterli 2007).
+    """Effective rank (Roy and Vetterli 2007): exp of the entropy of the singular values' shares.
 
     Args:
         matrices: (..., a, b), not all zero.
@@ -158,8 +164,8 @@ def eigenvalues(scene: Scene) -> pd.DataFrame:
     """Eigenvalues: columns scope, kind, layer, unit, rank, eigenvalue, trace.
 
     Rows are, by scope: ``unit``: the top eigenvalue (rank 1) of each unit's kernel; ``layer``: all
-    eigenvalues of each layer's; ``network``: all of the layers' sum, which leaves out embeddings and
-    output head.
+    eigenvalues of each layer's; ``network``: all of the layers' sum, which leaves out embeddings
+    and output head.
     """
     result = _estimate(scene, rest=True)
     assert result.kernels is not None
@@ -186,11 +192,11 @@ def descent(scene: Scene) -> pd.DataFrame:
     """Eq. (2) by unit: the loss drop of a gradient step of size eta on the unit alone, over eta.
 
     In float64. To first order that is ||g||² = sum_i lambda_i (u_i . r)² with g the unit's loss
-    gradient, lambda_i and u_i the eigenpairs of its mNTK and r the gradient of the loss with respect
-    to the outputs (for cross-entropy the softmax minus the targets, in the place of eq. (2)'s y).
-    ``predicted`` is the sum's first term, computed as (v . g)² with v the top right singular vector
-    of the unit's projected Jacobian A: v . g = u . A g / sqrt(lambda), and A g is how the step
-    changes the projected outputs.
+    gradient, lambda_i and u_i the eigenpairs of its mNTK and r the gradient of the loss with
+    respect to the outputs (for cross-entropy the softmax minus the targets, in the place of eq.
+    (2)'s y). ``predicted`` is the sum's first term, computed as (v . g)² with v the top right
+    singular vector of the unit's projected Jacobian A: v . g = u . A g / sqrt(lambda), and A g is
+    how the step changes the projected outputs.
 
     Returns:
         Columns kind, layer, unit, lambda_max, predicted, first_order (||g||²), measured, eta.
@@ -212,7 +218,7 @@ def descent(scene: Scene) -> pd.DataFrame:
     kernels = _estimate(scene, rest=False).kernels
     assert kernels is not None
     top, vectors = torch.linalg.eigh(kernels)
-    reducer = ntk.Reducer("random", scene.projections, scene.seed, probe.samples)
+    reducer = Reducer("random", scene.projections, scene.seed, probe.samples)
     vectors_of = reducer.cotangents(outputs, probe, outputs, 0, probe.samples)
     signs = torch.stack([vector.view(probe.samples, -1) for vector, _ in vectors_of])  # (m, n, k)
     signs /= scene.projections**0.5

@@ -1,8 +1,9 @@
 """The engine: one training run, from a validated configuration to a complete run folder.
 
-Length, schedule, evaluations and selections are all measured in executed FLOPs (the paper's figure), so that methods
-are compared at equal cost: a run spends ``method.budget`` x ``train.pflops`` PFLOPs, overhead included and never more,
-its learning rate warms up and decays over that budget, and a method that makes steps cheaper makes more of them.
+Length, schedule, evaluations and selections are all measured in executed FLOPs (the paper's
+figure), so that methods are compared at equal cost: a run spends ``method.budget`` x
+``train.pflops`` PFLOPs, overhead included and never more, its learning rate warms up and decays
+over that budget, and a method that makes steps cheaper makes more of them.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from mat.adapters import find_units
 from mat.flops import Flops, Ledger
 from mat.gates import attach_
 from mat.policy import MATConfig
+from mat.reduction import Reduction
 from mat.suite import analysis, checkpoint
 from mat.suite import data as datasets
 from mat.suite.allocator import keep_freed_memory
@@ -63,7 +65,8 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
         The run's summary, or None if it was interrupted.
 
     Raises:
-        RunFailed: If training diverged; ``failure.json`` says why and the last good checkpoint stays.
+        RunFailed: If training diverged; ``failure.json`` says why and the last good checkpoint
+            stays.
         UserError: If the data or the folder cannot be used.
     """
     keep_freed_memory()
@@ -87,13 +90,16 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
 
 
 def settled(config: Config, begun: dict[str, Any] | None) -> Config:
-    """The configuration with its precision and threads decided: a run that was begun goes on with its own."""
+    """The configuration, precision and threads decided: a begun run goes on with its own."""
     hardware = config.hardware
     threads, precision = hardware.threads or THREADS, hardware.precision
     if begun is not None:
         threads, precision = begun["environment"]["threads"], begun["environment"]["precision"]
         if hardware.threads not in (None, threads):
-            say(f"hardware.threads={hardware.threads} would change the numbers: the run goes on with {threads}.")
+            say(
+                f"hardware.threads={hardware.threads} would change the numbers: "
+                f"the run goes on with {threads}."
+            )
         hardware = replace(hardware, threads=begun["config"]["hardware"]["threads"])
     elif precision == "auto":
         precision = machine_precision(hardware.device)
@@ -294,7 +300,7 @@ class Training:
         self.progress.update(self.spent.figure / PFLOP, reading.loss, active_share, best)
 
     def _running_metrics(self) -> dict[str, float]:
-        """Means over an epoch's worth of samples; nothing before that many were seen (Table 3's train accuracy)."""
+        """Means over the last epoch's worth of samples (Table 3); nothing before there are any."""
         if len(self.recent) < (self.recent.maxlen or 0):
             return {}
         samples = [metrics["samples"] for metrics in self.recent]
@@ -307,7 +313,8 @@ class Training:
     def _refuse_divergence(self, loss: float, norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RunFailed(
-                f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, gradient norm {norm:.4g}):"
+                f"{self.files.path}: training diverged at step {self.step} (loss {loss:.4g}, "
+                f"gradient norm {norm:.4g}):"
                 " lower train.lr or train.clip; the last good checkpoint is kept."
             )
 
@@ -319,7 +326,7 @@ class Training:
         return self.method.needs_score and self.config.selection.reduction == "online"
 
     def _selection_cost(self) -> Flops:
-        """What the coming selection spends; an online one's training step, with the gates as they stand, included."""
+        """What the coming selection spends; the training step of an online one included."""
         if not self.method.needs_score:
             return Flops()
         assert self.probe is not None
@@ -358,7 +365,8 @@ class Training:
     def _outputs(self) -> int:
         """Number k of outputs of a probe's sample."""
         assert self.probe is not None
-        return self.model.eval()(self.probe).numel() // self.probe.samples
+        outputs: torch.Tensor = self.model.eval()(self.probe)
+        return outputs.numel() // self.probe.samples
 
     def _select(self, cost: Flops) -> None:
         start, before = time.perf_counter(), self.seconds
@@ -373,7 +381,8 @@ class Training:
     def _record(self, selected: bool) -> None:
         """Write a row per unit and run the analysis; counted neither in FLOPs nor in seconds.
 
-        Step and distance are the present ones: after an online selection, those behind the step that gave its scores.
+        Step and distance are the present ones: after an online selection, those behind the step
+        that gave its scores.
 
         Args:
             selected: Whether there was a selection just now; without one there are no scores.
@@ -406,10 +415,10 @@ class Training:
                 )
         self.records += 1
 
-    def _reduction(self) -> ntk.Reduction:
+    def _reduction(self) -> Reduction:
         if self.config.method.score == "gradnorm":
             return "loss"
-        return cast(ntk.Reduction, self.config.selection.reduction)
+        return cast(Reduction, self.config.selection.reduction)
 
     def _score(self, cost: Flops) -> FloatArray:
         """Scores of all units, and their cost spent."""
@@ -450,7 +459,7 @@ class Training:
         return [point * PFLOP for point in points if point * PFLOP > self.evaluated_at]
 
     def _evaluate_until(self, after: int, points: list[float]) -> None:
-        """Evaluate at the points that the next piece of work, which ends at ``after`` FLOPs, goes beyond."""
+        """Evaluate at the points before ``after`` FLOPs, where the next piece of work ends."""
         while points and after > points[0]:
             self._evaluate(points.pop(0))
 
@@ -463,7 +472,8 @@ class Training:
         self._event("evaluation", "validation", **scores, mark=mark)
         if not math.isfinite(scores["loss"]):
             raise RunFailed(
-                f"{self.files.path}: the validation loss is {scores['loss']} at step {self.step}: lower train.lr."
+                f"{self.files.path}: the validation loss is {scores['loss']} at step {self.step}: "
+                "lower train.lr."
             )
         by, sign = self.model.best_by, 1 if self.model.best_by == "loss" else -1
         if sign * scores[by] < sign * self.best.get(by, sign * math.inf):
@@ -483,7 +493,9 @@ class Training:
         total: dict[str, float] = {}
         count = 0
         for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
-            if self._interrupt and split == "test":  # only then is the latest checkpoint of this step
+            if (
+                self._interrupt and split == "test"
+            ):  # only then is the latest checkpoint of this step
                 raise Interrupted
             batch = batch_in(batch.to(self.device), self.config.hardware.precision)
             with self._autocast():
@@ -496,7 +508,7 @@ class Training:
         return {name: value / count for name, value in total.items()}
 
     def _finish(self) -> dict[str, Any]:
-        """Read the test scores at the best validation, and write the summary: the run is complete."""
+        """Test the weights of the best validation and write the summary: the run is complete."""
         if self.step == 0:
             raise UserError(
                 f"train.pflops={self.config.train.pflops} is too short for a single step: raise it."
@@ -572,9 +584,17 @@ class Training:
         self.files.save(state)
 
     _SAVED = (
-        "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum", "window", "evaluated_at",
+        "step",
+        "epoch",
+        "records",
+        "needed",
+        "seconds",
+        "seconds_estimator",
+        "share_sum",
+        "window",
+        "evaluated_at",
         "best",
-    )  # fmt: skip
+    )
 
     def _go_on(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; without one, start."""
@@ -583,11 +603,14 @@ class Training:
         where = f"{self.files.path} was begun "
         if state["data"] != self.data.fingerprint:
             raise UserError(
-                f"{where}on other data: point dataset.root (or MAT_DATA) at the data it was begun with, or remove that "
+                f"{where}on other data: point dataset.root (or MAT_DATA) at the data it was "
+                "begun with, or remove that "
                 "folder."
             )
         if state["matched"] != self.matched:
-            raise UserError(f"{where}with another method.matched: name that run, or remove this folder.")
+            raise UserError(
+                f"{where}with another method.matched: name that run, or remove this folder."
+            )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.method.policy.load_state_dict(state["method"])
@@ -611,7 +634,9 @@ class Training:
         def ask(number: int, frame: FrameType | None) -> None:
             self._interrupt = True
 
-        if threading.current_thread() is not threading.main_thread():  # others may not handle signals
+        if (
+            threading.current_thread() is not threading.main_thread()
+        ):  # others may not handle signals
             yield
             return
         handlers = {number: signal.getsignal(number) for number in STOPPING}

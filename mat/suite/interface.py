@@ -33,7 +33,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        return replace(
+            self,
+            **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()},
+        )
 
     def split(self, parts: int) -> Sequence[Self]:
         """Equal consecutive parts (fewer when there are fewer samples than parts)."""

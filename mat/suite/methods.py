@@ -93,5 +93,6 @@ def _matched_counts(run: str, units: Units) -> Counts:
             f"method.matched={run} has other units: name a run of the same model and "
             "selection.units."
         )
-    counted = table.groupby(["t", "kind", "layer"])["active"].sum()
-    return {(int(t), str(kind), int(layer)): int(n) for (t, kind, layer), n in counted.items()}
+    counted = table.groupby(["t", "kind", "layer"], as_index=False)["active"].sum()
+    rows = zip(*(counted[c].tolist() for c in ("t", "kind", "layer", "active")), strict=True)
+    return {(t, kind, layer): int(n) for t, kind, layer, n in rows}

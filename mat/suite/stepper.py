@@ -1,9 +1,10 @@
-"""One training step: forward, backward, clipping and update; on CUDA replayed as a graph while the gates stand.
+"""One training step: forward, backward, clipping and update; on CUDA replayed as a graph.
 
-A gated step is hundreds of small kernels, and a GPU runs them faster than Python launches them: launched one by one,
-a step with a third of the units active takes longer than a dense one. Captured as a CUDA graph a step costs one
-launch, and what the gates skip shows on the clock. A graph holds for one state of the gates: the first step with new
-gates is launched kernel by kernel, the second is captured, all others replay the same kernels on the same memory. That
+A gated step is hundreds of small kernels, and a GPU runs them faster than Python launches them:
+launched one by one, a step with a third of the units active takes longer than a dense one.
+Captured as a CUDA graph a step costs one launch, and what the gates skip shows on the clock. A
+graph holds for one state of the gates: the first step with new gates is launched kernel by
+kernel, the second is captured, all others replay the same kernels on the same memory. That
 memory comes beside what the steps launched kernel by kernel have used.
 """
 
@@ -19,7 +20,8 @@ from mat.gates import Gates
 from mat.optim import UnitOptimiser
 from mat.suite.interface import Batch, Model
 
-GRAPHS = 4  # kept: multirate has two sets of units that take turns, each with an epoch's short last batch
+# Kept: multirate has two sets of units that take turns, each with an epoch's short last batch.
+GRAPHS = 4
 Key = tuple[object, ...]
 
 
@@ -41,7 +43,7 @@ class Reading:
 
 
 class Outcome:
-    """The same, on the device: to be read before the next step, which writes to the same memory if it is a replay.
+    """The same, on the device: to be read before the next step, which may write to its memory.
 
     Args:
         metrics: Names of the metrics.
@@ -155,7 +157,7 @@ class Stepper:
 
 
 class _Graph:
-    """A captured step, the batch that it reads, what it says, and the tensors that live as long as it."""
+    """A captured step, the batch that it reads, what it says, and tensors that it keeps alive."""
 
     def __init__(
         self, graph: torch.cuda.CUDAGraph, batch: Batch, outcome: Outcome, held: list[Tensor]

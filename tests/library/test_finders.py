@@ -101,7 +101,7 @@ def test_units_by_hand_get_zero_gradients_anywhere() -> None:
             mat.cols("3.weight", 0, 4),
         ),
         mat.Unit("right", mat.rows("0.weight", 3, 6), mat.rows("2.weight", 4, 8)),
-    ]  # fmt: skip
+    ]
     gates = mat.attach_(model, mat.MATConfig(mode="exact", log=False), units=units)
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     dense = gradients(model, lambda m: m(x).square().sum())

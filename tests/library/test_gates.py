@@ -12,6 +12,7 @@ from zoo import build
 
 import mat
 from mat.gates import Gates
+from mat.layers.gate import Indices
 
 SKIPPED = "mat/skipped_backward_by_weights"
 
@@ -260,3 +261,40 @@ def test_detaching_ends_an_online_reading() -> None:
     assert model._forward_pre_hooks
     mat.detach_(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_active_set_is_read_only() -> None:
+    gates = attached()
+    with pytest.raises(ValueError, match="read-only"):
+        gates.active[0] = False
+    assert gates.active.all()
+
+
+def test_a_refused_selection_is_none() -> None:
+    gates = attached(share=0.5)
+    gates.select(np.arange(6.0))
+    before = str(gates.policy.state_dict())
+    gates.model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="are pending"):
+        gates.select(np.arange(6.0))
+    assert str(gates.policy.state_dict()) == before
+    gates.model.zero_grad()
+    gates.select(np.arange(6.0))
+    assert gates.policy.state.t == 1 and gates.active.sum() == 3
+
+
+def test_indices_follow_a_model_to_its_device() -> None:
+    gates = attached()
+    gates.set_active([True, False, True, False, True, False])
+    for gate in gates.layers:  # as they are once a model has left another device
+        gate.device, gate._indices = torch.device("meta"), Indices()
+        for part in gate.parts.values():
+            part.update()
+    assert {index.device.type for index in gates.indices()} == {"meta"}
+    gates.model(torch.ones(2, 4)).sum().backward()
+    assert {index.device.type for index in gates.indices()} == {"cpu"}
+
+
+def test_multirate_is_refused_with_what_to_call() -> None:
+    with pytest.raises(ValueError, match=r"mat.AdamW\(...\).drift\(\)"):
+        attached(rule="multirate")

@@ -9,11 +9,11 @@ import torch
 Backward = Callable[..., Any]
 
 
-def once(backward: Backward) -> Backward:
+def refuse_double_backward(backward: Backward) -> Backward:
     """Refuse a second derivative of an ``autograd.Function``.
 
-    ``torch.autograd.function.once_differentiable`` raises only where the second pass goes through the
-    layer; beside a residual connection it silently leaves the layer out.
+    ``torch.autograd.function.once_differentiable`` raises only where the second pass goes through
+    the layer; beside a residual connection it silently leaves the layer out.
 
     Raises:
         RuntimeError: In a backward pass with ``create_graph=True``.
