@@ -22,8 +22,8 @@ from torch import nn
 from mat import ntk
 from mat.kernels import shapes_of
 from mat.layers.site import WHOLE, Shares
-from mat.operations import Recorder, Term, flop_counter, graph_of, undisturbed
-from mat.probe import run, samples_of, untouched
+from mat.operations import Recorder, Term, flop_counter, graph_of
+from mat.probe import run, samples_of, undisturbed
 from mat.taps import Tape
 from mat.units import Units
 
@@ -81,7 +81,8 @@ class Ledger:
         self.model = model
         self.paths = {module: path for path, module in model.named_modules()}
         recorder = Recorder(self.paths)
-        with undisturbed(model, training), recorder, torch.enable_grad():
+        eager = torch.compiler.set_stance("force_eager")
+        with undisturbed(model, training, differentiate=True), eager, recorder:
             outputs = forward()
         self.terms = recorder.terms
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -109,11 +110,11 @@ class Ledger:
             total[term.operation.weight] += int(sum(gradients))
         return total
 
-    def _dense(self) -> tuple[list[Shares], list[bool]]:
+    def _dense(self) -> tuple[list[Shares], list[bool], bool]:
         """What :meth:`_count` takes where nothing is gated."""
-        return [WHOLE] * len(self.terms), [True] * len(self.nodes)
+        return [WHOLE] * len(self.terms), [True] * len(self.nodes), True
 
-    def _state(self, executed: bool = True) -> tuple[list[Shares], list[bool]]:
+    def _state(self, executed: bool = True) -> tuple[list[Shares], list[bool], bool]:
         """What it takes with the gates as they stand."""
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
@@ -132,7 +133,7 @@ class Ledger:
             passes = executed or all(shares[term.number].input_grad for term in node.terms)
             below = passes and any(wanted[child] for child in node.children)
             wanted[at] = below or not idle.issuperset(node.parameters)
-        return shares, wanted
+        return shares, wanted, executed
 
     def passes(self, backward: int) -> Flops:
         """FLOPs of a forward pass and so many backward passes, as if nothing were gated."""
@@ -145,12 +146,13 @@ class Ledger:
             vocabulary=forward + backward * (once.vocabulary - forward),
         )
 
-    def _count(self, shares: Sequence[Shares], wanted: Sequence[bool]) -> Flops:
+    def _count(self, shares: Sequence[Shares], wanted: Sequence[bool], executed: bool) -> Flops:
         """FLOPs of a forward and a backward pass.
 
         Args:
             shares: Of every product.
             wanted: Of every node whether its gradient is.
+            executed: Whether zeros that a closed layer sends down count.
         """
         columns = [Fraction(0)] * 4
 
@@ -159,14 +161,14 @@ class Ledger:
 
         for term in self.terms:
             add(term, 0, shares[term.number].forward * term.operation.flops)
-        for term, inputs, weights in self._gradients(shares, wanted):
+        for term, inputs, weights in self._gradients(shares, wanted, executed):
             add(term, 1, inputs)
             add(term, 2, weights)
         forward, input_grad, weight_grad, vocabulary = (int(total) for total in columns)
         return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
 
     def _gradients(
-        self, shares: Sequence[Shares], wanted: Sequence[bool]
+        self, shares: Sequence[Shares], wanted: Sequence[bool], executed: bool
     ) -> Iterator[tuple[Term, Fraction, Fraction]]:
         """FLOPs of the input and weight gradients of every product that a backward pass reaches."""
         reached = [at == 0 for at in range(len(self.nodes))]
@@ -183,7 +185,8 @@ class Ledger:
                     flops * inputs * share.input_grad,
                     flops * term.weights * share.weight_grad,
                 )
-            if all(shares[term.number].input_grad for term in node.terms):
+            below = [shares[term.number] for term in node.terms]
+            if all(share.input_grad or (executed and share.zeros) for share in below):
                 for child in children:
                     reached[child] = True
 
@@ -212,7 +215,7 @@ def estimate(
     units = ntk.units_of(model, units)
     n = samples_of(batch) if samples is None else samples
     tape = Tape(model, units)  # before gradients are off: it leaves out what does not train
-    with untouched(model), tape:
+    with undisturbed(model), tape:
         tape.begin(n)
         ledger = Ledger(model, lambda: run(model, batch), vocabulary, training=False)
         shapes = shapes_of(tape.taps)

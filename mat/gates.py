@@ -307,7 +307,7 @@ class Gates:
                 gate.transparent = False
 
     def guard(self, optimiser: torch.optim.Optimizer) -> None:
-        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`.
+        """Keep frozen slices and their optimiser state bit-identical, see :func:`mat.guard.guard`.
 
         Args:
             optimiser: Of the model's parameters, or what accelerate made of one.
@@ -315,21 +315,7 @@ class Gates:
         Raises:
             ValueError: If it has no parameter of units, or the model has others now, as with FSDP.
         """
-        optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
-        present = {id(parameter) for parameter in self.model.parameters()}
-        for part in self.parts():
-            if id(part.parameter) not in present:
-                raise ValueError(
-                    f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
-                )
-        theirs = (p for group in optimiser.param_groups for p in group["params"])
-        trained = any(part.parameter.requires_grad for part in self.parts())
-        if trained and not any(hasattr(parameter, "_gated") for parameter in theirs):
-            raise ValueError(
-                "the optimiser has none of the units' parameters: make it of the attached model's "
-                "parameters"
-            )
-        guard(optimiser)
+        guard(getattr(optimiser, "optimizer", optimiser), self.model, list(self.parts()))
 
     def reset(self) -> None:
         """Start anew for another training run: no selection made, all units active, no probe."""

@@ -10,7 +10,7 @@ steps). ``mat.AdamW`` counts per unit.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from mat.layers.gate import GatedPart, put, take
 from mat.optim import UnitOptimiser
 
 
-def guard(optimiser: torch.optim.Optimizer) -> None:
+def guard(optimiser: torch.optim.Optimizer, model: nn.Module, parts: Sequence[GatedPart]) -> None:
     """Install the hooks; once is enough.
 
     State of a parameter's shape is guarded, and state that has a number per unit's row (its size
@@ -28,7 +28,24 @@ def guard(optimiser: torch.optim.Optimizer) -> None:
 
     Args:
         optimiser: Made before or after attaching. Ours, which know units, are left as they are.
+        model: The attached model.
+        parts: What units own of its parameters.
+
+    Raises:
+        ValueError: If the optimiser has no parameter of units, or the model has others now.
     """
+    present = {id(parameter) for parameter in model.parameters()}
+    for part in parts:
+        if id(part.parameter) not in present:
+            raise ValueError(
+                f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
+            )
+    trained = any(part.parameter.requires_grad for part in parts)
+    if trained and not any(True for _ in _gated(optimiser)):
+        raise ValueError(
+            "the optimiser has none of the units' parameters: make it of the attached model's "
+            "parameters"
+        )
     if isinstance(optimiser, UnitOptimiser) or getattr(optimiser, "_guarded", False):
         return
     for _, part in _gated(optimiser):  # an earlier optimiser may have asked for blocks

@@ -36,7 +36,7 @@ import mat.adapters.experts
 import mat.recorders  # noqa: F401 both register how modules are recorded
 from mat.adapters import find_units
 from mat.kernels import Kernels, Shape, eigenvalue_flops, eigenvalues, scaled_to_cosines, shapes_of
-from mat.probe import joined, pick, run, samples_of, untouched
+from mat.probe import joined, pick, run, samples_of, undisturbed
 from mat.products import Tap
 from mat.reduction import LossOfOutputs, Reducer, Reduction
 from mat.taps import Tape
@@ -169,7 +169,7 @@ def estimate(
     rest_rows = _rest_rows(model, units) if rest else {}
     of_rest: dict[str, Tensor] | None = None
     m = projections if reduction == "random" else 1
-    with untouched(model), tape:
+    with undisturbed(model), tape:
         if len(batches) > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             tape.begin(sum(counts))
             with torch.no_grad():
@@ -294,7 +294,7 @@ def kernel_shapes(
     The arguments are those of :func:`estimate`.
     """
     tape = Tape(model, units_of(model, units))
-    with untouched(model), tape:
+    with undisturbed(model), tape:
         tape.begin(samples_of(batch) if samples is None else samples)
         run(model, batch)
     return shapes_of(tape.taps)

@@ -4,8 +4,7 @@ Two FLOPs per multiply-add; matrix products, convolutions and attention kernels 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,26 +223,3 @@ def _parameter(node: Any) -> tuple[nn.Parameter | None, tuple[int, ...]]:
         return (None if node is None else node.variable), ()
     used = torch.bincount(chosen.flatten(), minlength=len(node.variable))
     return node.variable, tuple(used.tolist())
-
-
-@contextmanager
-def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within, nothing is gated; after it modes, buffers and random states are what they were."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gates = getattr(model, "_gates", None)
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    if model.training != training:  # else parts that are kept in another mode stay in it
-        model.train(training)
-    try:
-        with (
-            torch.random.fork_rng(devices),
-            gates.transparent() if gates else nullcontext(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, saved in buffers:
-            buffer.data.copy_(saved)  # unseen by graphs that keep the buffer

@@ -6,7 +6,7 @@ A batch is a mapping (``model(**batch)``), a tuple (``model(*batch)``) or anythi
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,25 +91,34 @@ def joined(batches: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Within, the model evaluates as if nothing were gated, and no parameter gets a gradient.
+def undisturbed(
+    model: nn.Module, training: bool = False, differentiate: bool = False
+) -> Iterator[None]:
+    """Within, the model runs as if nothing were gated; then all is as it was.
 
-    Afterwards modes, ``requires_grad`` and random states are as they were.
+    That is modes, ``requires_grad``, random states and, after training, buffers.
+
+    Args:
+        model: The model.
+        training: Run it as a training step does; else in evaluation mode.
+        differentiate: Whether its parameters get gradients as ever; else none does.
     """
-    training = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    buffers = [(b, b.clone()) for b in model.buffers()] if training else []
     cuda = sorted({p.device.index for p in wanted if p.is_cuda})
     capturing = bool(cuda) and torch.cuda.is_current_stream_capturing()
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([] if capturing else cuda))
-        gates: Any = getattr(model, "_gates", None)
-        if gates is not None:
-            stack.enter_context(gates.transparent())
+    gates: Any = getattr(model, "_gates", None)
+    with (
+        torch.random.fork_rng([] if capturing else cuda),
+        gates.transparent() if gates is not None else nullcontext(),
+    ):
         try:
-            model.eval()
-            for parameter in wanted:
-                parameter.requires_grad_(False)
+            if model.training != training or not training:
+                model.train(training)  # else parts that are kept in another mode stay in it
+            for parameter, value in wanted.items():
+                parameter.requires_grad_(value and differentiate)
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
             with torch.enable_grad():
                 yield
@@ -117,5 +126,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for parameter, value in wanted.items():
                 parameter.requires_grad_(value)
-            for module, value in training.items():
-                module.training = value
+            for module, mode in modes.items():
+                module.training = mode
+            for buffer, saved in buffers:
+                buffer.data.copy_(saved)  # unseen by graphs that keep the buffer

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mat.layers.multihead import merged
 from mat.products import BY_SAMPLE
 from mat.taps import Tape, recorder
 
@@ -73,25 +74,10 @@ def _attend(
         y = tape.product(x, y, weight, bias, "in_proj_weight", BY_SAMPLE, rows)
         y = y.view(*y.shape[:2], module.num_heads, -1)
         heads.append(y.transpose(1, 2))  # (n, H, T, K)
-    masks = [attn_mask, key_padding_mask]
-    if key_padding_mask is not None:
-        masks[1] = key_padding_mask[:, None, None]  # (n, 1, 1, S)
-    if attn_mask is not None and attn_mask.dim() == 3:
-        shape = -1, module.num_heads, *attn_mask.shape[1:]
-        masks[0] = attn_mask.view(shape)  # (n, H, T, S)
-    added = [_added(mask, heads[0]) for mask in masks if mask is not None]
     q, k, v = heads
-    mask = sum(added[1:], added[0]) if added else None
-    context = F.scaled_dot_product_attention(q, k, v, mask)
+    context = F.scaled_dot_product_attention(q, k, v, merged(attn_mask, key_padding_mask, q))
     context = context.transpose(1, 2).flatten(2)  # (n, T, D)
     out = module.out_proj
     y = F.linear(context, out.weight, out.bias)
     y = tape.product(context, y, out.weight, out.bias, "out_proj", BY_SAMPLE)
     return y if module.batch_first else y.transpose(0, 1), None
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask as what is added to scores: where a boolean one is true nothing attends."""
-    if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
-    return like.new_zeros(mask.shape).masked_fill(mask, float("-inf"))

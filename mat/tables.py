@@ -103,7 +103,7 @@ def backward_costs(gates: "Gates") -> tuple[Costs, Costs, bool]:
     """
     if gates.probe is not None:
         from mat.flops import Ledger
-        from mat.gates import copied
+        from mat.probe import copied
 
         if gates.ledger is None:
             batch = gates.probe[0] if isinstance(gates.probe, list) else gates.probe

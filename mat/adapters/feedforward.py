@@ -15,7 +15,7 @@ from mat.adapters.find import Place, count_heads, finder, linear_site, part_of
 from mat.layers.gate import Gate
 from mat.layers.hidden import HiddenSite
 from mat.layers.site import rows_of
-from mat.probe import untouched
+from mat.probe import undisturbed
 from mat.units import UnitLayer
 
 DEFAULT_GROUPS = 8  # where a model names no heads
@@ -118,7 +118,7 @@ def misfit(module: nn.Module, form: Form) -> str | None:
     some = torch.randperm(len(weight), generator=random, device="cpu")[::2].to(weight.device)
     activate, finish = Activate(module, form), Finish(module, form)
     try:
-        with untouched(module), torch.no_grad():
+        with undisturbed(module), torch.no_grad():
             z = [first(x) for first in firsts]  # (1, 2, F)
             # As the backward does it: some of the neurons, without the rest.
             apart = activate(*(rows_of(each)[:, some] for each in z))

@@ -64,7 +64,7 @@ def attend_apart(
 def core_shares(gate: Gate) -> Shares:
     """What the backward of :func:`attend_apart` runs of its products."""
     passed = gate.n_active if gate.mode == "cut" else gate.n_units
-    return Shares(input_grad=Fraction(passed, gate.n_units))
+    return Shares(input_grad=Fraction(passed, gate.n_units), zeros=True)
 
 
 def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:

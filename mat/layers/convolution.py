@@ -105,7 +105,7 @@ class ConvolutionSite(Site):
     def shares(self, operation: Operation, executed: bool = True) -> Shares:
         """See :meth:`Site.shares`; weight gradients are filled up in both modes."""
         way, filters = self.way(executed), self.module.out_channels
-        shares = way.shares(self.module.weight)
+        shares = replace(way.shares(self.module.weight), zeros=False)
         if executed and way.rows is not None:
             run = Fraction(carried(way.rows.count, filters), filters)
             return replace(shares, weight_grad=run)

@@ -61,7 +61,7 @@ class Way:
         received = Fraction(length(self.into, inputs), inputs)
         part = self.rows or self.columns
         trained = Fraction(1) if part is None else Fraction(part.count, weight.shape[part.dim])
-        return Shares(input_grad=passed * received, weight_grad=trained)
+        return Shares(Fraction(1), passed * received, trained, zeros=not self.silent)
 
 
 class LinearSite(Site):

@@ -40,13 +40,15 @@ class Shares:
 
     Attributes:
         forward: 1, but for padding that is not counted.
-        input_grad: Of an input's gradient; 0 also says that none goes further down.
+        input_grad: Of an input's gradient.
         weight_grad: Of its weight's gradient.
+        zeros: Whether zeros go further down where ``input_grad`` is 0; else nothing does.
     """
 
     forward: Fraction = Fraction(1)
     input_grad: Fraction = Fraction(1)
     weight_grad: Fraction = Fraction(1)
+    zeros: bool = False
 
 
 WHOLE = Shares()
