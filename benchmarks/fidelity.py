@@ -13,9 +13,9 @@ Of an estimate: ``error``, median |lambda / (c lambda_reference) - 1| with c the
 ``overlap``, share of the reference's top third that is found, both within a kind as MAT compares
 (scope ``kind``), averaged over kinds; ``cost``, median seconds over those of a dense training step
 of 64 sequences in the estimate's precision. Random signs: means over 4, 3, 2 seeds for m = 1, 4,
-16, the first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it also
-makes that step a dense one, where the method would make a gated one: up to half a step of the run's
-batch that is not in the cost.
+16, the first of them not timed. The cost of ``online`` is what it adds to a step. A selection by it
+also makes that step a dense one, where the method would make a gated one: up to half a step of the
+run's batch that is not in the cost.
 """
 
 import copy

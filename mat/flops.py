@@ -10,7 +10,8 @@ backward pass runs. The cost for any state of the gates is then arithmetic: site
 a product they run (:meth:`mat.layers.site.Site.shares`).
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from fractions import Fraction
 from typing import Any
@@ -95,6 +96,25 @@ class Ledger:
             executed: Count what runs, padding included; else what the active set needs. Experts
                 are counted with the routing of the recorded pass.
         """
+        return self._count(*self._state(executed))
+
+    def backward(self, dense: bool = False) -> Counter[str]:
+        """FLOPs of the backward pass by the name of a product's weight; "" where it has none.
+
+        Args:
+            dense: As if nothing were gated; else with the gates as they stand.
+        """
+        total: Counter[str] = Counter()
+        for term, *gradients in self._gradients(*(self._dense() if dense else self._state())):
+            total[term.operation.weight] += int(sum(gradients))
+        return total
+
+    def _dense(self) -> tuple[list[Shares], list[bool]]:
+        """What :meth:`_count` takes where nothing is gated."""
+        return [WHOLE] * len(self.terms), [True] * len(self.nodes)
+
+    def _state(self, executed: bool = True) -> tuple[list[Shares], list[bool]]:
+        """What it takes with the gates as they stand."""
         gates = getattr(self.model, "_gates", None)
         sites = {self.paths[site.module]: site for site in gates.sites} if gates else {}
         parts = gates.parts() if gates else ()
@@ -112,11 +132,11 @@ class Ledger:
             passes = executed or all(shares[term.number].input_grad for term in node.terms)
             below = passes and any(wanted[child] for child in node.children)
             wanted[at] = below or not idle.issuperset(node.parameters)
-        return self._count(shares, wanted)
+        return shares, wanted
 
     def passes(self, backward: int) -> Flops:
         """FLOPs of a forward pass and so many backward passes, as if nothing were gated."""
-        once = self._count([WHOLE] * len(self.terms), [True] * len(self.nodes))
+        once = self._count(*self._dense())
         forward = sum(term.operation.flops for term in self.terms if term.vocabulary)
         return Flops(
             once.forward,
@@ -134,11 +154,21 @@ class Ledger:
         """
         columns = [Fraction(0)] * 4
 
-        def add(term: Term, column: int, share: Fraction) -> None:
-            columns[3 if term.vocabulary else column] += share * term.operation.flops
+        def add(term: Term, column: int, flops: Fraction) -> None:
+            columns[3 if term.vocabulary else column] += flops
 
         for term in self.terms:
-            add(term, 0, shares[term.number].forward)
+            add(term, 0, shares[term.number].forward * term.operation.flops)
+        for term, inputs, weights in self._gradients(shares, wanted):
+            add(term, 1, inputs)
+            add(term, 2, weights)
+        forward, input_grad, weight_grad, vocabulary = (int(total) for total in columns)
+        return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
+
+    def _gradients(
+        self, shares: Sequence[Shares], wanted: Sequence[bool]
+    ) -> Iterator[tuple[Term, Fraction, Fraction]]:
+        """FLOPs of the input and weight gradients of every product that a backward pass reaches."""
         reached = [at == 0 for at in range(len(self.nodes))]
         for at, node in enumerate(self.nodes):
             if not reached[at]:
@@ -147,13 +177,15 @@ class Ledger:
             for term in node.terms:
                 one_each = len(children) if term.factors else term.inputs
                 inputs = min(term.inputs, one_each) if children else 0
-                add(term, 1, inputs * shares[term.number].input_grad)
-                add(term, 2, term.weights * shares[term.number].weight_grad)
+                share, flops = shares[term.number], term.operation.flops
+                yield (
+                    term,
+                    flops * inputs * share.input_grad,
+                    flops * term.weights * share.weight_grad,
+                )
             if all(shares[term.number].input_grad for term in node.terms):
                 for child in children:
                     reached[child] = True
-        forward, input_grad, weight_grad, vocabulary = (int(total) for total in columns)
-        return Flops(forward, input_grad, weight_grad, vocabulary=vocabulary)
 
 
 def estimate(

@@ -20,7 +20,8 @@ from mat.guard import guard
 from mat.layers.gate import Gate, GatedPart
 from mat.layers.site import Site
 from mat.policy import MATConfig, Policy
-from mat.tables import active_by_kind, gates_table, skipped_share
+from mat.probe import copied
+from mat.tables import active_by_kind, gates_table, skipped_numbers
 from mat.units import BoolArray, FloatArray, Unit, Units
 
 
@@ -34,27 +35,28 @@ class Gates:
 
     Attributes:
         units: The table of units.
-        active: (N,) boolean: which units train now.
         layers: The gate of every layer.
         policy: Chooses at selections.
         probe: The batch that scores are measured on: a copy of the first one given.
-        due: Training step from which on the next selection is made.
+        calls: How often :meth:`maybe_select` was called: training steps, over all epochs.
+        due: Call from which on the next selection is made.
         pending: Scores that were read off a training step and await the next call.
     """
 
     def __init__(self, model: nn.Module, units: Units, config: MATConfig) -> None:
         self.model, self.units, self.config = model, units, config
-        self.active: BoolArray = np.ones(len(units), bool)
+        self._active: BoolArray = np.ones(len(units), bool)
         self.policy = Policy(config, units)
         self.probe: Any = None
-        self.due = 0
+        self.ledger: Any = None  # what a backward pass on the probe costs, once it was asked
+        self.calls = self.due = 0
         self.callback: Any = None  # the Trainer's, see mat.integrations
         self.pending: FloatArray | None = None
         self._online: Any = None  # reads scores off the training step under way
         self.layers: list[Gate] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for layer, rows in units.slices():
-            gate = Gate(layer.kind, layer.name, self.active[rows], config.mode)
+            gate = Gate(layer.kind, layer.name, self._active[rows], config.mode)
             self.layers.append(gate)
             for part in layer.parts:
                 gate.add(parameters[part.parameter], part)
@@ -69,6 +71,13 @@ class Gates:
 
     def __repr__(self) -> str:
         return gates_table(self)
+
+    @property
+    def active(self) -> BoolArray:
+        """(N,) boolean, read-only: which units train now; :meth:`set_active` changes it."""
+        view = self._active.view()
+        view.flags.writeable = False
+        return view
 
     def parts(self) -> Iterator[GatedPart]:
         """Every gated part of a parameter."""
@@ -99,28 +108,28 @@ class Gates:
                 )
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
             if (wanted[rows] != self.active[rows]).any():
-                self.active[rows] = wanted[rows]
+                self._active[rows] = wanted[rows]
                 gate.update()
 
     def indices(self) -> list[Tensor]:
         """Every tensor of row numbers in use: a CUDA graph reads them as long as it lives."""
-        found = [index for gate in self.layers for index in gate.indices()]
-        return [index for index in found if isinstance(index, Tensor)]
+        every = (index for gate in self.layers for index in gate.indices())
+        return [index for index in every if isinstance(index, Tensor)]
 
     def maybe_select(
         self,
-        step: int,
+        step: int | None = None,
         batch: Any = None,
         output: Callable[[Any], Tensor] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> bool:
-        """Select every ``config.every`` steps; call it between optimiser steps, before each one.
+        """Select at every ``config.every``-th call; call it before each training step.
 
         The first call is selection t = 0, which leaves all units active. With data-parallel
         training the scores of rank 0 count on every rank.
 
         Args:
-            step: Number of the training step that comes next.
+            step: The training step that comes next, for the log; it may start anew in each epoch.
             batch: The probe, if scores are measured on one; the first is kept for good.
             output: From the model's output to the tensor (samples, ...) whose Jacobian is measured.
             loss: Mean loss from the model's output and the probe, for ``score="gradnorm"``; the
@@ -133,13 +142,14 @@ class Gates:
             ValueError: If scores are needed and no probe was given.
         """
         self._read_online()
+        call, self.calls = self.calls, self.calls + 1
         if self.pending is not None:
-            scores, self.pending = self.pending, None
-            self.select(scores, step)
+            self.select(self.pending, step)
+            self.pending = None
             return True
-        if step < self.due or self.policy.done:
+        if call < self.due or self.policy.done:
             return False
-        self.due = step + self.config.every
+        self.due = call + self.config.every
         if not self.policy.needs_score:
             self.select(None, step)
             return True
@@ -178,8 +188,10 @@ class Gates:
 
         Raises:
             ValueError: If scores are missing, of another shape, or not finite.
+            RuntimeError: If gradients are pending; nothing is selected then.
         """
-        if dist.is_available() and dist.is_initialized():  # every rank trains the same units
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed:  # every rank trains the same units
             shared = [scores]
             dist.broadcast_object_list(shared, 0)
             scores = shared[0]
@@ -192,9 +204,14 @@ class Gates:
                 raise ValueError(f"the score of {worst} is not finite")
         elif self.policy.needs_score:
             raise ValueError(f"rule={self.config.rule!r} needs a score per unit: select(scores)")
+        before = self.policy.state_dict()
         state = self.policy.select(scores)
-        self.set_active(state.active)
-        if self.config.log and (not dist.is_initialized() or dist.get_rank() == 0):
+        try:
+            self.set_active(state.active)
+        except RuntimeError:
+            self.policy.load_state_dict(before)
+            raise
+        if self.config.log and (not distributed or dist.get_rank() == 0):
             when = "" if step is None else f" at step {step}"
             print(f"MAT: selection {state.t}{when}: {active_by_kind(self)}")
 
@@ -204,8 +221,7 @@ class Gates:
         numbers = {
             "mat/active": float(self.active.mean()),
             "mat/stopped": float(state.stopped.mean()),
-            "mat/skipped_backward": skipped_share(self),
-        }
+        } | skipped_numbers(self)
         for kind in sorted(set(self.units.kind.tolist())):
             level = state.threshold[self.units.kind == kind]
             if np.isfinite(level).any():
@@ -222,6 +238,7 @@ class Gates:
             "layers": self._partition(),
             "active": self.active.tolist(),
             "policy": self.policy.state_dict(),
+            "calls": self.calls,
             "due": self.due,
             "pending": None if self.pending is None else self.pending.tolist(),
             "probe": self.probe,
@@ -249,7 +266,8 @@ class Gates:
                 )
         self.set_active(saved["active"])
         self.policy.load_state_dict(saved["policy"])
-        self.due, self.probe = saved["due"], saved["probe"]
+        self.calls, self.due, self.probe = saved["calls"], saved["due"], saved["probe"]
+        self.ledger = None
         self.pending = None if saved["pending"] is None else np.array(saved["pending"])
 
     def _partition(self) -> dict[str, str]:
@@ -289,13 +307,47 @@ class Gates:
                 gate.transparent = False
 
     def guard(self, optimiser: torch.optim.Optimizer) -> None:
-        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`."""
+        """Keep frozen slices and their optimiser state bit-identical, see :mod:`mat.guard`.
+
+        Args:
+            optimiser: Of the model's parameters, or what accelerate made of one.
+
+        Raises:
+            ValueError: If it has no parameter of units, or the model has others now, as with FSDP.
+        """
+        optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate's calls no hooks
+        present = {id(parameter) for parameter in self.model.parameters()}
+        for part in self.parts():
+            if id(part.parameter) not in present:
+                raise ValueError(
+                    f"{part.part.parameter} was replaced after attaching: FSDP is not supported"
+                )
+        theirs = (p for group in optimiser.param_groups for p in group["params"])
+        trained = any(part.parameter.requires_grad for part in self.parts())
+        if trained and not any(hasattr(parameter, "_gated") for parameter in theirs):
+            raise ValueError(
+                "the optimiser has none of the units' parameters: make it of the attached model's "
+                "parameters"
+            )
         guard(optimiser)
+
+    def reset(self) -> None:
+        """Start anew for another training run: no selection made, all units active, no probe."""
+        self.stop_reading()
+        self.set_active(np.ones_like(self.active))
+        self.policy = Policy(self.config, self.units)
+        self.probe, self.pending, self.ledger = None, None, None
+        self.calls = self.due = 0
+
+    def stop_reading(self) -> None:
+        """Read no scores off the training step under way, if it was going to."""
+        if self._online is not None:
+            self._online.__exit__(None, None, None)
+            self._online = None
 
     def detach(self) -> None:
         """Give every module its own forward back."""
-        if self._online is not None:
-            self._online.__exit__(None, None, None)
+        self.stop_reading()
         for site in reversed(self.sites):
             site.detach()
         for part in self.parts():
@@ -308,23 +360,12 @@ class Gates:
         units.layers = [copy.copy(layer) for layer in units.layers]
         for layer in units.layers:
             layer.sites = []
-        return self.__dict__ | {"units": units, "_online": None}
+        return self.__dict__ | {"units": units, "_online": None, "ledger": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for gate, (_, rows) in zip(self.layers, self.units.slices(), strict=True):
-            gate.active = self.active[rows]  # views of the copy's own vector
-
-
-def copied(batch: Any, device: torch.device | None = None) -> Any:
-    """A batch of tensors (in dicts, lists and tuples) as tensors of its own, on a device."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device, copy=True)
-    if hasattr(batch, "items"):
-        return {key: copied(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(copied(value, device) for value in batch)
-    return batch
+            gate.active = self._active[rows]  # views of the copy's own vector
 
 
 def attach_(
@@ -341,9 +382,15 @@ def attach_(
         The gates; all units are active.
 
     Raises:
-        ValueError: If nothing is found, or the model is attached already.
+        ValueError: If nothing is found, the model is attached already, or ``rule="multirate"``:
+            its frozen units move, and change places, by steps that are not the gates'.
     """
     config = config or MATConfig()
+    if config.rule == "multirate":
+        raise ValueError(
+            'rule="multirate" cannot be attached: its slow units move in every step and train in '
+            "some, so set_active in turn and call mat.AdamW(...).drift() after each step"
+        )
     if any(hasattr(module, "_gates") for module in model.modules()):
         raise ValueError("MAT is attached to this model already: mat.detach_(model) first")
     if not isinstance(units, Units):

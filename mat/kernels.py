@@ -116,7 +116,7 @@ class Kernels:
         slots: list[list[tuple[Tensor, ...]]] = []  # [projection][batch], pairs of factors
         for uses in batches.values():
             known, gradients = zip(*(tap.factors() for tap in uses), strict=True)
-            counts = {len(found) for found in gradients}
+            counts = {len(per_projection) for per_projection in gradients}
             if len(counts) > 1 or 0 in counts:
                 raise ValueError(f"the outputs do not depend on all that {product.path} computes")
             slots = slots or [[] for _ in gradients[0]]

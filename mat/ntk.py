@@ -342,9 +342,9 @@ def _result(
     sums = stacked.sum((1, 2))
     if normalize is not None:
         stacked = scaled_to_cosines(stacked)
-    found = eigenvalues(stacked, sums, units, spectrum)
+    spectra = eigenvalues(stacked, sums, units, spectrum)
     kept = stacked if kernels else None
-    return Mntk(*found, kept, rest, units, samples, outputs, reduction, projections, seed)
+    return Mntk(*spectra, kept, rest, units, samples, outputs, reduction, projections, seed)
 
 
 def _rest_rows(model: nn.Module, units: Units) -> dict[str, tuple[int, IntArray] | None]:
@@ -379,11 +379,11 @@ def _rest_kernels(
             for i in range(n):
                 of_sample = torch.zeros_like(cotangent)
                 of_sample.view(n, -1)[i] = cotangent.view(n, -1)[i]
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     outputs, list(parameters.values()), of_sample,
                     retain_graph=True, materialize_grads=True,
                 )  # fmt: skip
-                for (name, where), gradient in zip(rest.items(), found, strict=True):
+                for (name, where), gradient in zip(rest.items(), gradients, strict=True):
                     if where is not None:
                         places = torch.from_numpy(where[1]).to(gradient.device)
                         gradient = gradient.index_select(where[0], places)

@@ -9,7 +9,7 @@ gradient is made. ``p.grad`` of a gated parameter is then None: clip with
 :meth:`UnitOptimiser.clip_grad_norm_`, since torch's function (and a GradScaler) would not see them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,10 @@ class UnitOptimiser(torch.optim.Optimizer):
         self.compact = compact
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle."""
+        return {**super().__getstate__(), "compact": self.compact}
+
     def parts(self) -> Iterable[tuple[dict[str, Any], nn.Parameter, GatedPart | None]]:
         """Every parameter with its group, and what a gate has of it."""
         for group in self.param_groups:
@@ -46,12 +50,8 @@ class UnitOptimiser(torch.optim.Optimizer):
 
     def gradients(self) -> list[Tensor]:
         """All gradients there are; of gated parameters those of the active rows."""
-        found = []
-        for _, parameter, part in self.parts():
-            gradient = parameter.grad if part is None else part.gradient()
-            if gradient is not None:
-                found.append(gradient)
-        return found
+        every = (p.grad if part is None else part.gradient() for _, p, part in self.parts())
+        return [gradient for gradient in every if gradient is not None]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
@@ -66,8 +66,8 @@ class UnitOptimiser(torch.optim.Optimizer):
         gradients = self.gradients()
         norm = nn.utils.get_total_norm(gradients)
         if max_norm is not None:
-            held = [g for _, p, part in self.parts() if (g := _held(p, part)) is not None]
-            torch._foreach_mul_(held, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            stored = [g for _, p, part in self.parts() if (g := _stored(p, part)) is not None]
+            torch._foreach_mul_(stored, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -90,14 +90,20 @@ class UnitOptimiser(torch.optim.Optimizer):
             self._drift(moved, group, self.state[parameter], part)
             put(parameter, part.frozen, part.dim, moved)
 
+    def _note_use(self) -> None:
+        """Blocks are not to be added to after a step."""
+        for _, _, part in self.parts():
+            if part is not None:
+                part.used = part.block is not None
+
     def _drift(
         self, moved: Tensor, group: dict[str, Any], state: dict[str, Tensor], part: GatedPart
     ) -> None:
         raise NotImplementedError
 
 
-def _held(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
-    """The tensor that holds a parameter's gradient."""
+def _stored(parameter: nn.Parameter, part: GatedPart | None) -> Tensor | None:
+    """The tensor that a parameter's gradient is stored in."""
     if part is not None and part.block is not None:
         return part.block
     return parameter.grad
@@ -146,6 +152,10 @@ class AdamW(UnitOptimiser):
         super().__init__(params, defaults, compact)
         self._views: dict[int, tuple[tuple[int, ...], _Rows]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._views = {}  # those of other parameters
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update everything that has a gradient, in its active rows."""
@@ -174,6 +184,7 @@ class AdamW(UnitOptimiser):
                 )  # fmt: skip
         for finish in afterwards:
             finish()
+        self._note_use()
         for _, kept in self._views.values():
             kept.gradients = []  # their memory is the next step's
         return loss
@@ -185,8 +196,9 @@ class AdamW(UnitOptimiser):
             state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        elif part is not None and state["step"].dim() == 0:  # attached after some steps
-            state["step"] = state["step"].expand(len(part.runs)).clone()
+        elif part is not None and state["step"].shape != (len(part.runs),):
+            # Attached after some steps, or divided otherwise before.
+            state["step"] = state["step"].max().expand(len(part.runs)).clone()
         elif part is None and state["step"].dim():  # detached
             state["step"] = state["step"].max()
         return state
@@ -198,28 +210,29 @@ class AdamW(UnitOptimiser):
         gradient: Tensor,
         afterwards: list[Callable[[], None]],
     ) -> _Rows:
-        """What the kernel updates of a parameter; ``afterwards`` writes gathered columns back."""
+        """What the kernel updates of a parameter; ``afterwards`` writes gathered rows back."""
         state = self._state(parameter, part)
         moments = state["exp_avg"], state["exp_avg_sq"]
         tensors = parameter.detach(), *moments
         if part is None:
+            gradient = _laid_out(gradient, parameter)
             return _Rows(*([t] for t in (tensors[0], gradient, *moments, state["step"])))
-        if part.dim == 0:
-            key = (part.gate.version, *(t.data_ptr() for t in (*tensors, state["step"])))
-            kept = self._views.get(id(parameter))
-            if kept is None or kept[0] != key:
-                views = [[t[a:b] for _, a, b in part.active_runs] for t in tensors]
-                rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
-                kept = self._views[id(parameter)] = key, rows
-            laid_out = _laid_out_like(gradient, parameter)
-            kept[1].gradients = list(torch.split(laid_out, part.run_lengths))
+        key = (part.gate.version, *(t.data_ptr() for t in (*tensors, state["step"])))
+        kept = self._views.get(id(parameter))
+        if (kept is None or kept[0] != key) and part.dim == 0 and _rows_are_packed(tensors):
+            views = [[t[a:b] for _, a, b in part.active_runs] for t in tensors]
+            rows = _Rows(views[0], [], views[1], views[2], _steps(state["step"], part))
+            kept = self._views[id(parameter)] = key, rows
+        if kept is not None and kept[0] == key:
+            runs = torch.split(gradient, part.run_lengths)
+            kept[1].gradients = list(map(_laid_out, runs, kept[1].parameters))
             return kept[1]
-        whole = [t.transpose(0, 1) for t in tensors]  # columns first
+        whole = [t.transpose(0, part.dim) for t in tensors]  # rows first
         blocks = [take(t, part.active, 0).contiguous() for t in whole]
 
         def finish() -> None:
             for target, block in zip(tensors, blocks, strict=True):
-                put(target, part.active, 1, block.transpose(0, 1))
+                put(target, part.active, part.dim, block.transpose(0, part.dim))
 
         afterwards.append(finish)
         split = [list(torch.split(t, part.run_lengths)) for t in (*blocks, gradient.contiguous())]
@@ -241,12 +254,18 @@ class AdamW(UnitOptimiser):
         moved.sub_(direction * lr)
 
 
-def _laid_out_like(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Rows with the strides of a parameter's: the fused kernel takes both for the same numbers."""
-    like = parameter.detach()[: len(rows)]
-    if rows.stride() == like.stride():
-        return rows
-    return torch.empty_like(like, dtype=rows.dtype).copy_(rows)
+def _rows_are_packed(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors lie alike in memory, every row in one piece: the kernel walks memory."""
+    first = tensors[0]
+    alike = all(t.stride() == first.stride() for t in tensors)
+    return alike and first.stride(0) * len(first) == first.numel()
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient that lies in memory as what it updates."""
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 def _steps(step: Tensor, part: GatedPart) -> list[Tensor]:
@@ -287,13 +306,13 @@ class SGD(UnitOptimiser):
                 loss = closure()
         for group in self.param_groups:
             self._step_group(group)
+        self._note_use()
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         """A few list operations over all parameters of a group."""
-        found: list[
-            tuple[list[Tensor], Index, int]
-        ] = []  # tensors, and where their active rows are
+        # Tensors, and where their active rows are.
+        places: list[tuple[list[Tensor], Index, int]] = []
         lists: tuple[list[Tensor], ...] = ([], [], [])  # parameters, momenta, gradients
         for parameter in group["params"]:
             part: GatedPart | None = getattr(parameter, "_gated", None)
@@ -305,7 +324,7 @@ class SGD(UnitOptimiser):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             index, dim = (None, 0) if part is None else (part.active, part.dim)
             tensors = [parameter.detach(), state["momentum_buffer"]]
-            found.append((tensors, index, dim))
+            places.append((tensors, index, dim))
             if part is not None:
                 gradient = gradient.transpose(0, dim)
             rows = (*(take(t, index, dim) for t in tensors), gradient)
@@ -319,7 +338,7 @@ class SGD(UnitOptimiser):
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
         descend(parameters, momenta, group["lr"])
-        for i, (tensors, index, dim) in enumerate(found):
+        for i, (tensors, index, dim) in enumerate(places):
             if isinstance(index, Tensor):  # otherwise they were views
                 put(tensors[0], index, dim, parameters[i])
                 put(tensors[1], index, dim, momenta[i])

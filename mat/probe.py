@@ -30,6 +30,17 @@ def samples_of(batch: Any) -> int:
     )
 
 
+def copied(batch: Any, device: torch.device | None = None) -> Any:
+    """A batch of tensors (in dicts, lists and tuples) as tensors of its own, on a device."""
+    if isinstance(batch, Tensor):
+        return batch.detach().to(device, copy=True)
+    if hasattr(batch, "items"):
+        return {key: copied(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(copied(value, device) for value in batch)
+    return batch
+
+
 def run(model: nn.Module, batch: Any) -> Any:
     """What a model makes of a batch."""
     if isinstance(batch, Mapping):
@@ -43,15 +54,15 @@ def pick(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
     Raises:
         ValueError: If that is no tensor.
     """
-    found = result if output is None else output(result)
-    if output is None and not isinstance(found, Tensor):
-        found = getattr(found, "logits", None)
-    if not isinstance(found, Tensor):
+    outputs = result if output is None else output(result)
+    if output is None and not isinstance(outputs, Tensor):
+        outputs = getattr(outputs, "logits", None)
+    if not isinstance(outputs, Tensor):
         raise ValueError(
             f"a {type(result).__name__} is no tensor and has no logits: pick the outputs by "
             "output=lambda result: ..."
         )
-    return found
+    return outputs
 
 
 def joined(batches: Sequence[Any]) -> Any:

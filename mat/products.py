@@ -160,8 +160,8 @@ def convolution(module: nn.Conv2d) -> Layout:
     def patches(x: Tensor, n: int) -> Tensor:
         """(n, I, H, W) to what a filter sees at every position, (n, T, I k k)."""
         x = F.pad(x, padding, mode) if any(padding) else x
-        seen = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
-        return seen.transpose(1, 2).reshape(n, -1, seen.shape[1])
+        patches = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
+        return patches.transpose(1, 2).reshape(n, -1, patches.shape[1])
 
     def positions(maps: Tensor, n: int) -> Tensor:
         """(n, C, H, W) to (n, T, C)."""

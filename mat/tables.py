@@ -1,12 +1,17 @@
 """Units and gates in words: the tables that printing them gives, and lines for a log."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mat.probe import run
+
 if TYPE_CHECKING:
     from mat.gates import Gates
     from mat.units import Part, Units
+
+Costs = Mapping[str, float]  # by the name of a weight
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -35,7 +40,7 @@ def units_table(units: "Units") -> str:
         rows.append(
             [layer.name or "the model", layer.kind, ", ".join(names), each, f"{share:.1%}", slices]
         )
-    header = ["layer", "kind", "name", "parameters of each", "share of FLOPs", "slices"]
+    header = ["layer", "kind", "name", "parameters of each", "share of weights", "slices"]
     lines = [table(header, rows)]
     if units.left_out:
         lines.append(f"left out: {units.left_out_in_words()}")
@@ -54,50 +59,65 @@ def owned_of(part: "Part", units: "Units") -> float:
 
 
 def gates_table(gates: "Gates") -> str:
-    """A line per layer: kind, active, stopped, share of its backward that is skipped."""
+    """A line per layer: kind, active, stopped, share of the backward of its matrices skipped."""
     stopped = gates.policy.state.stopped
+    dense, now, measured = backward_costs(gates)
     rows = []
     for gate, (layer, where) in zip(gates.layers, gates.units.slices(), strict=True):
+        names = {part.parameter for part in layer.parts}
         rows.append(
             [
                 gate.name or "the model",
                 gate.kind,
                 f"{gate.n_active} of {gate.n_units}",
                 str(int(stopped[where].sum())),
-                f"{skipped_of_layer(gates, layer.name):.1%}",
+                f"{skipped(dense, now, names):.1%}",
             ]
         )
     total = f"{int(gates.active.sum())} of {len(gates.active)}"
-    rows.append(["all", "", total, str(int(stopped.sum())), f"{skipped_share(gates):.1%}"])
-    return table(["layer", "kind", "active", "stopped", "skipped"], rows)
+    share = f"{skipped(dense, now, dense):.1%}"
+    rows.append(["all", "", total, str(int(stopped.sum())), share])
+    last = "skipped FLOPs" if measured else "skipped, by weights"
+    return table(["layer", "kind", "active", "stopped", last], rows)
 
 
-def skipped_of_layer(gates: "Gates", name: str) -> float:
-    """Share of the backward products of a layer's own slices that its gate skips.
+def skipped_numbers(gates: "Gates") -> dict[str, float]:
+    """The share of the model's backward that is skipped, under a name that says how it is known."""
+    dense, now, measured = backward_costs(gates)
+    name = "mat/skipped_backward" if measured else "mat/skipped_backward_by_weights"
+    return {name: skipped(dense, now, dense)}
 
-    A product's backward is two of its size, one for its input and one for its weight; ``cut`` skips
-    both for frozen units, ``exact`` the second.
+
+def skipped(dense: Costs, now: Costs, names: Iterable[str]) -> float:
+    """Share of the backward of some weights that is skipped."""
+    whole = sum(dense.get(name, 0) for name in names)
+    return 1 - sum(now.get(name, 0) for name in names) / whole if whole else 0.0
+
+
+def backward_costs(gates: "Gates") -> tuple[Costs, Costs, bool]:
+    """Cost of the backward by weight, if nothing were gated and as it is; whether it is measured.
+
+    With a probe it is FLOPs, recorded once. Without one every weight counts by its size: a
+    product's backward is two of that, one for its input and one for its weight; ``cut`` skips both
+    for frozen units, ``exact`` the second.
     """
-    owned = skipped = 0.0
-    for gate in gates.layers:
-        if gate.name != name:
-            continue
-        for part in gate.parts.values():
-            size = gates.units.products.get(part.part.parameter, 0)
-            owned += size * float((part.part.owner >= 0).mean())
-            skipped += size * (1 - part.count / len(part.part.owner))
-    return skipped / owned * (1.0 if gates.config.mode == "cut" else 0.5) if owned else 0.0
+    if gates.probe is not None:
+        from mat.flops import Ledger
+        from mat.gates import copied
 
-
-def skipped_share(gates: "Gates") -> float:
-    """Share of the whole model's backward products that is skipped."""
-    total = sum(gates.units.products.values())
-    owned = {
-        layer.name: sum(owned_of(part, gates.units) for part in layer.parts)
-        for layer in gates.units.layers
-    }
-    skipped = sum(skipped_of_layer(gates, name) * size for name, size in owned.items())
-    return skipped / total if total else 0.0
+        if gates.ledger is None:
+            batch = gates.probe[0] if isinstance(gates.probe, list) else gates.probe
+            batch = copied(batch, next(gates.model.parameters()).device)
+            gates.ledger = Ledger(gates.model, lambda: run(gates.model, batch), training=False)
+        return gates.ledger.backward(dense=True), gates.ledger.backward(), True
+    dense = {name: 2.0 * size for name, size in gates.units.products.items()}
+    now = dict(dense)
+    for part in gates.parts():
+        frozen = 1 - part.count / len(part.part.owner)
+        name, share = part.part.parameter, 1.0 if gates.config.mode == "cut" else 0.5
+        if name in now:
+            now[name] -= dense[name] * frozen * share
+    return dense, now, False
 
 
 def active_by_kind(gates: "Gates") -> str:

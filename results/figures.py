@@ -438,7 +438,8 @@ def equation3(source: Source) -> tuple[Figure, str]:
                 for _, one in some.groupby("layer")
             ]
             found.append(
-                f"{rank_correlation(some['eigenvalue'], some['distance']):+.2f} ({kind!s}; positive within "
+                f"{rank_correlation(some['eigenvalue'], some['distance']):+.2f} ({kind!s}; "
+                "positive within "
                 f"{sum(layers)} of {len(layers)} layers)"
             )
         low = each["active"] < 0.5

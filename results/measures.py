@@ -1,9 +1,10 @@
-"""What the tables say about runs: numbers of one run, and their mean and standard deviation over seeds.
+"""What the tables say about runs: numbers of one run, and their mean and standard deviation over
+seeds.
 
-A run's numbers come from its own files; comparisons take the baseline's run *of the same seed*. "Best" is the best
-validation score: the lowest loss, or the highest accuracy in Table 3. A number that a run does not have (it ended
-before the mark, it never reached the level) is None, and a row's cell is then empty: a mean over the seeds that
-happened to get there would flatter the row.
+A run's numbers come from its own files; comparisons take the baseline's run *of the same seed*.
+"Best" is the best validation score: the lowest loss, or the highest accuracy in Table 3. A number
+that a run does not have (it ended before the mark, it never reached the level) is None, and a row's
+cell is then empty: a mean over the seeds that happened to get there would flatter the row.
 """
 
 import math
@@ -24,7 +25,8 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Score:
-    """What a table judges runs by; the engine picks the tested weights by the same (``best_by`` of the model).
+    """What a table judges runs by; the engine picks the tested weights by the same (``best_by`` of
+    the model).
 
     Attributes:
         name: Its name in events; the summary has ``test_<name>`` and ``best_validation_<name>``.
@@ -45,9 +47,13 @@ class Score:
             UserError: If one of them is missing or not finite.
         """
         evaluations = run.evaluations
-        values = evaluations.get(self.name, pd.Series(float("nan"), evaluations.index)).astype(float)
+        values = evaluations.get(self.name, pd.Series(float("nan"), evaluations.index)).astype(
+            float
+        )
         if not np.isfinite(values).all():
-            raise UserError(f"{run.path} has an evaluation without a finite {self.name}: train it again.")
+            raise UserError(
+                f"{run.path} has an evaluation without a finite {self.name}: train it again."
+            )
         return values
 
     def check(self, run: Run) -> None:
@@ -56,10 +62,14 @@ class Score:
         Raises:
             UserError: If they differ.
         """
-        told, best = run.number(f"best_validation_{self.name}"), self.sign * float((self.sign * self.values(run)).max())
+        told, best = (
+            run.number(f"best_validation_{self.name}"),
+            self.sign * float((self.sign * self.values(run)).max()),
+        )
         if not math.isclose(told, best, rel_tol=1e-9):
             raise UserError(
-                f"{run.path} contradicts itself (best validation {self.name} {told} in summary.json, {best} in "
+                f"{run.path} contradicts itself (best validation {self.name} {told} in summary.json, "
+                f"{best} in "
                 "metrics.jsonl): delete that run folder and train it again."
             )
 
@@ -70,7 +80,11 @@ class Score:
             PFLOPs and seconds of that evaluation, or None if the run never gets there.
         """
         reached = run.evaluations[self.sign * self.values(run) >= self.sign * level]
-        return None if reached.empty else (float(reached["pflops"].iloc[0]), float(reached["seconds"].iloc[0]))
+        return (
+            None
+            if reached.empty
+            else (float(reached["pflops"].iloc[0]), float(reached["seconds"].iloc[0]))
+        )
 
 
 LOSS = Score("loss", "nats per masked token", -1)
@@ -79,7 +93,9 @@ ACCURACY = Score("accuracy", "%", 1, 100)
 
 @dataclass(frozen=True)
 class Mark:
-    """Validation loss at the n-th FLOPs mark (from 1): the last evaluation at or before it (Tables 1 and 2)."""
+    """Validation loss at the n-th FLOPs mark (from 1): the last evaluation at or before it (Tables
+    1 and 2).
+    """
 
     number: int
 
@@ -92,7 +108,10 @@ class Mark:
         """The mark in PFLOPs."""
         marks = run.config["train"]["marks"]
         if len(marks) < self.number:
-            raise UserError(f"{run.path} has train.marks={marks}, but the table needs mark {self.number}: set it.")
+            raise UserError(
+                f"{run.path} has train.marks={marks}, but the table needs mark "
+                f"{self.number}: set it."
+            )
         return float(marks[self.number - 1])
 
     def title(self, run: Run) -> str:
@@ -105,7 +124,9 @@ class Mark:
             return None
         before = run.evaluations[run.evaluations["pflops"] <= self.at(run)]
         if before.empty:
-            raise UserError(f"{run.path} has no evaluation up to the mark {self.at(run)}: evaluate more often.")
+            raise UserError(
+                f"{run.path} has no evaluation up to the mark {self.at(run)}: evaluate more often."
+            )
         return float(before["loss"].iloc[-1])
 
 
@@ -113,7 +134,9 @@ class Mark:
 class Until:
     """PFLOPs until a training accuracy is reached (Table 3)."""
 
-    accuracy: float  # of the augmented training images, a running mean over an epoch's worth of steps
+    accuracy: (
+        float  # of the augmented training images, a running mean over an epoch's worth of steps
+    )
 
     @property
     def measure(self) -> str:
@@ -128,15 +151,22 @@ class Until:
         """The run's number, or None where it has none."""
         trained = [e for e in run.events if e["event"] == "train" and e.get("accuracy") is not None]
         if not trained:
-            raise UserError(f"{run.path} has no training accuracy: train it again, for an epoch at least.")
-        return next((float(event["pflops"]) for event in trained if event["accuracy"] >= self.accuracy), None)
+            raise UserError(
+                f"{run.path} has no training accuracy: train it again, for an epoch at least."
+            )
+        return next(
+            (float(event["pflops"]) for event in trained if event["accuracy"] >= self.accuracy),
+            None,
+        )
 
 
 Level = Mark | Until  # a column of the paper's table that is read somewhere along the run
 
 
 def same_clock(one: Run, other: Run) -> bool:
-    """Whether the seconds of two runs can be compared: both alone on the same machine, equally precise."""
+    """Whether the seconds of two runs can be compared: both alone on the same machine, equally
+    precise.
+    """
     return one.timed and other.timed and one.machine == other.machine
 
 
@@ -152,7 +182,10 @@ def of_run(run: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, 
         UserError: If a number is missing or not finite.
     """
     return {
-        **{f"{part}_{score.name}": run.number(f"{part}_{score.name}") for part in ("test", "best_validation")},
+        **{
+            f"{part}_{score.name}": run.number(f"{part}_{score.name}")
+            for part in ("test", "best_validation")
+        },
         "pflops_total": run.number("pflops"),
         "seconds_total": run.number("seconds"),
         "pflops_to_best": run.number("pflops_to_best"),
@@ -162,24 +195,34 @@ def of_run(run: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, 
     } | {level.measure: level.read(run) for level in levels}
 
 
-def against(run: Run, baseline: Run, levels: Sequence[Level], score: Score = LOSS) -> dict[str, float | None]:
+def against(
+    run: Run, baseline: Run, levels: Sequence[Level], score: Score = LOSS
+) -> dict[str, float | None]:
     """What one run says beside the baseline's run of the same seed.
 
     Returns:
-        PFLOPs and seconds to the baseline's best validation score, these over what the baseline itself needed
-        (``pflops_ratio``, ``seconds_ratio``), and each column of the paper's table over the baseline's.
+        PFLOPs and seconds to the baseline's best validation score, these over what the baseline
+        itself needed (``pflops_ratio``, ``seconds_ratio``), and each column of the paper's table
+        over the baseline's.
 
     Raises:
-        UserError: If the baseline was best before its first step, so that there is nothing to divide by.
+        UserError: If the baseline was best before its first step, so that there is nothing to
+            divide by.
     """
     needed = baseline.number("pflops_to_best"), baseline.number("seconds_to_best")
     if min(needed) <= 0:
-        raise UserError(f"{baseline.path} is best before its first step, so nothing was learnt: mend its recipe.")
+        raise UserError(
+            f"{baseline.path} is best before its first step, so nothing was learnt: "
+            "mend its recipe."
+        )
     reached = score.first_reach(run, baseline.number(f"best_validation_{score.name}"))
-    values: dict[str, float | None] = dict.fromkeys(("pflops_to_baseline_best", "seconds_to_baseline_best",
-                                                     "pflops_ratio", "seconds_ratio"))  # fmt: skip
+    values: dict[str, float | None] = dict.fromkeys(
+        ("pflops_to_baseline_best", "seconds_to_baseline_best", "pflops_ratio", "seconds_ratio")
+    )
     if reached is not None:
-        values = dict(zip(values, (*reached, reached[0] / needed[0], reached[1] / needed[1]), strict=True))
+        values = dict(
+            zip(values, (*reached, reached[0] / needed[0], reached[1] / needed[1]), strict=True)
+        )
     ours, theirs = of_run(run, levels, score), of_run(baseline, levels, score)
     for measure in (*(level.measure for level in levels), f"test_{score.name}", "pflops_to_best"):
         one, other = ours[measure], theirs[measure]
@@ -191,7 +234,9 @@ SECONDS = ("seconds_total", "seconds_to_best", "seconds_to_baseline_best")
 
 
 def mean_column(measure: str) -> str:
-    """Where a measure's mean stands in the frame (a ratio is a mean of paired ratios already by name)."""
+    """Where a measure's mean stands in the frame (a ratio is a mean of paired ratios already by
+    name).
+    """
     return measure if measure.endswith("_ratio") else f"{measure}_mean"
 
 
@@ -215,23 +260,42 @@ def summarise(
         score: What runs are judged by.
 
     Returns:
-        Columns ``<measure>_mean`` and ``_sd`` (ratios: ``<measure>`` and ``_sd``), and how many runs they are over: n,
-        n_reached (reached the baseline's best), n_timed (behind the seconds), n_timed_pairs (behind seconds_ratio),
-        and ``n_<measure>`` of every level (reached it).
+        Columns ``<measure>_mean`` and ``_sd`` (ratios: ``<measure>`` and ``_sd``), and how many
+        runs they are over: n, n_reached (reached the baseline's best), n_timed (behind the
+        seconds), n_timed_pairs (behind seconds_ratio), and ``n_<measure>`` of every level (reached
+        it).
     """
     table = []
     for (model, method), runs in rows.items():
         pairs = list(zip(runs, rows[baseline], strict=True))
-        numbers = [of_run(run, levels, score) | against(run, other, levels, score) for run, other in pairs]
-        timed, paired = [run.timed for run in runs], [same_clock(run, other) for run, other in pairs]
+        numbers = [
+            of_run(run, levels, score) | against(run, other, levels, score) for run, other in pairs
+        ]
+        timed, paired = (
+            [run.timed for run in runs],
+            [same_clock(run, other) for run, other in pairs],
+        )
         reached = sum(values["pflops_ratio"] is not None for values in numbers)
-        row: dict[str, object] = {"method": method, "model": model, "mode": runs[0].config["selection"]["mode"],
-                                  "budget": runs[0].config["method"]["budget"], "n": len(runs), "n_reached": reached,
-                                  "n_timed": sum(timed), "n_timed_pairs": sum(paired)}  # fmt: skip
+        row: dict[str, object] = {
+            "method": method,
+            "model": model,
+            "mode": runs[0].config["selection"]["mode"],
+            "budget": runs[0].config["method"]["budget"],
+            "n": len(runs),
+            "n_reached": reached,
+            "n_timed": sum(timed),
+            "n_timed_pairs": sum(paired),
+        }
         for level in levels:
             row[f"n_{level.measure}"] = sum(values[level.measure] is not None for values in numbers)
         for measure in numbers[0]:
-            kept = paired if measure == "seconds_ratio" else timed if measure in SECONDS else [True] * len(runs)
+            kept = (
+                paired
+                if measure == "seconds_ratio"
+                else timed
+                if measure in SECONDS
+                else [True] * len(runs)
+            )
             values = [values[measure] for values, keep in zip(numbers, kept, strict=True) if keep]
             if measure in ("seconds_to_baseline_best", "seconds_ratio") and reached < len(runs):
                 values = []  # all seeds must reach the level, timed or not

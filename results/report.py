@@ -35,16 +35,21 @@ POLICY = (
 )
 DEPTH = 3  # of a run below the folder of all runs: experiment, overrides, seed
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 0 24px 60px; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px;
+  margin: 0 auto; padding: 0 24px 60px; }
 h1 { margin: 28px 0 4px; } h2 { margin: 48px 0 8px; border-top: 3px solid #222; padding-top: 12px; }
 h3 { margin: 28px 0 4px; }
 h4 { margin: 14px 0 4px; font-weight: 600; } nav a { margin-right: 14px; } a { color: #0072B2; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-th { text-align: left; border-bottom: 2px solid #222; padding: 3px 12px 3px 0; vertical-align: bottom; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+th { text-align: left; border-bottom: 2px solid #222; padding: 3px 12px 3px 0;
+  vertical-align: bottom; }
 td { border-bottom: 1px solid #ddd; padding: 3px 12px 3px 0; vertical-align: top; }
-code { font-size: 12px; user-select: all; } select { font: inherit; padding: 2px 6px; max-width: 100%; }
+code { font-size: 12px; user-select: all; }
+select { font: inherit; padding: 2px 6px; max-width: 100%; }
 .missing { background: #fff4dd; border-left: 4px solid #E69F00; padding: 6px 14px; margin: 10px 0; }
-.note { color: #555; font-size: 13px; } .complete { color: #00734f; } .failed { color: #b3261e; font-weight: 600; }
+.note { color: #555; font-size: 13px; } .complete { color: #00734f; }
+.failed { color: #b3261e; font-weight: 600; }
 .running { color: #0072B2; font-weight: 600; } .interrupted { color: #9a6700; font-weight: 600; }
 """
 SCRIPT = """
@@ -63,7 +68,8 @@ function choose(select) {
 }
 document.querySelectorAll('select').forEach(s => { s.onchange = () => choose(s); choose(s); });
 Promise.all([...document.querySelectorAll('.chart:not([data-later])')].map(draw)).then(
-  () => { document.documentElement.dataset.ready = document.querySelectorAll('.js-plotly-plot').length; });
+  () => { document.documentElement.dataset.ready =
+    document.querySelectorAll('.js-plotly-plot').length; });
 """
 
 
@@ -91,10 +97,12 @@ class Page:
         name = f"figure{self._count}"
         data = plotly.io.to_json(figure, validate=False).replace("</", "<\\/")
         height = figure.layout.height
-        self.add(f"<script type='application/json' id='{name}'>{data}</script>",
-                 f"<div class='chart'{' data-later=1' if later else ''} data-figure='{name}' "
-                 f"style='height:{height}px'>"
-                 "</div>")  # fmt: skip
+        self.add(
+            f"<script type='application/json' id='{name}'>{data}</script>",
+            f"<div class='chart'{' data-later=1' if later else ''} data-figure='{name}' "
+            f"style='height:{height}px'>"
+            "</div>",
+        )
 
 
 def incomplete(
@@ -165,7 +173,8 @@ def _runs(page: Page, runs: Sequence[Glance], root: Path) -> None:
             f"{name} {version}" for name, version in run.environment.get("versions", {}).items()
         )
         text = (
-            f"{run.machine}; {versions}; commit {run.commit}; machine {'its own' if run.timed else 'shared'}"
+            f"{run.machine}; {versions}; commit {run.commit}; "
+            f"machine {'its own' if run.timed else 'shared'}"
             f"{', resumed' if run.environment.get('resumed') else ''}"
         )
         where.setdefault(text, []).append(str(run.path.relative_to(root)))
@@ -269,13 +278,16 @@ def build(root: Path, seeds: int = 3) -> str:
     page.missing(damaged)
     for name, runs in experiments.items():
         experiment_section(page, name, runs, root, seeds)
-    return "\n".join([
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        "<link rel='icon' href='data:,'><title>Modular Adaptive Training: runs</title>",
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>",
-        *page.parts, f"<script>{SCRIPT}</script></body></html>\n",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            "<link rel='icon' href='data:,'><title>Modular Adaptive Training: runs</title>",
+            f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>",
+            *page.parts,
+            f"<script>{SCRIPT}</script></body></html>\n",
+        ]
+    )
 
 
 @command

@@ -1,4 +1,6 @@
-"""The tables by name: which rows, in which order, beside which numbers of the paper. A new table is an entry here."""
+"""The tables by name: which rows, in which order, beside which numbers of the paper. A new table is
+an entry here.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +10,15 @@ from results.frame import Key, Run, group, read_runs
 from results.measures import ACCURACY, LOSS, Level, Mark, Score, Until
 
 DATASETS = {  # what readers call them, by dataset.name
-    "pydocs": "the Python documentation", "wikitext2": "WikiText-2", "wikitext103": "WikiText-103",
-    "enwiki2015": "English Wikipedia (2015)", "cifar10": "CIFAR-10",
-}  # fmt: skip
-PaperValue = tuple[float, float | None]  # mean, standard deviation (None where the paper gives none)
+    "pydocs": "the Python documentation",
+    "wikitext2": "WikiText-2",
+    "wikitext103": "WikiText-103",
+    "enwiki2015": "English Wikipedia (2015)",
+    "cifar10": "CIFAR-10",
+}
+PaperValue = tuple[
+    float, float | None
+]  # mean, standard deviation (None where the paper gives none)
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,24 @@ class PaperTable:
     rows: dict[str, dict[str, PaperValue]]
 
 
-def _paper_table(where: str, titles: dict[str, str], rows: dict[str, tuple[PaperValue, ...]]) -> PaperTable:
+def _paper_table(
+    where: str, titles: dict[str, str], rows: dict[str, tuple[PaperValue, ...]]
+) -> PaperTable:
     numbers = {method: dict(zip(titles, row, strict=True)) for method, row in rows.items()}
     return PaperTable(f"Shi et al., NeurIPS 2023, arXiv 2405.07527, {where}", titles, numbers)
 
 
 def _loss_titles(*marks: int) -> dict[str, str]:
     """What Tables 1 and 2 call their columns, the first of which are read at so many PFLOPs."""
-    read = {f"val_loss_mark{number}": f"val @{mark} PFLOPs" for number, mark in enumerate(marks, start=1)}
-    return {**read, "test_loss": "test @ convergence", "pflops_to_best": "PFLOPs until best test loss"}
+    read = {
+        f"val_loss_mark{number}": f"val @{mark} PFLOPs"
+        for number, mark in enumerate(marks, start=1)
+    }
+    return {
+        **read,
+        "test_loss": "test @ convergence",
+        "pflops_to_best": "PFLOPs until best test loss",
+    }
 
 
 PAPER_TABLE_1 = _paper_table(
@@ -128,14 +144,17 @@ class TableSpec:
         return self.rows[0].key
 
     def row_name(self, row: Row) -> str:
-        """The row's name in the CSV: its method, or its label for another model than the baseline's."""
+        """The row's name in the CSV: its method, or its label for another model than the
+        baseline's.
+        """
         return row.method if row.model == self.baseline[0] else row.label.replace(", ", "_")
 
     def load(self, root: Path, seeds: int) -> dict[Key, list[Run]]:
         """Read the runs of all rows, in the rows' order, each sorted by seed.
 
         Raises:
-            UserError: If a run is missing, incomplete, failed, damaged or of another dataset, or seeds and
+            UserError: If a run is missing, incomplete, failed, damaged or of another dataset, or
+                seeds and
                 configurations do not match.
         """
         keys = [row.key for row in self.rows]
@@ -143,7 +162,8 @@ class TableSpec:
         for run in runs:
             if (dataset := run.config["dataset"]["name"]) != self.dataset:
                 raise UserError(
-                    f"{run.path} has dataset={dataset}, but {self.name} is of dataset={self.dataset}: keep it below "
+                    f"{run.path} has dataset={dataset}, but {self.name} is of "
+                    f"dataset={self.dataset}: keep it below "
                     "another name=..., and train this one on its dataset."
                 )
             self.score.check(run)
@@ -157,12 +177,18 @@ def _four_methods(model: str, label: str = "BERT") -> tuple[Row, ...]:
 
 def _with_controls(model: str, label: str) -> tuple[Row, ...]:
     """The four methods, the baseline with MAT's FLOPs and MAT with the baseline's."""
-    fitted, equal = Row(model, "fitted", f"{label}, fitted"), Row(model, "mat_equal", "MAT, baseline's FLOPs")
+    fitted, equal = (
+        Row(model, "fitted", f"{label}, fitted"),
+        Row(model, "mat_equal", "MAT, baseline's FLOPs"),
+    )
     return *_four_methods(model, label), fitted, equal
 
 
 _MARKS = (Mark(1), Mark(2), Mark(3))
-_ACCURACIES = {"": (0.95, 0.99), "_mini": (0.8, 0.85, 0.9, 0.95, 0.99)}  # mini: the highest that all reach is wanted
+_ACCURACIES = {
+    "": (0.95, 0.99),
+    "_mini": (0.8, 0.85, 0.9, 0.95, 0.99),
+}  # mini: the highest that all reach is wanted
 _TEXTS = {"": "wikitext103", "_mini": "enwiki2015"}
 
 
@@ -171,11 +197,19 @@ def _tables(suffix: str, scale: str) -> tuple[TableSpec, ...]:
     bert, shallow = f"bert{suffix}", f"bert{suffix}_shallow"
     return (
         TableSpec(
-            f"table1{suffix}", f"Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
-            (*_four_methods(bert), Row(shallow, "baseline", "shallow")), _MARKS, PAPER_TABLE_1,
+            f"table1{suffix}",
+            f"Table 1{scale}: BERT",
+            f"table1{suffix}",
+            "wikitext2",
+            (*_four_methods(bert), Row(shallow, "baseline", "shallow")),
+            _MARKS,
+            PAPER_TABLE_1,
         ),
         TableSpec(
-            f"table1_controls{suffix}", f"Controls of Table 1{scale}: BERT", f"table1{suffix}", "wikitext2",
+            f"table1_controls{suffix}",
+            f"Controls of Table 1{scale}: BERT",
+            f"table1{suffix}",
+            "wikitext2",
             (
                 Row(bert, "baseline", "BERT"),
                 Row(bert, "mat", "MAT"),
@@ -187,17 +221,29 @@ def _tables(suffix: str, scale: str) -> tuple[TableSpec, ...]:
                 Row(bert, "shuffled", "shuffled"),
                 Row(bert, "gradnorm", "gradnorm"),
                 Row(bert, "rand_matched", "rand, matched"),
-            ), _MARKS,
+            ),
+            _MARKS,
         ),
         TableSpec(
-            f"table2{suffix}", f"Table 2{scale}: Switch Transformer", f"table2{suffix}", _TEXTS[suffix],
-            _with_controls(f"switch{suffix}", "Switch"), _MARKS, PAPER_TABLE_2,
+            f"table2{suffix}",
+            f"Table 2{scale}: Switch Transformer",
+            f"table2{suffix}",
+            _TEXTS[suffix],
+            _with_controls(f"switch{suffix}", "Switch"),
+            _MARKS,
+            PAPER_TABLE_2,
         ),
         TableSpec(
-            f"table3{suffix}", f"Table 3{scale}: VGG16", f"table3{suffix}", "cifar10",
-            _with_controls(f"vgg16{suffix}", "VGG16"), tuple(map(Until, _ACCURACIES[suffix])), PAPER_TABLE_3, ACCURACY,
+            f"table3{suffix}",
+            f"Table 3{scale}: VGG16",
+            f"table3{suffix}",
+            "cifar10",
+            _with_controls(f"vgg16{suffix}", "VGG16"),
+            tuple(map(Until, _ACCURACIES[suffix])),
+            PAPER_TABLE_3,
+            ACCURACY,
         ),
-    )  # fmt: skip
+    )
 
 
 _DEMO = TableSpec("demo", "Mini BERT", "demo", "pydocs", _four_methods("bert_mini"), _MARKS)

@@ -1,15 +1,12 @@
 """What all tests share: one thread, one cache of prepared data, and whole runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from short_runs import Finished, small
 
-from mat.suite import engine
-from mat.suite.config import Config
-
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # before the engine is imported, which notes the number
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +16,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Uninterrupted runs by their overrides, each made once."""
-    made: dict[tuple[str, ...], tuple[Config, Path]] = {}
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Uninterrupted runs by their overrides, each made once: ``short_runs.Finished``."""
+    from short_runs import small
 
-    def run(*overrides: str, steps: int = 26, modality: str = "text") -> tuple[Config, Path]:
+    from mat.suite import engine
+
+    made: dict[tuple[str, ...], tuple[Any, Path]] = {}
+
+    def run(*overrides: str, steps: int = 26, modality: str = "text") -> tuple[Any, Path]:
         key = (*overrides, str(steps), modality)
         if key not in made:
             config = small(cache, *overrides, steps=steps, modality=modality)

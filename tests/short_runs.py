@@ -24,8 +24,14 @@ register_schemas()
 STEP = {"text": 2e-9, "image": 15e-9}
 SMALL = {
     "text": (
-        "model.layers=1", "model.width=16", "model.heads=2", "model.ffn_hidden=32",
-        "model.ffn_groups=4", "dataset=pydocs", "dataset.vocabulary=256", "dataset.length=16",
+        "model.layers=1",
+        "model.width=16",
+        "model.heads=2",
+        "model.ffn_hidden=32",
+        "model.ffn_groups=4",
+        "dataset=pydocs",
+        "dataset.vocabulary=256",
+        "dataset.length=16",
         "train.batch=8",
     ),
     # An epoch has nine steps, the last of which is a short one.

@@ -100,7 +100,10 @@ def test_says_what_is_missing_and_shows_the_rest(root: Path) -> None:
     assert "mat,model=bert_mini/seed=0 is running, 38% done" in page
     assert "seed=1 failed at 38% done: training diverged at step 7" in page
     assert "mat, bert_mini has no run of seed 2." in page
-    rows = "Multirate (method=multirate, model=bert_mini); shallow (method=baseline, model=bert_mini_shallow)."
+    rows = (
+        "Multirate (method=multirate, model=bert_mini); "
+        "shallow (method=baseline, model=bert_mini_shallow)."
+    )
     assert f"No table1_mini: there is no run of {rows}" in page
     for heading in ("Curves and ledger", "Inside a run", "Environment", "Commands"):
         assert heading in page
@@ -156,7 +159,10 @@ def test_names_the_missing_rows_of_a_sweep_that_has_just_begun(tmp_path: Path) -
     write_run(
         tmp_path, "mat", 0, [9, 8], name="table2_mini", model="switch_mini", method__policy="all"
     )
-    rows = "Switch (method=baseline, model=switch_mini); Switch-Rand (method=rand, model=switch_mini); Multirate"
+    rows = (
+        "Switch (method=baseline, model=switch_mini); "
+        "Switch-Rand (method=rand, model=switch_mini); Multirate"
+    )
     assert f"No table2_mini: there is no run of {rows}" in text_of(report.build(tmp_path))
 
 

@@ -6,7 +6,7 @@ attention implementation, which runs the model's own kernel on active and frozen
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,13 @@ def heads(place: Place) -> Iterator[UnitLayer]:
             continue
         q, k, _, out = linears
         assert q is not None and k is not None and out is not None
-        sources = (place.module, getattr(place.module, "config", None))
-        count = next(getattr(s, name) for s in sources for name in HEADS if hasattr(s, name))
-        units = count * k.out_features // q.out_features  # key-value heads
+        sources = (place.module, place.module.config)
+        counts = [getattr(s, name) for s in sources for name in HEADS if hasattr(s, name)]
+        reason = misfit(place.module, linears, counts[0] if counts else 0)
+        if reason is not None:
+            place.refuse(names, reason)
+            return
+        units = counts[0] * k.out_features // q.out_features  # key-value heads
         owner_q = np.repeat(np.arange(units), q.out_features // units)
         owner_kv = np.repeat(np.arange(units), k.out_features // units)
         parts = place.parts(names[0], owner_q, 0)
@@ -66,8 +70,28 @@ def heads(place: Place) -> Iterator[UnitLayer]:
         return
 
 
-class SeenConfig:
-    """A model's configuration as an attached attention module sees it."""
+def misfit(module: nn.Module, linears: Sequence[Any], count: int) -> str | None:
+    """Why an attention module with known names has no heads that can be told apart, if so.
+
+    Args:
+        module: The module.
+        linears: Its queries, keys, values and output projection.
+        count: Number of query heads; 0 if it is not known.
+    """
+    kind = type(module).__name__
+    q, k, v, out = linears
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        return f"{kind} has parameters of its own: {', '.join(own)}"
+    if q.out_features != out.in_features or k.out_features != v.out_features:
+        return f"{kind} makes more of its projections than queries, keys and values"
+    if not count or q.out_features % count or count * k.out_features % q.out_features:
+        return f"{kind} does not say how many heads it has"
+    return None
+
+
+class ConfigProxy:
+    """A model's configuration with another attention implementation."""
 
     def __init__(self, config: Any) -> None:
         self.__dict__["config"] = config
@@ -92,7 +116,7 @@ class CoreSite(Site):
 
     def attach(self) -> None:
         """Show the module another attention implementation."""
-        self.module.config = SeenConfig(self.config)  # type: ignore[assignment]
+        self.module.config = ConfigProxy(self.config)  # type: ignore[assignment]
         self.module._core_gate = self.gate  # type: ignore[assignment]
 
     def detach(self) -> None:
@@ -130,7 +154,8 @@ def run_core(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    chosen = module.config.config._attn_implementation
+    proxy = module.config
+    chosen = proxy.config._attn_implementation
     kernel: Any = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager)
     heads = query.shape[1]
 
@@ -143,4 +168,8 @@ def run_core(
         )
         return result
 
-    return attend_apart(module._core_gate, attend, query, key, value)
+    module.config = proxy.config  # flash attention looks its own name up there
+    try:
+        return attend_apart(module._core_gate, attend, query, key, value)
+    finally:
+        module.config = proxy

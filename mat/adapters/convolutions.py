@@ -40,8 +40,8 @@ def chain(place: Place) -> Iterator[tuple[str, nn.Module]]:
             yield from leaves(place.path, place.module)
         return
     for kind in type(place.module).__mro__:
-        own_forward = getattr(kind, "forward", None) is type(place.module).forward
-        if kind.__module__ == RESNET and own_forward:
+        same_forward = getattr(kind, "forward", None) is type(place.module).forward
+        if kind.__module__ == RESNET and same_forward:
             for name in BRANCHES.get(kind.__name__, ()):
                 yield from leaves(place.under(name), getattr(place.module, name))
 
@@ -79,13 +79,13 @@ def in_chain(modules: list[tuple[str, nn.Module]], tied: frozenset[int]) -> list
             below, feeding = feeding, None
             if alone and module.weight.requires_grad and unfit(module) is None:
                 feeding = UnitLayer("filters", path, module.out_channels, [])
-                own(feeding, path, module)
+                claim_filters(feeding, path, module)
                 feeding.sites.append(convolution_site(path, path, below))
                 layers.append(feeding)
         elif feeding is None:
             continue
         elif type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and alone:
-            own(feeding, path, module)
+            claim_filters(feeding, path, module)
             feeding.sites.append(norm_site(path, feeding))
         elif type(module) in (nn.ReLU, nn.MaxPool2d) and not getattr(module, "return_indices", 0):
             if id(module) not in carrying:
@@ -97,14 +97,14 @@ def in_chain(modules: list[tuple[str, nn.Module]], tied: frozenset[int]) -> list
     return layers
 
 
-def own(layer: UnitLayer, path: str, module: nn.Module) -> None:
+def claim_filters(layer: UnitLayer, path: str, module: nn.Module) -> None:
     """Give each filter its row of a module's parameters."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad:
-            layer.parts.append(Part(f"{path}.{name}", 0, each(layer)))
+            layer.parts.append(Part(f"{path}.{name}", 0, channel_owner(layer)))
 
 
-def each(layer: UnitLayer) -> IntArray:
+def channel_owner(layer: UnitLayer) -> IntArray:
     """(C,) the owner of each channel: the filter of the same number."""
     return np.arange(layer.n_units)
 
@@ -116,7 +116,7 @@ def norm_site(path: str, layer: UnitLayer) -> tuple[str, MakeSite]:
         gate = gate_of(layer.name)
         assert gate is not None and isinstance(module, nn.BatchNorm2d)
         pair = part_of(gate, f"{path}.weight"), part_of(gate, f"{path}.bias")
-        return NormSite(module, gate, each(layer), *pair)
+        return NormSite(module, gate, channel_owner(layer), *pair)
 
     return path, make
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mat.adapters.find import Place, count_heads, finder, linear_site, part_of
 from mat.layers.gate import Gate
 from mat.layers.hidden import HiddenSite
+from mat.layers.site import rows_of
+from mat.probe import untouched
 from mat.units import UnitLayer
 
 DEFAULT_GROUPS = 8  # where a model names no heads
@@ -73,6 +76,10 @@ def feed_forward(place: Place, form: Form) -> UnitLayer | None:
         return None
     if not all(hasattr(place.module, name) for name in needed):
         return None
+    reason = misfit(place.module, form)
+    if reason is not None:
+        place.refuse((*form.firsts, form.last), reason)
+        return None
     hidden = last.in_features
     count = number_of_groups(place, hidden)
     owner = np.repeat(np.arange(count), hidden // count)
@@ -83,6 +90,54 @@ def feed_forward(place: Place, form: Form) -> UnitLayer | None:
         (place.path, hidden_site(place, form)),
     ]
     return UnitLayer("ffn", place.path, count, parts, sites)
+
+
+def misfit(module: nn.Module, form: Form) -> str | None:
+    """Why a module with the names of a form does not compute what the form says, if so.
+
+    Whoever gives the same names to other things is found out by running the module on a random
+    input (1, 2, D), in evaluation mode.
+    """
+    kind = type(module).__name__
+    firsts: list[Any] = [getattr(module, name) for name in form.firsts]
+    named = {*form.firsts, form.last, form.activation, form.between, form.after}
+    others = [
+        name.partition(".")[0]
+        for name, _ in module.named_parameters()
+        if name.partition(".")[0] not in named
+    ]
+    if form.method == "forward" and others:
+        return f"{kind} is more than a feed-forward network: it has {others[0]}"
+    activation = getattr(module, form.activation)
+    if isinstance(activation, nn.Module) and list(activation.parameters()):
+        return f"the activation of {kind} has parameters"
+    if firsts[0].weight.is_meta:
+        return None
+    weight, random = firsts[0].weight, torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, weight.shape[1], generator=random, device="cpu").to(weight)
+    some = torch.randperm(len(weight), generator=random, device="cpu")[::2].to(weight.device)
+    activate, finish = Activate(module, form), Finish(module, form)
+    try:
+        with untouched(module), torch.no_grad():
+            z = [first(x) for first in firsts]  # (1, 2, F)
+            # As the backward does it: some of the neurons, without the rest.
+            apart = activate(*(rows_of(each)[:, some] for each in z))
+            hidden = activate(*z)
+            wanted = hidden if form.last.startswith("../") else finish(hidden)
+            result = getattr(module, form.method)(x)
+    except Exception:  # whatever it says, it wants something else
+        return f"{kind} is no feed-forward network of hidden states"
+    if not close(rows_of(hidden)[:, some], apart):
+        return f"the activation of {kind} is not elementwise"
+    return None if close(result, wanted) else f"{kind} does more between its matrices"
+
+
+def close(result: Any, wanted: Tensor) -> bool:
+    """Whether a result is the wanted tensor, up to rounding in its precision."""
+    if not isinstance(result, Tensor) or result.shape != wanted.shape:
+        return False
+    tolerance = torch.finfo(wanted.dtype).eps ** 0.5 * float(wanted.abs().max())
+    return torch.allclose(result, wanted.to(result), rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def number_of_groups(place: Place, hidden: int) -> int:

@@ -7,7 +7,7 @@ one, also for modules of your own.
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import numpy as np
@@ -46,6 +46,7 @@ class Place:
         groups: Wanted number of groups in a feed-forward layer; None: as many as heads.
         head_output: Whether heads own their columns of the output projection.
         tied: Id of every parameter that several modules use.
+        refused: Path of what a finder knows but must leave alone, and why; finders add to it.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Place:
     groups: int | None = None
     head_output: bool = True
     tied: frozenset[int] = frozenset()
+    refused: dict[str, str] = field(default_factory=dict)
 
     def under(self, name: str) -> str:
         """The path of something below the module; ``../`` leads out of it."""
@@ -70,6 +72,10 @@ class Place:
             return None
         return linear if is_plain(linear) and self.trains(linear.weight) else None
 
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """Note why the layers of some names get no units."""
+        self.refused.update({self.under(name): reason for name in names})
+
     def trains(self, weight: Tensor) -> bool:
         """Whether a weight trains, for one module alone."""
         return weight.requires_grad and id(weight) not in self.tied
@@ -78,10 +84,10 @@ class Place:
         """The parts of a linear layer's weight, and by rows of its bias."""
         linear = self.linear(name)
         assert linear is not None
-        found = [Part(self.under(f"{name}.weight"), dim, owner)]
+        parts = [Part(self.under(f"{name}.weight"), dim, owner)]
         if dim == 0 and linear.bias is not None:
-            found.append(Part(self.under(f"{name}.bias"), 0, owner))
-        return found
+            parts.append(Part(self.under(f"{name}.bias"), 0, owner))
+        return parts
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -177,14 +183,15 @@ def find_units(
     tied = _tied(model)
     layers: list[UnitLayer] = []
     owned: set[str] = set()
+    refused: dict[str, str] = {}
     for path, module in model.named_modules():
-        place = Place(model, path, module, groups, head_output, tied)
+        place = Place(model, path, module, groups, head_output, tied, refused)
         for layer in (layer for find in FINDERS for layer in find(place)):
             names = {part.parameter for part in layer.parts}
             if not names & owned:  # an expert's feed-forward layer is inside a unit already
                 layers.append(layer)
                 owned |= names
-    left_out = _left_out(model, layers, tied)
+    left_out = _left_out(model, layers, tied, refused)
     if not layers:
         parameter = next((name for name, _ in model.named_parameters()), "layer.weight")
         reasons = Units([], left_out).left_out_in_words()
@@ -197,11 +204,27 @@ def find_units(
 
 
 def with_sites(model: nn.Module, layer: UnitLayer) -> UnitLayer:
-    """A layer named by hand, with a site for every module whose parameters it owns."""
-    owned = {part.parameter for part in layer.parts}
+    """A layer named by hand, with a site for every module whose parameters it owns.
+
+    Raises:
+        ValueError: If a parameter does not train.
+    """
+    owned, tied = {part.parameter for part in layer.parts}, _tied(model)
+    for name in sorted(owned):
+        if not model.get_parameter(name).requires_grad:
+            raise ValueError(
+                f"{name} is frozen (requires_grad is False): name units of parameters that train"
+            )
     for path in dict.fromkeys(part.parameter.rpartition(".")[0] for part in layer.parts):
         module = model.get_submodule(path)
-        gated = f"{path}.weight" in owned  # a bias alone has no product that could be skipped
+        around = model.get_submodule(path.rpartition(".")[0])
+        # A bias alone has no product that could be skipped. Attention of torch calls no output
+        # projection, and of a weight with several uses each adds to the gradient.
+        gated = (
+            f"{path}.weight" in owned
+            and id(module.weight) not in tied
+            and not isinstance(around, nn.MultiheadAttention)
+        )
         if gated and is_plain(module):
             layer.sites.append(linear_site(layer.name, path))
         elif gated and type(module) is nn.Conv2d and unfit(module) is None:
@@ -233,7 +256,9 @@ def _tied(model: nn.Module) -> frozenset[int]:
     return frozenset(key for key, count in uses.items() if count > 1)
 
 
-def _left_out(model: nn.Module, layers: list[UnitLayer], tied: frozenset[int]) -> dict[str, str]:
+def _left_out(
+    model: nn.Module, layers: list[UnitLayer], tied: frozenset[int], refused: dict[str, str]
+) -> dict[str, str]:
     """Why Linear and Conv2d layers have no units."""
     owned = {part.parameter for layer in layers for part in layer.parts}
     reasons: dict[str, str] = {}
@@ -249,7 +274,8 @@ def _left_out(model: nn.Module, layers: list[UnitLayer], tied: frozenset[int]) -
         elif id(module.weight) in tied:
             reasons[path] = "its weights are tied to another layer's"
         else:
-            reasons[path] = "no known layer of units has it: it belongs to the rest"
+            rest = "no known layer of units has it: it belongs to the rest"
+            reasons[path] = refused.get(path, rest)
     return reasons
 
 

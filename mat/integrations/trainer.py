@@ -1,10 +1,11 @@
 """A callback for the Trainer of transformers: selections, guarded optimiser, resume, numbers.
 
-The state of the gates rides in the Trainer's checkpoint twice. ``trainer_state.json`` has all but
-the probe; ``gates.pt`` beside it has the probe, too. Neither needs
-``restore_callback_states_from_checkpoint``.
+The state of the gates rides in the Trainer's checkpoint. ``trainer_state.json``, which the Trainer
+reads from the checkpoint that it resumes, has all but the probe; ``gates.pt`` beside it has the
+probe, too. Neither needs ``restore_callback_states_from_checkpoint``.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,23 @@ class MATCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
     ) -> None:
-        """Take the optimiser under guard; after a checkpoint, restore the gates."""
+        """Take the optimiser under guard; restore the gates of a checkpoint, or start anew.
+
+        Raises:
+            ValueError: If the optimiser is compact, or the checkpoint has no state of gates.
+        """
         if self.gates is None:
             self.gates = gates_of(named["model"])
             given = self.gates.callback
             self.probe, self.output, self.loss = given.probe, given.output, given.loss
-        self.gates.guard(getattr(named["optimizer"], "optimizer", named["optimizer"]))
+        optimiser = getattr(named["optimizer"], "optimizer", named["optimizer"])
+        if getattr(optimiser, "compact", False):
+            raise ValueError(
+                "the Trainer clips and clears full gradients: make its optimiser with compact=False"
+            )
+        self.gates.guard(optimiser)
         if not state.global_step:
-            return
-        file = folder(args, state) / FILE
-        if file.exists():
-            self.gates.load_state_dict(torch.load(file, weights_only=False))
+            self.gates.reset()
             return
         states: Any = state.stateful_callbacks or {}
         kept = states.get(type(self).__name__)
@@ -70,7 +77,15 @@ class MATCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 f"the checkpoint of step {state.global_step} has no state of MATCallback"
             )
-        self.gates.load_state_dict(kept["attributes"]["saved"])
+        saved = kept["attributes"]["saved"]
+        self.gates.load_state_dict(saved | {"probe": probe_beside(saved, args, state)})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
+    ) -> None:
+        """End a reading that no step will complete."""
+        assert self.gates is not None
+        self.gates.stop_reading()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
@@ -107,6 +122,25 @@ class MATCallback(TrainerCallback, ExportableState):
 def folder(args: TrainingArguments, state: TrainerState) -> Path:
     """The Trainer's checkpoint of the present step."""
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def probe_beside(saved: dict[str, Any], args: TrainingArguments, state: TrainerState) -> Any:
+    """The probe of the gates' state of a checkpoint; None if its file is not found.
+
+    The Trainer does not tell a callback which folder it resumes: a file of another state is left.
+    """
+    given = args.resume_from_checkpoint
+    for place in (Path(given) if isinstance(given, str) else None, folder(args, state)):
+        if place is not None and (place / FILE).exists():
+            whole = torch.load(place / FILE, weights_only=False)
+            if without_probe(whole) == without_probe(saved):
+                return whole["probe"]
+    return None
+
+
+def without_probe(saved: dict[str, Any]) -> str:
+    """A state of gates as text: numbers that are no number are equal there."""
+    return json.dumps(saved | {"probe": None}, sort_keys=True)
 
 
 def gates_of(model: nn.Module) -> Gates:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import Gate, Index, put, take
-from mat.layers.once import once
-from mat.layers.site import Shares
+from mat.layers.site import Shares, of_this_set
 
 # From q (B, h, T, K), k and v (B, g, S, K) and the index of the h heads to context (B, T, h, K),
 # and attention weights (B, h, T, S) if the kernel has them.
@@ -40,6 +40,7 @@ def attend_apart(
     """
     if gate.open or gate.mode == "exact":
         return attend(q, k, v, None)
+    assert k.shape[1] == gate.n_units  # else some heads would be in neither part
     active, frozen, _ = gate.units()
     q_active, q_frozen, _ = gate.units(q.shape[1] // k.shape[1])
     with torch.no_grad():
@@ -52,14 +53,12 @@ def attend_apart(
         nothing = sum((part.sum((2, 3)) for part in parts[1:]), parts[0].sum((2, 3)))  # (B, 0)
         moving = nothing[:, None, :, None].expand(-1, q.shape[2], -1, q.shape[3])
         weights = still_weights
-    context = _Join.apply(moving, still, q_active, q_frozen, q.shape[1])
+    heads = q_active, q_frozen, q.shape[1]
+    context = _Join.apply(moving, still, *heads, 2)
     if still_weights is not None and gate.n_active:
-        assert weights is not None
-        every = still_weights.new_empty(q.shape[0], q.shape[1], *still_weights.shape[2:])
-        put(every, q_active, 1, weights.detach())
-        put(every, q_frozen, 1, still_weights)
-        weights = every
-    return context, weights
+        weights = _Join.apply(weights, still_weights, *heads, 1)
+    joined: tuple[Tensor, Tensor | None] = of_this_set((context, weights), [gate])
+    return joined
 
 
 def core_shares(gate: Gate) -> Shares:
@@ -76,21 +75,27 @@ def of_heads(bias: Tensor | None, index: Index, heads: int) -> Tensor | None:
 
 
 class _Join(torch.autograd.Function):
-    """Heads that are differentiated and heads that are not, in their order; (B, T, h, K) each."""
+    """Heads that are differentiated and heads that are not, in their order along an axis.
+
+    Context (B, T, h, K) along axis 2, or attention weights (B, h, T, S) along axis 1.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index, heads: int
+        ctx: Any, moving: Tensor, still: Tensor, active: Index, frozen: Index, heads: int, dim: int
     ) -> Tensor:
-        ctx.active = active
+        ctx.active, ctx.dim = active, dim
         ctx.set_materialize_grads(False)
-        joined = still.new_empty(*still.shape[:2], heads, still.shape[3])  # (B, T, H, K)
-        put(joined, active, 2, moving.to(still.dtype))
-        put(joined, frozen, 2, still)
+        assert moving.shape[dim] + still.shape[dim] == heads  # or memory would stay uninitialised
+        shape = list(still.shape)
+        shape[dim] = heads
+        joined = still.new_empty(shape)
+        put(joined, active, dim, moving.to(still.dtype))
+        put(joined, frozen, dim, still)
         return joined
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        part = None if gradient is None else take(gradient, ctx.active, 2)
-        return part, None, None, None, None
+        part = None if gradient is None else take(gradient, ctx.active, ctx.dim)
+        return part, None, None, None, None, None

@@ -20,9 +20,9 @@ from mat.layers.convolution import (
     spread_channels,
     take_channels,
 )
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import Gate, GatedPart, Index, length, take
 from mat.layers.linear import home
-from mat.layers.once import once
 from mat.layers.site import Site, compact_of, note_of, stand_in, with_compact
 from mat.units import IntArray
 
@@ -117,7 +117,7 @@ class _Norm(torch.autograd.Function):
         return y, None if through is None else stand_in(y, length(through, y.shape[1]), 1)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -181,7 +181,7 @@ class _Relu(torch.autograd.Function):
         return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -225,7 +225,7 @@ class _Pool(torch.autograd.Function):
         return y, stand_in(y, length(index, y.shape[1]), 1)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:

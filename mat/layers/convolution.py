@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import Gate, GatedPart, Index, length, put, take
 from mat.layers.linear import Way, bias_gradient, compute_dtype, home
-from mat.layers.once import once
 from mat.layers.site import Operation, Shares, Site, compact_of, stand_in, with_compact
 from mat.units import IntArray
 
@@ -165,7 +165,7 @@ class _Convolution(torch.autograd.Function):
         return y, None if way.through is None else stand_in(y, length(way.through, y.shape[1]), 1)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -258,10 +258,10 @@ def product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, kernel and bias; the mask says which are formed."""
     stride, padding, dilation = moves
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         g, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], 1, mask
     )
-    return found
+    return gradients
 
 
 # --- channels of maps (N, C, H, W)

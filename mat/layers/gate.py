@@ -80,11 +80,12 @@ class GatedPart:
         active: Index of the rows that train (those of no unit included).
         frozen: Index of the others.
         compact: Whether gradients are blocks.
+        used: Whether the optimiser has taken a step along the block that there is.
     """
 
     def __init__(self, gate: "Gate", parameter: nn.Parameter, part: Part) -> None:
         self.gate, self.parameter, self.part = gate, parameter, part
-        self.compact = False
+        self.compact = self.used = False
         self._leaf: Tensor | None = None
         owner = part.owner
         edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
@@ -126,12 +127,22 @@ class GatedPart:
             (i, a, b) for i, (u, a, b) in enumerate(self.runs) if u == REST or active[u]
         ]
         self.run_lengths = [b - a for _, a, b in self.active_runs]
-        self._leaf = None
+        self._leaf, self.used = None, False
 
     def home(self, weight: Tensor) -> Tensor:
-        """What autograd differentiates in a forward pass that runs with ``weight``."""
+        """What autograd differentiates in a forward pass that runs with ``weight``.
+
+        Raises:
+            RuntimeError: If the block of an earlier step is still there: torch would add to it.
+        """
         if not self.compact or self.whole or weight is not self.parameter:
             return weight
+        if self.used:
+            raise RuntimeError(
+                f"the gradient of {self.part.parameter} is that of an earlier step: with "
+                "compact=True clear gradients with optimizer.zero_grad(), as model.zero_grad() "
+                "does not see them"
+            )
         if self._leaf is None:
             shape = (self.count, *self.rest_shape)
             nothing = weight.detach().new_zeros(()).expand(shape)
@@ -169,6 +180,7 @@ class GatedPart:
 
     def clear(self) -> None:
         """Forget the block."""
+        self.used = False
         if self._leaf is not None:
             self._leaf.grad = None
 
@@ -267,6 +279,11 @@ class Gate:
             del self._sets[next(iter(self._sets))]
         for part in self.parts.values():
             part.update()
+
+    def follow(self) -> None:
+        """Bring the indices to the device that the parameters are on now."""
+        if next(iter(self.parts.values())).parameter.device != self.device:
+            self.update()
 
     @property
     def open(self) -> bool:

@@ -5,6 +5,7 @@ their biases. The columns of the last matrix are ``mat.layers.linear``'s. In ``c
 of frozen neurons is not differentiated, and nothing of them is kept.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import GatedPart, take
 from mat.layers.linear import Way, bias_gradient, by_rows, compute_dtype, home, weight_gradient
-from mat.layers.once import once
 from mat.layers.site import Operation, Shares, Site, gathered, rows_of, stand_in, with_compact
 
 Activation = Callable[..., Tensor]
@@ -22,6 +23,9 @@ Activation = Callable[..., Tensor]
 
 class HiddenSite(Site):
     """A module that computes ``activation(*(first(x) for first in firsts))``.
+
+    The first matrices are not called as modules. Once one of them has hooks or another module in
+    its place (LoRA), the module runs untouched, and a warning says so.
 
     Args:
         module: The module whose forward that is.
@@ -45,6 +49,29 @@ class HiddenSite(Site):
         super().__init__(module, weights[0].gate, method=method)
         self.firsts, self.weights, self.biases = tuple(firsts), tuple(weights), tuple(biases)
         self.activation, self.last = activation, last
+        self.names = [name for name, child in module.named_children() if child in self.firsts]
+        self.warned = False
+
+    def untouched(self, *inputs: Any) -> bool:
+        """Whether the module runs as ever."""
+        return super().untouched(*inputs) or self._changed()
+
+    def _changed(self) -> bool:
+        """Whether calling a first matrix does more than its product."""
+        for name in self.names:
+            first = getattr(self.module, name)
+            hooks = first._forward_hooks, first._forward_pre_hooks, first._backward_hooks
+            if first in self.firsts and not any(hooks) and "forward" not in vars(first):
+                continue
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"{name} of a {type(self.module).__name__} has changed since MAT was attached: "
+                    "its frozen units cost a whole backward pass; attach after LoRA and hooks",
+                    stacklevel=2,
+                )
+            return True
+        return False
 
     def ways(self) -> list[Way]:
         """What is differentiated of every first matrix, with the gate as it stands."""
@@ -95,7 +122,7 @@ class _Hidden(torch.autograd.Function):
         return hidden, None if index is None else stand_in(hidden, part.count)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, dense: Tensor | None, compact: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.ways)
         saved = ctx.saved_tensors  # once: checkpointing recomputes at every access

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.gate import Gate, GatedPart, Index, length, spread, take
-from mat.layers.once import once
 from mat.layers.site import (
     Operation,
     Shares,
@@ -178,7 +178,7 @@ class _Linear(torch.autograd.Function):
         return y, stand_in(y, way.rows.count)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -3,7 +3,6 @@
 Shapes: B sequences, T queries, S keys, E width, H heads, K = E / H.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

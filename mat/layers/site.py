@@ -4,6 +4,7 @@ Attaching sets ``module.forward`` on the instance. Class, name, parameters, hook
 the module stay as they are, and so does its forward while all units are active.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -86,9 +87,10 @@ class Site:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's output, differentiable through what the gates let through."""
-        if self.untouched(*inputs):
-            return self.original(*inputs, **named)
-        return self.gated(*inputs, **named)
+        for gate in self.gates:
+            gate.follow()
+        run = self.original if self.untouched(*inputs) else self.gated
+        return of_this_set(run(*inputs, **named), self.gates)
 
     def untouched(self, *inputs: Any) -> bool:
         """Whether the module runs as ever on these inputs."""
@@ -106,6 +108,31 @@ class Site:
             executed: What runs, padding included; else what the active set needs.
         """
         return WHOLE
+
+
+def of_this_set(result: Any, gates: Sequence[Gate]) -> Any:
+    """What a module put out; its backward pass refuses another active set.
+
+    Args:
+        result: A tensor or a tuple that has some.
+        gates: Those that it depends on.
+
+    Raises:
+        RuntimeError: In the backward pass, if a gate's set is not that of the forward pass.
+    """
+    versions = [gate.version for gate in gates]
+
+    def check(_: Any) -> None:
+        if [gate.version for gate in gates] != versions:
+            raise RuntimeError(
+                "the active set changed between a forward pass and its backward pass: select and "
+                "set_active before the forward pass"
+            )
+
+    for tensor in result if isinstance(result, tuple) else (result,):
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(check)
+    return result
 
 
 class Compact:

@@ -1,4 +1,6 @@
-"""How the C library gives memory back to the system, which costs a training step on a CPU up to a third of its time."""
+"""How the C library gives memory back to the system, which costs a training step on a CPU up to a
+third of its time.
+"""
 
 import ctypes
 import platform
@@ -12,9 +14,10 @@ NEVER = 2**31 - 1  # bytes
 def keep_freed_memory() -> None:
     """Keep the memory that tensors free for the tensors to come.
 
-    glibc maps every large block afresh and unmaps it when it is freed, so that each step faults its activations in
-    again, page by page: 2,600 to 18,000 faults in a step of the mini models, whose kernel time this call removes. The
-    process stays as large as it once was. Does nothing with other C libraries.
+    glibc maps every large block afresh and unmaps it when it is freed, so that each step faults its
+        activations in again, page by page: 2,600 to 18,000 faults in a step of the mini models,
+        whose kernel time this call removes. The process stays as large as it once was. Does nothing
+        with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

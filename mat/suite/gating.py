@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mat.adapters.feedforward import Form, feed_forward
 from mat.adapters.find import Place, finder, linear_site
 from mat.layers.attention import core_shares
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.experts import Record, block
 from mat.layers.gate import Gate, Index, put, take
-from mat.layers.once import once
 from mat.layers.site import (
     Operation,
     Shares,
@@ -105,7 +105,7 @@ class _Select(torch.autograd.Function):
         return take(x, index, x.dim() - 1).contiguous()
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.compact:
             return None, gradient, None
@@ -130,7 +130,7 @@ class _Join(torch.autograd.Function):
         return joined, stand_in(joined, count)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(
         ctx: Any, dense: Tensor | None, compact: Tensor | None
     ) -> tuple[Tensor | None, ...]:

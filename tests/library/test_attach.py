@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import data_parallel
+import mixtures
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reference import expected, gradients, some_active
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from zoo import build
 
 import mat
@@ -316,3 +318,82 @@ def test_data_parallel_trains_as_one_process(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert_equal(first, second)
     assert_equal(values(model), first, 1e-12)
+
+
+def filters() -> tuple[nn.Module, Any]:
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
+    return model, lambda m: m(x).square().mean()
+
+
+def experts() -> tuple[nn.Module, Any]:
+    model, batch = mixtures.build("mixtral eager")
+    return model, lambda m: m(**batch).logits.square().mean()
+
+
+@pytest.mark.parametrize("first", ["some", "all", "checkpointed"])
+@pytest.mark.parametrize(
+    "made", [lambda: build("bert"), lambda: build("sequential"), filters, experts],
+    ids=["bert", "sequential", "filters", "experts"],
+)  # fmt: skip
+def test_another_set_in_the_backward_pass_is_refused(made: Any, first: str) -> None:
+    model, loss = made()
+    gates = attach(model, seed=None if first == "all" else 0)
+    run = checkpoint if first == "checkpointed" else lambda f, **_: f()
+    result = run(lambda: loss(model), use_reentrant=False)
+    gates.set_active(some_active(gates.units, 1))
+    theirs = "|Recomputed values" if first == "checkpointed" else ""  # torch may see it earlier
+    with pytest.raises(RuntimeError, match="changed between a forward pass and its back" + theirs):
+        result.backward()
+    assert all(p.grad is None for p in gates.sites[0].module.parameters())
+
+
+class Adapted(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("how", ["hook", "replaced"])
+def test_first_matrices_that_change_after_attaching_are_called(how: str) -> None:
+    model, loss = build("encoder")
+    gates = attach(model, seed=None)
+    for layer in model.layers:
+        if how == "hook":
+            layer.linear1.register_forward_hook(lambda _, x, y: 2 * y)
+        else:
+            layer.linear1 = Adapted(layer.linear1)
+    wanted = loss(model)
+    gates.set_active(np.arange(len(gates.units)) % 2 == 0)
+    with pytest.warns(UserWarning, match="linear1 of a .* has changed") as said:
+        assert torch.allclose(loss(model), wanted, rtol=1e-12)
+        loss(model)
+    assert len(said) == len(model.layers)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "torch"])
+def test_attention_weights_pass_gradients_of_active_heads(kind: str) -> None:
+    if kind == "torch":
+        model: Any = nn.MultiheadAttention(8, 4, batch_first=True).double()
+        x, name = torch.randn(2, 3, 8).double(), "in_proj_weight"
+
+        def weights_of(m: Any) -> Tensor:
+            return m(x, x, x, average_attn_weights=False)[1]
+    else:
+        model, name = build("bert", "eager")[0].bert, "encoder.layer.0.attention.self.query.weight"
+        ids = torch.arange(12).view(2, 6)
+
+        def weights_of(m: Any) -> Tensor:
+            return m(input_ids=ids, output_attentions=True).attentions[0]
+
+    dense = gradients(model, lambda m: weights_of(m)[:, :2].square().sum())[name]
+    model.zero_grad()
+    gates = attach(model, seed=None)
+    gates.set_active(np.arange(len(gates.units)) < 2)  # two heads of the first layer
+    found = gradients(model, lambda m: weights_of(m).square().sum())[name]
+    rows = dense.abs().sum(1) > 0
+    assert rows.any() and torch.allclose(found[rows], dense[rows], rtol=1e-12)
+    assert not found[~rows].any()

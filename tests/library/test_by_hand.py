@@ -90,3 +90,38 @@ def test_units_by_hand_equal_the_reference(
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-14, msg=key)
     plain = gradients(untouched, x)
     assert any(not torch.equal(plain[key], found[key]) for key in found)
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "by"),
+    [(attention, "self_attn.out_proj.weight", C), (tied, "0.weight", R)],
+)
+def test_uncalled_and_tied_weights_get_zero_gradients(
+    kind: Callable[[], nn.Module], weight: str, by: Callable[..., Any]
+) -> None:
+    model, x = kind(), torch.randn(2, 3, 8)
+    model(x).square().mean().backward()
+    wanted = model.get_parameter(weight).grad.clone()
+    wanted[(slice(None), slice(4, 8)) if by is C else slice(4, 8)] = 0
+    model.zero_grad()
+    units = [mat.Unit("active", by(weight, 0, 4)), mat.Unit("frozen", by(weight, 4, 8))]
+    attached(model, "exact", lambda _: np.array([True, False]), units)
+    model(x).square().mean().backward()
+    torch.testing.assert_close(model.get_parameter(weight).grad, wanted)
+
+
+def test_units_of_frozen_weights_are_refused_by_name() -> None:
+    model = perceptron()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.weight is frozen"):
+        mat.find_units(model, units=[mat.Unit("a", mat.rows("0.weight", 0, 3))])

@@ -20,17 +20,19 @@ ROWS = [
 ]
 
 
-def trainer_of(folder: Path, *, steps: int = 6, **options: Any) -> Any:
+def trainer_of(folder: Path, *, steps: int = 6, probe: Any = None, **options: Any) -> Any:
     """A Trainer of a tiny BERT whose gates change at every second step."""
     model, _ = build("bert", dtype=torch.float32)
-    gates = mat.attach_(model, mat.MATConfig(rule="random", share=0.5, every=2, log=False))
+    config = {"rule": "random", "share": 0.5, "every": 2, "log": False}
+    config |= {key: options.pop(key) for key in ("rule", "share", "reduction") if key in options}
+    gates = mat.attach_(model, mat.MATConfig(**config))
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=2, max_steps=steps, save_steps=3, logging_steps=2,
         report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=0.01, weight_decay=0.1,
         **options,
     )  # fmt: skip
     return transformers.Trainer(
-        model, arguments, train_dataset=ROWS, callbacks=[mat.MATCallback(gates)]
+        model, arguments, train_dataset=ROWS, callbacks=[mat.MATCallback(gates, probe)]
     )
 
 
@@ -83,9 +85,58 @@ def test_optimiser_of_the_trainer_is_guarded(tmp_path: Path) -> None:
         assert still.all() and not torch.equal(old, new)
 
 
+def test_resume_reads_the_checkpoint_that_it_is_given(
+    uninterrupted: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = uninterrupted[0]
+    other = folder.parent / "other"
+    shutil.copytree(folder / "checkpoint-3", other / "checkpoint-3")
+    file = other / "checkpoint-3" / "gates.pt"  # another run's, in the output folder
+    saved = torch.load(file, weights_only=False)
+    saved["active"] = [not active for active in saved["active"]]
+    torch.save(saved | {"probe": "another"}, file)
+    trainer = trainer_of(other, steps=4)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert trainer.model._gates.policy.state.t == 1 and trainer.model._gates.probe is None
+    wanted = torch.load(folder / "checkpoint-3" / "gates.pt", weights_only=False)["active"]
+    assert trainer.model._gates.active.tolist() == wanted
+
+
+def test_another_training_selects_anew(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, steps=3)
+    gates = trainer.model._gates
+    for _ in range(2):
+        trainer.train()
+        assert gates.policy.state.t == 1 and gates.due == 4
+
+
+def test_reading_ends_with_the_training(tmp_path: Path) -> None:
+    options = {"rule": "threshold", "reduction": "online", "share": None}
+    trainer = trainer_of(tmp_path, steps=3, save_strategy="no", **options)
+    trainer.train()
+    assert trainer.model._gates.policy.state.t == 0
+    assert not trainer.model._forward_pre_hooks
+
+
+def test_probe_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    probe = {"input_ids": ROWS[0]["input_ids"][None]}
+    options = {"rule": "threshold", "reduction": "sum", "share": None}
+    trainer_of(tmp_path, steps=3, probe=probe, **options).train()
+    trainer = trainer_of(tmp_path, steps=4, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(trainer.model._gates.probe["input_ids"], probe["input_ids"])
+
+
+def test_compact_optimiser_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.optimizer = mat.SGD(trainer.model.parameters(), lr=0.1, compact=True)
+    with pytest.raises(ValueError, match="compact=False"):
+        trainer.train()
+
+
 def test_trackers_get_the_numbers(uninterrupted: tuple[Path, Any]) -> None:
     lines = [line for line in uninterrupted[1].state.log_history if "loss" in line]
-    assert lines[-1]["mat/active"] == 0.5 and 0 < lines[-1]["mat/skipped_backward"] < 0.5
+    assert lines[-1]["mat/active"] == 0.5 and 0 < lines[-1]["mat/skipped_backward_by_weights"] < 0.5
 
 
 def test_checkpoint_loads_into_an_ordinary_model(uninterrupted: tuple[Path, Any]) -> None:

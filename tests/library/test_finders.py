@@ -1,11 +1,13 @@
 """What is found in known models, that its gates compute what they promise, and what is left out."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from reference import expected, gradients, some_active
 from torch import nn
-from zoo import TRANSFORMERS, build
+from zoo import SIZES, TRANSFORMERS, build
 
 import mat
 from mat.units import BoolArray
@@ -172,3 +174,76 @@ def test_units_print_as_a_table() -> None:
     assert lines[0].split("  ")[0] == "layer"
     assert "ffn" in lines[1] and "rows of weight" in lines[1]
     assert lines[-1].startswith("left out: 8")
+
+
+def lookalike(name: str) -> nn.Module:
+    """A model of transformers with familiar names for what computes something else."""
+    import transformers as t
+
+    sizes = SIZES | {"num_hidden_layers": 1, "head_dim": 8, "num_key_value_heads": 2}
+    whole = {"layer_types": ["full_attention"]}
+    if name == "bart":
+        sizes = {"vocab_size": 40, "encoder_layers": 1, "decoder_layers": 1}
+        return t.BartModel(
+            t.BartConfig(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+        )
+    if name == "qwen3_next":
+        return t.Qwen3NextModel(t.Qwen3NextConfig(mlp_only_layers=[0], **whole, **sizes))
+    if name == "gpt_oss":
+        return t.GptOssModel(t.GptOssConfig(num_local_experts=2, **whole, **sizes))
+    config = t.Gemma3nTextConfig(
+        activation_sparsity_pattern=[0.5], num_kv_shared_layers=0, vocab_size_per_layer_input=40,
+        hidden_size_per_layer_input=8, laurel_rank=4, **whole, **sizes,
+    )  # fmt: skip
+    return t.Gemma3nTextModel(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "reason"),
+    [
+        ("bart", "decoder.layers.0.fc1", "BartDecoderLayer is more than a feed-forward network"),
+        ("qwen3_next", "layers.0.self_attn.q_proj", "more of its projections"),
+        ("gpt_oss", "layers.0.self_attn.q_proj", "parameters of its own: sinks"),
+        ("gemma3n", "layers.0.mlp.down_proj", "Gemma3nTextMLP does more between its matrices"),
+    ],
+)
+def test_modules_that_only_share_names_are_left_out(name: str, path: str, reason: str) -> None:
+    units = mat.find_units(nn.ModuleDict({"known": build("bert")[0], "other": lookalike(name)}))
+    assert reason in units.left_out[f"other.{path}"]
+    owners = {part.parameter for layer in units.layers for part in layer.parts}
+    assert f"other.{path}.weight" not in owners
+
+
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (nn.PReLU(), "has parameters"),
+        (lambda h: h.softmax(-1), "not elementwise"),
+        (lambda h: h.cumsum(-1), "not elementwise"),
+        (lambda h: h.tanh() * h, None),
+    ],
+)
+def test_neurons_that_the_activation_mixes_are_left_out(activation: Any, reason: Any) -> None:
+    model = nn.TransformerEncoderLayer(24, 4, 32, activation=activation, batch_first=True)
+    random = torch.get_rng_state()
+    units = mat.find_units(model)
+    assert ("ffn" in units.kind) == (reason is None)
+    assert reason is None or reason in units.left_out["linear1"] == units.left_out["linear2"]
+    assert torch.equal(random, torch.get_rng_state()) and model.dropout.training
+
+
+def test_attention_kernels_see_their_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
+
+    sdpa, names = KERNELS["sdpa"], set()
+
+    def kernel(module: Any, *inputs: Any, **named: Any) -> Any:
+        names.add(module.config._attn_implementation)
+        return sdpa(module, *inputs, **named)
+
+    monkeypatch.setitem(KERNELS._global_mapping, "sdpa", kernel)
+    model, loss = build("llama")
+    gates = mat.attach_(model, mat.MATConfig(log=False))
+    gates.set_active(some_active(gates.units))
+    loss(model).backward()
+    assert names == {"sdpa"}

@@ -170,6 +170,22 @@ def test_with_compact_gradients_a_frozen_bottom_costs_nothing(make: Any, mode: A
         model.zero_grad()
 
 
+@pytest.mark.parametrize("mode", ["cut", "exact"])
+def test_logged_share_on_a_probe_is_the_counters(mode: Any) -> None:
+    torch.manual_seed(0)
+    model, images = vgg("")
+    gates = mat.attach_(model, mat.MATConfig(mode=mode, reduction="sum", log=False))
+    dense = counted(lambda: model(images).sum())[1]
+    model.zero_grad()
+    assert "mat/skipped_backward" not in gates.log_numbers()  # weights say nothing of positions
+    gates.maybe_select(0, images)
+    assert gates.log_numbers()["mat/skipped_backward"] == 0
+    gates.set_active(np.arange(len(gates.units)) % 3 == 0)
+    now = counted(lambda: model(images).sum())[1]
+    assert gates.log_numbers()["mat/skipped_backward"] == pytest.approx(1 - now / dense)
+    assert "skipped FLOPs" in repr(gates)
+
+
 def test_heads_without_output_columns_and_units_by_hand() -> None:
     model, loss = made(bert, "sdpa")
     gates = mat.attach_(model, mat.MATConfig(head_output=False))

@@ -1,6 +1,7 @@
 """Optimisers that do not know units, kept honest by hooks around their step."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -171,3 +172,75 @@ def test_detached_model_trains_whole_again() -> None:
     before = gates.model[0].weight.clone()
     train(gates, optimiser, range(1))
     assert not (gates.model[0].weight == before).all(1).any()
+
+
+class Rebinding(SGD):
+    """Puts a new tensor in the place of its state at every step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["sum"] = parameter.grad + state.get("sum", 0) + 1
+            parameter.sub_(state["sum"], alpha=0.01)
+
+
+OTHERS = {"rebinding": Rebinding, "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01)}
+
+
+@pytest.mark.filterwarnings("ignore:the optimiser's state")
+@pytest.mark.parametrize("name", OTHERS)
+def test_state_that_is_rebound_or_by_row_stays(name: str) -> None:
+    gates, optimiser = attached(OTHERS[name])
+    train(gates, optimiser, range(2))
+    gates.set_active(ACTIVE)
+
+    def frozen() -> list[Tensor]:
+        pairs = ((p, optimiser.state[p.parameter]) for p in gates.parts())
+        return [
+            value[part.frozen].clone()
+            for part, state in pairs
+            for value in (part.parameter.detach(), *state.values())
+            if value.dim() and len(value) == len(part.parameter)
+        ]
+
+    before = frozen()
+    train(gates, optimiser, range(2, 4))
+    assert len(before) == 8 and all(map(torch.equal, frozen(), before))
+
+
+def test_state_of_no_unit_is_named_once() -> None:
+    gates, optimiser = attached(OTHERS["Adafactor"])
+    gates.set_active(ACTIVE)
+    with pytest.warns(UserWarning, match="'col_var' is not kept by unit") as said:
+        train(gates, optimiser, range(3))
+    assert len(said) == 1
+
+
+def test_optimisers_of_other_parameters_are_refused() -> None:
+    gates, _ = attached(OPTIMISERS["SGD"])
+    with pytest.raises(ValueError, match="optimiser has none of the units' parameters"):
+        gates.guard(SGD(nn.Linear(2, 2).parameters()))
+    gates.model[0].weight = nn.Parameter(gates.model[0].weight.detach())  # as FSDP does
+    with pytest.raises(ValueError, match=r"0.weight was replaced .* FSDP is not supported"):
+        gates.guard(SGD(gates.model.parameters()))
+
+
+def test_guarding_ends_blocks_of_an_earlier_optimiser() -> None:
+    gates, earlier = attached(lambda p: mat.AdamW(p, compact=True))
+    gates.set_active(ACTIVE)
+    earlier.zero_grad()
+    loss_of(gates.model, 0).backward()
+    optimiser = SGD(gates.model.parameters(), lr=0.1)
+    gates.guard(optimiser)
+    before = gates.model[0].weight.clone()
+    train(gates, optimiser, range(1))
+    assert (gates.model[0].weight != before).any(1).tolist() == [True, True] + [False] * 4
+
+
+def test_optimisers_wrapped_by_accelerate_are_guarded() -> None:
+    gates, _ = attached(OPTIMISERS["AdamW"])
+    other = AdamW(gates.model.parameters())
+    wrapped: Any = SimpleNamespace(optimizer=other)
+    gates.guard(wrapped)
+    assert other._optimizer_step_pre_hooks

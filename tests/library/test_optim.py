@@ -1,5 +1,8 @@
 """AdamW and SGD that know units, against a float64 loop over single rows."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -209,6 +212,83 @@ def test_state_survives_saving_and_loading():
             optimiser.zero_grad()
         runs.append([p.detach() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def images() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3))
+    return net.to(memory_format=torch.channels_last)
+
+
+def matrices() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    net[0].weight = nn.Parameter(net[0].weight.detach().T.contiguous().T)
+    return net
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all active", "some"])
+@pytest.mark.parametrize("build", [images, matrices])
+def test_memory_layout_changes_no_update(build, some):
+    results = []
+    for make in (torch.optim.AdamW, mat.AdamW):
+        torch.manual_seed(0)
+        net = build().double()
+        gates = mat.attach_(net, mat.MATConfig(mode="exact", groups=4, log=False))
+        active = np.arange(len(gates.units)) % 3 > 0 if some else np.ones(len(gates.units), bool)
+        gates.set_active(active)
+        optimiser = make(net.parameters(), lr=0.1, weight_decay=0.1)
+        gates.guard(optimiser)
+        for step in range(3):
+            for parameter, g in zip(net.parameters(), gradients(net, step).values(), strict=True):
+                parameter.grad = torch.empty_like(parameter).copy_(g)
+            optimiser.step()
+        results.append([p.detach() for p in net.parameters()])
+    for ours, wanted in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", MAKERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_alike(rule, copied):
+    net, gates = layer()
+    pair = net, MAKERS[rule](net.parameters(), True)
+    runs = []
+    for net, optimiser in (pair, copied(pair)):
+        gates = net._gates
+        gates.set_active(SETS[1])
+        for step in range(2):
+            hand_over(net, gates, gradients(net, step), compact=True)
+            optimiser.step()
+            optimiser.zero_grad()
+        assert optimiser.compact
+        runs.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_another_division_goes_on_with_the_largest_step_count():
+    net, gates = layer()
+    optimiser = MAKERS["adamw"](net.parameters(), False)
+    hand_over(net, gates, gradients(net, 0), compact=False)
+    optimiser.step()
+    mat.detach_(net)
+    mat.attach_(net, mat.MATConfig(groups=3, log=False))
+    optimiser.step()
+    assert optimiser.state[net[0].weight]["step"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("rule", MAKERS)
+def test_a_block_of_an_earlier_step_is_not_added_to(rule):
+    net, gates = layer()
+    optimiser = MAKERS[rule](net.parameters(), True)
+    gates.set_active(SETS[1])
+    hand_over(net, gates, gradients(net, 0), compact=True)
+    part = next(gates.parts())
+    assert part.home(net[0].weight).grad is not None  # accumulation before a step is fine
+    optimiser.step()
+    net.zero_grad()
+    with pytest.raises(RuntimeError, match=r"0.weight .* clear gradients with optimizer.zero_grad"):
+        part.home(net[0].weight)
+    optimiser.zero_grad()
+    assert part.home(net[0].weight).grad is None
 
 
 @pytest.mark.parametrize("compact", [False, True])

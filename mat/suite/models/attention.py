@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat.layers.once import once
+from mat.layers.double_backward import refuse_double_backward
 
 
 def rotary_table(length: int, head_width: int) -> Tensor:
@@ -86,7 +86,7 @@ class _Attention(torch.autograd.Function):
         return context
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         packed, p = ctx.saved_tensors
         q, k, v = packed.flatten(1, 2).unbind(0)  # (B H, T, K) each

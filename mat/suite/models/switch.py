@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat.layers.double_backward import refuse_double_backward
 from mat.layers.experts import Record
 from mat.layers.gate import Index, put, take
-from mat.layers.once import once
 from mat.suite.config import SwitchConfig
 from mat.suite.models.bert import MaskedEncoder, initial_weight, linear
 
@@ -248,7 +248,7 @@ class _ExpertMlp(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, *kept = ctx.saved_tensors
         saved = iter(kept)
@@ -300,7 +300,7 @@ class _Dispatch(torch.autograd.Function):
         return _gather(tokens.to(autocast or tokens.dtype), slots.token)
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         slots: Slots = ctx.slots
         gradient = gradient.flatten(0, 1).index_select(0, slots.row)  # (N, D)
@@ -319,7 +319,7 @@ class _Combine(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once
+    @refuse_double_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         y, probability = ctx.saved_tensors
         slots: Slots = ctx.slots

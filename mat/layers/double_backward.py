@@ -9,7 +9,7 @@ import torch
 Backward = Callable[..., Any]
 
 
-def once(backward: Backward) -> Backward:
+def refuse_double_backward(backward: Backward) -> Backward:
     """Refuse a second derivative of an ``autograd.Function``.
 
     ``torch.autograd.function.once_differentiable`` raises only where the second pass goes through
