@@ -109,9 +109,8 @@ class Run(Glance):
         known |= {f"test_{key}": self.last(key, "test") for key in ("loss", "accuracy")}
         for key, value in known.items():
             told = self.summary.get(key)
-            number = type(told) in (int, float) and math.isfinite(
-                told
-            )  # else told where it is read
+            # What is no number is told where it is read.
+            number = isinstance(told, float | int) and math.isfinite(told)
             name = isinstance(told, str) and isinstance(value, str)
             if value is not None and (number or name) and told != value:
                 raise UserError(

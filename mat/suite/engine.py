@@ -47,9 +47,8 @@ from mat.suite.tracking import Progress, open_mirror
 from mat.units import FloatArray
 
 PFLOP = 1e15
-THREADS = (
-    torch.get_num_threads()
-)  # what torch would use; an earlier run of a sweep may have set another number
+# What torch would use; an earlier run of a sweep may have set another number.
+THREADS = torch.get_num_threads()
 COSTS = 16  # steps whose cost is remembered
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -220,9 +219,8 @@ class Training:
                 ):
                     break
                 self._train_step(batch, cost)
-                if (
-                    self.step // train.checkpoint_steps > began // train.checkpoint_steps
-                ):  # online selections step, too
+                every = train.checkpoint_steps
+                if self.step // every > began // every:  # online selections step, too
                     self._save()
                 if self._interrupt:
                     self._save()
@@ -388,13 +386,12 @@ class Training:
             selected: Whether there was a selection just now; without one there are no scores.
         """
         state = self.method.state
+        score = "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max"
         units = {
             "kind": self.units.kind,
             "layer": self.units.layer,
             "unit": self.units.unit,
-            "gradnorm" if self.config.method.score == "gradnorm" else "lambda_max": state.score
-            if selected
-            else np.nan,
+            score: state.score if selected else np.nan,
             "delta": state.delta if selected else np.nan,
             "threshold": state.threshold if selected else np.nan,
             "active": state.active,
@@ -492,12 +489,10 @@ class Training:
         self.model.eval()
         total: dict[str, float] = {}
         count = 0
-        for batch in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
-            if (
-                self._interrupt and split == "test"
-            ):  # only then is the latest checkpoint of this step
+        for given in self.data.evaluation_batches(split, samples, self.config.train.eval_batch):
+            if self._interrupt and split == "test":  # the latest checkpoint is of this step
                 raise Interrupted
-            batch = batch_in(batch.to(self.device), self.config.hardware.precision)
+            batch: Batch = batch_in(given.to(self.device), self.config.hardware.precision)
             with self._autocast():
                 outputs = self.model(batch)
                 loss = self.model.loss_of_outputs(outputs, batch)
@@ -513,9 +508,8 @@ class Training:
             raise UserError(
                 f"train.pflops={self.config.train.pflops} is too short for a single step: raise it."
             )
-        if self.evaluated_at < self.spent.figure or math.isinf(
-            self.best["loss"]
-        ):  # ended before the budget did
+        early = self.evaluated_at < self.spent.figure  # ended before the budget did
+        if early or math.isinf(self.best["loss"]):
             self._evaluate(self.spent.figure)
         self._save()
         best = checkpoint.load(self.files.best_weights(self.best), self.device, self.best["sha256"])
@@ -584,17 +578,9 @@ class Training:
         self.files.save(state)
 
     _SAVED = (
-        "step",
-        "epoch",
-        "records",
-        "needed",
-        "seconds",
-        "seconds_estimator",
-        "share_sum",
-        "window",
-        "evaluated_at",
-        "best",
-    )
+        "step", "epoch", "records", "needed", "seconds", "seconds_estimator", "share_sum",
+        "window", "evaluated_at", "best",
+    )  # fmt: skip
 
     def _go_on(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; without one, start."""
@@ -634,9 +620,7 @@ class Training:
         def ask(number: int, frame: FrameType | None) -> None:
             self._interrupt = True
 
-        if (
-            threading.current_thread() is not threading.main_thread()
-        ):  # others may not handle signals
+        if threading.current_thread() is not threading.main_thread():  # only it gets signals
             yield
             return
         handlers = {number: signal.getsignal(number) for number in STOPPING}
