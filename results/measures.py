@@ -69,7 +69,8 @@ class Score:
         if not math.isclose(told, best, rel_tol=1e-9):
             raise UserError(
                 f"{run.path} contradicts itself (best validation {self.name} {told} in "
-                f"summary.json, {best} in metrics.jsonl): delete that run folder and train it again."
+                f"summary.json, {best} in metrics.jsonl): delete that run folder and train it "
+                "again."
             )
 
     def first_reach(self, run: Run, level: float) -> tuple[float, float] | None:

@@ -58,7 +58,8 @@ def show_run(run: Glance, console: Console) -> None:
     )
     console.print(
         f"[{STYLES[run.status]}]{run.status}[/] {'█' * done}{'░' * (30 - done)} "
-        f"{run.progress:.0%}, step {run.last('step') or 0}, {clock(run.last('seconds'))} trained, ETA {clock(run.eta)}"
+        f"{run.progress:.0%}, step {run.last('step') or 0}, {clock(run.last('seconds'))} trained, "
+        f"ETA {clock(run.eta)}"
     )
     if run.failure is not None:
         console.print(run.failure, style="red", markup=False)
