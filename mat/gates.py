@@ -346,7 +346,7 @@ class Gates:
         units.layers = [copy.copy(layer) for layer in units.layers]
         for layer in units.layers:
             layer.sites = []
-        return self.__dict__ | {"units": units, "_online": None, "ledger": None}
+        return self.__dict__ | {"units": units, "callback": None, "_online": None, "ledger": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

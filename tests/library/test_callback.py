@@ -1,5 +1,6 @@
 """MAT under the Trainer of transformers."""
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def test_probe_comes_from_the_checkpoint(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, steps=4, **options)
     trainer.train(resume_from_checkpoint=True)
     assert torch.equal(trainer.model._gates.probe["input_ids"], probe["input_ids"])
+
+
+def test_model_with_a_lambda_in_its_callback_pickles() -> None:
+    model, loss = build("bert")
+    gates = mat.attach_(model, mat.MATConfig(log=False))
+    mat.MATCallback(gates, output=lambda result: result.logits)
+    assert torch.equal(loss(pickle.loads(pickle.dumps(model))), loss(model))
 
 
 def test_compact_optimiser_is_refused_in_a_sentence(tmp_path: Path) -> None:
