@@ -109,8 +109,10 @@ class Run(Glance):
         known |= {f"test_{key}": self.last(key, "test") for key in ("loss", "accuracy")}
         for key, value in known.items():
             told = self.summary.get(key)
-            # What is no number is told where it is read.
-            number = isinstance(told, float | int) and math.isfinite(told)
+            # What is no number, a truth value among them, is told where it is read.
+            number = (
+                isinstance(told, float | int) and not isinstance(told, bool) and math.isfinite(told)
+            )
             name = isinstance(told, str) and isinstance(value, str)
             if value is not None and (number or name) and told != value:
                 raise UserError(
