@@ -168,8 +168,7 @@ def test_help_describes_every_option():
 REFUSED = [  # overrides, a part of the sentence
     ("model.family=vgg", "model.family=vgg contradicts model=bert_mini"),
     ("hardware.graphs=true", "hardware.graphs=true captures CUDA graphs"),
-    ("hardware.gather_share=1.5", "hardware.gather_share=1.5"),
-    ("hardware.gather_block=0", "hardware.gather_block=0"),
+    ("hardware.estimator_bytes=0", "hardware.estimator_bytes=0"),
     ("dataset.modality=image", "dataset.modality=image contradicts dataset=pydocs"),
     ("seed=-1", "seed=-1"),
     ("model.layers=0", "model.layers=0"),

@@ -167,10 +167,10 @@ def test_a_complete_run_stands_whatever_it_was_made_on_but_a_begun_one_goes_on_t
     config = small(cache, "method=mat", steps=12)
     other, rougher = (
         dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, **changed))
-        for changed in ({"gather_share": 0.5}, {"precision": "bfloat16"})
+        for changed in ({"estimator_bytes": 2**21}, {"precision": "bfloat16"})
     )
     run_interrupted(config, tmp_path / "run", "_train_step", 3, "sigterm")
-    with pytest.raises(UserError, match=r"holds a run with another hardware.gather_share"):
+    with pytest.raises(UserError, match=r"holds a run with another hardware.estimator_bytes"):
         engine.run(other, tmp_path / "run")
     summary = engine.run(config, tmp_path / "run")
     assert summary is not None and engine.run(other, tmp_path / "run") == summary

@@ -39,7 +39,7 @@ class ModelConfig(Group):
 
 @dataclass
 class BertConfig(ModelConfig):
-    """BERT (``mat/suite/bert.py``). Units: attention heads and feed-forward groups."""
+    """BERT (``mat/suite/models/bert.py``). Units: attention heads and feed-forward groups."""
 
     family: str = "bert"
     layers: int = number(1, 1000)
@@ -64,7 +64,7 @@ class BertConfig(ModelConfig):
 
 @dataclass
 class SwitchConfig(BertConfig):
-    """Switch Transformer (``mat/suite/switch.py``). Units: heads, experts, groups of plain
+    """Switch Transformer (``mat/suite/models/switch.py``). Units: heads, experts, groups of plain
     layers.
     """
 
@@ -87,7 +87,7 @@ class SwitchConfig(BertConfig):
 
 @dataclass
 class VggConfig(ModelConfig):
-    """VGG with batch norm (``mat/suite/vgg.py``). Units: filters."""
+    """VGG with batch norm (``mat/suite/models/vgg.py``). Units: filters."""
 
     family: str = "vgg"
     # Filters of the layers of every stage; a max pool ends a stage
@@ -265,10 +265,6 @@ class HardwareConfig(Group):
     threads: int | None = number(1, os.cpu_count() or 1, None)  # CPU threads; all when null
     # CUDA: training steps are captured as graphs and replayed while the gates stand
     graphs: bool = False
-    # Convolutions: gathered channels are padded to multiples of this
-    gather_block: int = number(1, default=16)
-    # And are gathered up to this share of a layer's; else all are used
-    gather_share: float = number(0, 1, 0.75)
     # Bound on the estimator's working memory
     estimator_bytes: int = number(2**20, default=512 * 2**20)
     # False: the machine is shared with other work, so tables leave this run's seconds out

@@ -14,7 +14,11 @@ from mat.suite.config import GROUPS, Config
 
 # Keys that recorded runs have and configurations no longer do, at the value that says what is
 # computed now.
-RETIRED = {"selection.cut_last": 0}
+RETIRED = {
+    "selection.cut_last": 0,
+    "hardware.gather_block": 16,  # now constants of mat/layers/convolution.py
+    "hardware.gather_share": 0.75,
+}
 # Keys that say where and how a run was made, not what was computed.
 INCIDENTAL = (
     "seed",
