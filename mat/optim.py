@@ -151,10 +151,11 @@ class AdamW(UnitOptimiser):
         }
         super().__init__(params, defaults, compact)
         self._views: dict[int, tuple[tuple[int, ...], _Rows]] = {}
+        self._even: dict[int, tuple[tuple[int, ...], bool]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._views = {}  # those of other parameters
+        self._views, self._even = {}, {}  # those of other parameters
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -169,7 +170,7 @@ class AdamW(UnitOptimiser):
             gradient = parameter.grad if part is None else part.gradient()
             if gradient is None or (part is not None and part.count == 0):
                 continue
-            rows = self._rows(parameter, part, gradient, afterwards)
+            rows = self._rows(parameter, part, gradient, afterwards, group["lr"])
             into = lists.setdefault(id(group), _Rows([], [], [], [], []))
             for name, values in vars(rows).items():
                 getattr(into, name).extend(values)
@@ -209,6 +210,7 @@ class AdamW(UnitOptimiser):
         part: GatedPart | None,
         gradient: Tensor,
         afterwards: list[Callable[[], None]],
+        lr: float | Tensor,
     ) -> _Rows:
         """What the kernel updates of a parameter; ``afterwards`` writes gathered rows back."""
         state = self._state(parameter, part)
@@ -217,7 +219,15 @@ class AdamW(UnitOptimiser):
         if part is None:
             gradient = _laid_out(gradient, parameter)
             return _Rows(*([t] for t in (tensors[0], gradient, *moments, state["step"])))
-        key = (part.gate.version, *(t.data_ptr() for t in (*tensors, state["step"])))
+        step = state["step"]
+        # Not in a CUDA graph (the rate is a tensor), which may be replayed when counts differ.
+        alike = all(moment.stride() == parameter.stride() for moment in moments)
+        alike = alike and part.whole and not isinstance(lr, Tensor)
+        if alike and self._is_even(parameter, part, step):
+            gradient = _laid_out(gradient.transpose(0, part.dim), parameter)
+            afterwards.append(lambda: step.copy_(step[0].clone()))
+            return _Rows(*([t] for t in (tensors[0], gradient, *moments, step[0])))
+        key = (part.gate.version, *(t.data_ptr() for t in (*tensors, step)))
         kept = self._views.get(id(parameter))
         if (kept is None or kept[0] != key) and part.dim == 0 and _rows_are_packed(tensors):
             views = [[t[a:b] for _, a, b in part.active_runs] for t in tensors]
@@ -237,6 +247,14 @@ class AdamW(UnitOptimiser):
         afterwards.append(finish)
         split = [list(torch.split(t, part.run_lengths)) for t in (*blocks, gradient.contiguous())]
         return _Rows(split[0], split[3], split[1], split[2], _steps(state["step"], part))
+
+    def _is_even(self, parameter: nn.Parameter, part: GatedPart, step: Tensor) -> bool:
+        """Whether all runs took equally many steps; asked once while the active set stands."""
+        key = part.gate.version, step.data_ptr()
+        kept = self._even.get(id(parameter))
+        if kept is None or kept[0] != key:
+            kept = self._even[id(parameter)] = key, bool((step == step[0]).all())
+        return kept[1]
 
     def _drift(
         self, moved: Tensor, group: dict[str, Any], state: dict[str, Tensor], part: GatedPart

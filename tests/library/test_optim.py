@@ -309,3 +309,24 @@ def test_channels_last_kernels_train_as_contiguous_ones(compact):
         results.append([p.detach().contiguous() for p in net.parameters()])
     for contiguous, last in zip(*results, strict=True):
         torch.testing.assert_close(last, contiguous, rtol=1e-9, atol=1e-12)
+
+
+def test_runs_with_equal_counts_are_updated_as_one():
+    """All active: no rows are gathered, and torch's own AdamW gives the same."""
+    net, gates = layer()
+    optimiser = mat.AdamW(net.parameters(), 0.05, compact=True)
+    twin, _ = layer()
+    mat.detach_(twin)
+    reference = torch.optim.AdamW(twin.parameters(), 0.05, weight_decay=1e-2)
+    for step in range(3):
+        hand_over(net, gates, gradients(net, step), compact=True)
+        optimiser.step()
+        optimiser.zero_grad()
+        for parameter, g in zip(twin.parameters(), gradients(twin, step).values(), strict=True):
+            parameter.grad = g
+        reference.step()
+    assert not optimiser._views, "views of single runs were made"
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    counts = optimiser.state[net[0].weight]["step"]
+    assert counts.tolist() == [3.0] * len(counts)
