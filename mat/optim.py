@@ -164,7 +164,7 @@ class AdamW(UnitOptimiser):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        afterwards: list[Callable[[], None]] = []
+        afterwards: list[Callable[[], object]] = []
         lists: dict[int, _Rows] = {}
         for group, parameter, part in self.parts():
             gradient = parameter.grad if part is None else part.gradient()
@@ -209,7 +209,7 @@ class AdamW(UnitOptimiser):
         parameter: nn.Parameter,
         part: GatedPart | None,
         gradient: Tensor,
-        afterwards: list[Callable[[], None]],
+        afterwards: list[Callable[[], object]],
         lr: float | Tensor,
     ) -> _Rows:
         """What the kernel updates of a parameter; ``afterwards`` writes gathered rows back."""
